@@ -1,0 +1,312 @@
+#include "base/file.h"
+
+#include "base/memory.h"
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int (*fault_hook)(void *context, enum file_operation operation, const char *path);
+static void *fault_context;
+
+void file_set_fault(int (*fault)(void *context, enum file_operation operation, const char *path), void *context) {
+    fault_hook = fault;
+    fault_context = context;
+}
+
+/* True, with errno set, when a test wants this operation to fail. */
+static bool faulted(enum file_operation operation, const char *path) {
+    int error = fault_hook ? fault_hook(fault_context, operation, path) : 0;
+    if (error)
+        errno = error;
+    return error != 0;
+}
+
+static enum status fail_errno(const char *verb, const char *path) {
+    int error = errno;
+    enum status code = error == ENOENT ? STATUS_NOT_FOUND : STATUS_IO;
+    return status_fail(code, "%s: cannot %s: %s", path, verb, strerror(error));
+}
+
+bool file_exists(const char *path) {
+    struct stat info;
+    return stat(path, &info) == 0 && S_ISREG(info.st_mode);
+}
+
+bool directory_exists(const char *path) {
+    struct stat info;
+    return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+enum status file_size(const char *path, uint64_t *size) {
+    struct stat info;
+    if (stat(path, &info) != 0)
+        return fail_errno("look at", path);
+    if (S_ISDIR(info.st_mode))
+        return status_fail(STATUS_FORMAT, "%s: is a directory, a file is needed", path);
+    *size = (uint64_t)info.st_size;
+    return STATUS_OK;
+}
+
+static enum status read_all(int descriptor, const char *path, char *data, size_t size) {
+    size_t done = 0;
+    while (done < size) {
+        ssize_t got = faulted(FILE_READ, path) ? -1 : read(descriptor, data + done, size - done);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return fail_errno("read", path);
+        if (got == 0)
+            return status_fail(STATUS_IO, "%s: shrank while it was read", path);
+        done += (size_t)got;
+    }
+    return STATUS_OK;
+}
+
+enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_t *size) {
+    uint64_t bytes;
+    TRY(file_size(path, &bytes));
+    if (bytes > limit_bytes)
+        return status_fail(STATUS_FORMAT, "%s: has %llu bytes, at most %llu are read", path,
+                           (unsigned long long)bytes, (unsigned long long)limit_bytes);
+    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return fail_errno("open", path);
+    char *contents;
+    enum status status = memory_alloc(&contents, bytes + 1, 1);
+    if (status == STATUS_OK) {
+        status = read_all(descriptor, path, contents, bytes);
+        if (status != STATUS_OK)
+            free(contents);
+    }
+    close(descriptor);
+    if (status == STATUS_OK) {
+        *data = contents;
+        *size = bytes;
+    }
+    return status;
+}
+
+enum status file_writer_open(struct file_writer *writer, const char *path, bool append) {
+    int flags = O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC);
+    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, flags, 0644);
+    if (descriptor < 0)
+        return fail_errno("open for writing", path);
+    off_t end = append ? lseek(descriptor, 0, SEEK_END) : 0;
+    *writer = (struct file_writer){descriptor, memory_copy_string(path), end > 0 ? (uint64_t)end : 0};
+    return STATUS_OK;
+}
+
+enum status file_writer_add(struct file_writer *writer, const void *data, size_t size) {
+    const char *bytes = data;
+    while (size > 0) {
+        ssize_t put = faulted(FILE_WRITE, writer->path) ? -1 : write(writer->descriptor, bytes, size);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put < 0)
+            return fail_errno("write", writer->path);
+        bytes += put;
+        size -= (size_t)put;
+        writer->position += (uint64_t)put;
+    }
+    return STATUS_OK;
+}
+
+enum status file_writer_flush(struct file_writer *writer) {
+    if (faulted(FILE_FLUSH, writer->path) || fsync(writer->descriptor) != 0)
+        return fail_errno("flush to disk", writer->path);
+    return STATUS_OK;
+}
+
+enum status file_writer_close(struct file_writer *writer) {
+    enum status status = STATUS_OK;
+    if (writer->descriptor >= 0 && close(writer->descriptor) != 0)
+        status = fail_errno("close", writer->path);
+    free(writer->path);
+    *writer = (struct file_writer){.descriptor = -1};
+    return status;
+}
+
+static enum status write_and_flush(const char *path, const void *data, size_t size) {
+    struct file_writer writer;
+    TRY(file_writer_open(&writer, path, false));
+    enum status status = file_writer_add(&writer, data, size);
+    if (status == STATUS_OK)
+        status = file_writer_flush(&writer);
+    if (status != STATUS_OK) {
+        enum status ignored = file_writer_close(&writer);
+        (void)ignored; /* the first failure is the one to tell */
+        return status;
+    }
+    return file_writer_close(&writer);
+}
+
+enum status file_write(const char *path, const void *data, size_t size) {
+    char *temporary = text_format("%s.tmp", path);
+    char *directory = memory_copy_string(path);
+    char *slash = strrchr(directory, '/');
+    if (slash)
+        *slash = '\0';
+    enum status status = write_and_flush(temporary, data, size);
+    if (status == STATUS_OK)
+        status = file_rename(temporary, path);
+    else
+        unlink(temporary);
+    if (status == STATUS_OK)
+        status = directory_flush(slash ? (*directory ? directory : "/") : ".");
+    free(directory);
+    free(temporary);
+    return status;
+}
+
+enum status file_map_open(struct file_map *map, const char *path) {
+    *map = (struct file_map){0};
+    uint64_t size;
+    TRY(file_size(path, &size));
+    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return fail_errno("open", path);
+    void *data = size ? mmap(NULL, size, PROT_READ, MAP_PRIVATE, descriptor, 0) : NULL;
+    if (data == MAP_FAILED) {
+        enum status status = fail_errno("map", path);
+        close(descriptor);
+        return status;
+    }
+    close(descriptor);
+    *map = (struct file_map){data, size};
+    return STATUS_OK;
+}
+
+void file_map_close(struct file_map *map) {
+    if (map->data)
+        munmap((void *)(uintptr_t)map->data, map->size);
+    *map = (struct file_map){0};
+}
+
+enum status file_rename(const char *from, const char *to) {
+    if (faulted(FILE_RENAME, to) || rename(from, to) != 0)
+        return fail_errno("rename to its final name", to);
+    return STATUS_OK;
+}
+
+enum status file_remove(const char *path) {
+    if (faulted(FILE_REMOVE, path) || (unlink(path) != 0 && errno != ENOENT))
+        return fail_errno("remove", path);
+    return STATUS_OK;
+}
+
+static enum status make_one(const char *path) {
+    if (faulted(FILE_MAKE, path))
+        return fail_errno("make directory", path);
+    if (mkdir(path, 0755) == 0 || (errno == EEXIST && directory_exists(path)))
+        return STATUS_OK;
+    return fail_errno("make directory", path);
+}
+
+enum status directory_make(const char *path) {
+    char *partial = memory_copy_string(path);
+    enum status status = STATUS_OK;
+    for (char *slash = partial + 1; *partial && status == STATUS_OK && (slash = strchr(slash, '/')); slash++) {
+        *slash = '\0';
+        status = make_one(partial);
+        *slash = '/';
+    }
+    if (status == STATUS_OK)
+        status = make_one(path);
+    free(partial);
+    return status;
+}
+
+enum status directory_flush(const char *path) {
+    int descriptor = faulted(FILE_FLUSH, path) ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (descriptor < 0)
+        return fail_errno("open to flush", path);
+    enum status status = fsync(descriptor) == 0 ? STATUS_OK : fail_errno("flush to disk", path);
+    close(descriptor);
+    return status;
+}
+
+enum status directory_remove(const char *path) {
+    struct stat info;
+    if (lstat(path, &info) != 0)
+        return errno == ENOENT ? STATUS_OK : fail_errno("look at", path);
+    if (!S_ISDIR(info.st_mode))
+        return file_remove(path);
+    struct text_list names = {0};
+    TRY(directory_list(path, &names));
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < names.count && status == STATUS_OK; i++) {
+        char *child = path_join(path, names.items[i]);
+        status = directory_remove(child);
+        free(child);
+    }
+    text_list_release(&names);
+    TRY(status);
+    if (faulted(FILE_REMOVE, path) || rmdir(path) != 0)
+        return fail_errno("remove", path);
+    return STATUS_OK;
+}
+
+static int compare_names(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+enum status directory_list(const char *path, struct text_list *names) {
+    *names = (struct text_list){0};
+    DIR *directory = opendir(path);
+    if (!directory)
+        return fail_errno("list", path);
+    for (struct dirent *entry; (entry = readdir(directory));) {
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            text_list_add(names, entry->d_name);
+    }
+    closedir(directory);
+    if (names->count)
+        qsort(names->items, names->count, sizeof *names->items, compare_names);
+    return STATUS_OK;
+}
+
+static enum status glob_one(const char *pattern, struct text_list *paths) {
+    glob_t found = {0};
+    int result = glob(pattern, 0, NULL, &found);
+    if (result == GLOB_NOMATCH)
+        return status_fail(STATUS_NOT_FOUND, "%s: no such file", pattern);
+    if (result != 0)
+        return status_fail(STATUS_IO, "%s: cannot be searched", pattern);
+    for (size_t i = 0; i < found.gl_pathc; i++)
+        text_list_add(paths, found.gl_pathv[i]);
+    globfree(&found);
+    return STATUS_OK;
+}
+
+enum status file_glob(const char *patterns, struct text_list *paths) {
+    *paths = (struct text_list){0};
+    char *copy = memory_copy_string(patterns), *rest = copy;
+    enum status status = STATUS_OK;
+    for (char *pattern; status == STATUS_OK && (pattern = strsep(&rest, ","));) {
+        if (*pattern)
+            status = glob_one(pattern, paths);
+    }
+    if (status == STATUS_OK && paths->count == 0)
+        status = status_fail(STATUS_NOT_FOUND, "no file is named");
+    if (status != STATUS_OK)
+        text_list_release(paths);
+    free(copy);
+    return status;
+}
+
+char *path_join(const char *directory, const char *name) {
+    size_t size = strlen(directory);
+    return text_format("%s%s%s", directory, size && directory[size - 1] == '/' ? "" : "/", name);
+}
+
+const char *path_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}

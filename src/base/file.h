@@ -1,0 +1,67 @@
+/* Files and directories, with messages that name the path.
+ *
+ * Every call into the system goes through one place, so that tests can fail any of them (file_set_fault): the n-th open,
+ * write, flush or rename of a save can be made to answer EIO or ENOSPC, and the survivors are looked at.
+ */
+#pragma once
+
+#include "base/status.h"
+#include "base/text.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum file_operation { FILE_OPEN, FILE_READ, FILE_WRITE, FILE_FLUSH, FILE_RENAME, FILE_MAKE, FILE_REMOVE };
+
+/* Asked before each operation; an answer other than 0 is the errno it fails with. NULL switches it off. Tests only. */
+void file_set_fault(int (*fault)(void *context, enum file_operation operation, const char *path), void *context);
+
+bool file_exists(const char *path);
+bool directory_exists(const char *path);
+
+enum status file_size(const char *path, uint64_t *size) MUST_USE;
+
+/* The whole file, followed by one zero byte that *size does not count. Refuses one larger than limit_bytes before
+ * reading it. The caller frees *data. */
+enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_t *size) MUST_USE;
+
+/* Replace a file by new contents so that at any moment, also after a crash, the old or the new one is there whole:
+ * written beside it, flushed, renamed, directory flushed. */
+enum status file_write(const char *path, const void *data, size_t size) MUST_USE;
+
+/* A file being written from its start (or, with append, at its end). */
+struct file_writer {
+    int descriptor; /* -1 when closed */
+    char *path;     /* owned */
+    uint64_t position;
+};
+enum status file_writer_open(struct file_writer *writer, const char *path, bool append) MUST_USE;
+enum status file_writer_add(struct file_writer *writer, const void *data, size_t size) MUST_USE;
+enum status file_writer_flush(struct file_writer *writer) MUST_USE; /* to the disk: fsync */
+enum status file_writer_close(struct file_writer *writer) MUST_USE; /* does not flush; also after an error */
+
+/* A whole file mapped for reading; data is NULL for an empty file. Borrowed until file_map_close. */
+struct file_map {
+    const unsigned char *data;
+    uint64_t size;
+};
+enum status file_map_open(struct file_map *map, const char *path) MUST_USE;
+void file_map_close(struct file_map *map);
+
+enum status file_rename(const char *from, const char *to) MUST_USE; /* atomic on one file system */
+enum status file_remove(const char *path) MUST_USE;                 /* not there: also STATUS_OK */
+enum status directory_make(const char *path) MUST_USE;              /* with its parents; already there: STATUS_OK */
+enum status directory_flush(const char *path) MUST_USE;             /* makes a rename inside it durable */
+enum status directory_remove(const char *path) MUST_USE;            /* with all it holds; links are not followed */
+
+/* Names in a directory, without . and .., sorted. The caller releases the list. */
+enum status directory_list(const char *path, struct text_list *names) MUST_USE;
+
+/* Files that match a shell pattern or list of patterns separated by commas, sorted within each pattern; a name
+ * without wildcards must exist. Fails with STATUS_NOT_FOUND where a pattern matches nothing. */
+enum status file_glob(const char *patterns, struct text_list *paths) MUST_USE;
+
+/* "a/b" in fresh memory; the caller frees it. */
+char *path_join(const char *directory, const char *name);
+/* The part after the last slash; borrowed from path. */
+const char *path_name(const char *path);

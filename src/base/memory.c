@@ -1,0 +1,45 @@
+#include "base/memory.h"
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+enum status memory_alloc(void *out, size_t count, size_t size) {
+    void *memory = calloc(count ? count : 1, size ? size : 1);
+    if (!memory)
+        return status_fail(STATUS_MEMORY, "no memory for %zu x %zu bytes", count, size);
+    memcpy(out, &memory, sizeof memory);
+    return STATUS_OK;
+}
+
+enum status memory_resize(void *inout, size_t count, size_t size) {
+    void *memory;
+    memcpy(&memory, inout, sizeof memory);
+    size_t bytes;
+    if (__builtin_mul_overflow(count, size, &bytes))
+        return status_fail(STATUS_MEMORY, "no memory for %zu x %zu bytes", count, size);
+    void *fresh = realloc(memory, bytes ? bytes : 1);
+    if (!fresh)
+        return status_fail(STATUS_MEMORY, "no memory for %zu bytes", bytes);
+    memcpy(inout, &fresh, sizeof fresh);
+    return STATUS_OK;
+}
+
+void *memory_must(size_t count, size_t size) {
+    void *memory = calloc(count ? count : 1, size ? size : 1);
+    CHECK(memory != NULL);
+    return memory;
+}
+
+char *memory_copy_string(const char *text) {
+    size_t bytes = strlen(text) + 1;
+    return memcpy(memory_must(bytes, 1), text, bytes);
+}
+
+size_t memory_peak_bytes(void) {
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) != 0)
+        return 0;
+    return (size_t)usage.ru_maxrss * 1024; /* Linux counts kilobytes */
+}

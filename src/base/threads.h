@@ -1,0 +1,19 @@
+/* One pool of threads for the whole process (OpenMP), never nested.
+ *
+ * A task's result may depend on its index only, never on which thread ran it or on how many there are; whoever sums over
+ * tasks does it in index order afterwards. That is what makes a run the same for any number of threads.
+ */
+#pragma once
+
+#include <stdint.h>
+
+/* Threads used from now on; 0 chooses the processors this process may run on. */
+void threads_set_count(int count);
+int threads_count(void);
+
+/* Call task(context, i) for every i in 0..task_count-1, spread over the threads as they become free; returns when all
+ * are done. Inside a task it runs the loop on the calling thread. */
+void parallel_for(int64_t task_count, void (*task)(void *context, int64_t index), void *context);
+
+/* Index of the calling thread in 0..threads_count()-1: for scratch memory, never for results. */
+int thread_index(void);

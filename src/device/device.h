@@ -1,0 +1,41 @@
+/* Where tensors live. Level 1: knows bytes, not tensors.
+ *
+ * An arena is one piece of device memory that is handed out front to back. The same code that takes tensors from an
+ * arena can run over one without memory, which only counts: that is how the planner knows, without allocating, exactly
+ * what a run will take.
+ */
+#pragma once
+
+#include "base/status.h"
+#include <stdbool.h>
+#include <stddef.h>
+
+/* A kind of memory and how to reach it. Plain functions; one constant struct a device. */
+struct device {
+    const char *name;
+    enum status (*alloc)(void **out, size_t bytes); /* 64-byte aligned, zeroed */
+    void (*release)(void *data, size_t bytes);
+    void (*copy_to_host)(void *host, const void *data, size_t bytes);
+    void (*copy_from_host)(void *data, const void *host, size_t bytes);
+};
+
+const struct device *device_cpu(void);
+
+struct arena {
+    const struct device *device; /* NULL: counts only, hands out NULL */
+    char *base;
+    size_t size, used, peak;
+};
+
+/* An arena that counts and hands out NULL pointers. Nothing to release. */
+void arena_init_counting(struct arena *arena);
+
+/* An arena of exactly `size` bytes on a device. Fails with STATUS_MEMORY. Release with arena_release. */
+enum status arena_init(struct arena *arena, const struct device *device, size_t size) MUST_USE;
+void arena_release(struct arena *arena);
+
+/* The next `bytes`, aligned to 64. Taking more than the arena has is our own mistake: sizes come from a counting pass. */
+void *arena_take(struct arena *arena, size_t bytes);
+
+/* Give back everything taken after `mark` (a former value of arena->used): scratch that the next step of a plan reuses. */
+void arena_rewind(struct arena *arena, size_t mark);
