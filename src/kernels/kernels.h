@@ -1,0 +1,172 @@
+/* The table of operations on tensors: the only place where tensor data is touched.
+ *
+ * A backend fills the table with ref/ first (plain C, double arithmetic, any dtype: the specification) and overrides what
+ * it does faster, so every fast kernel has a reference twin that kernels_test.c compares it with.
+ *
+ * What holds for every operation:
+ *  1. It is deterministic: the same operands give the same bits for any number of threads.
+ *  2. It allocates no tensor memory. Scratch that a backend needs is its own, grows seldom and is counted
+ *     (kernels_scratch_bytes).
+ *  3. Outputs may hold anything before, NaN included, unless the comment says += .
+ *  4. Operands do not overlap unless the comment says that they may.
+ *  5. dtypes: `float` below stands for one of f32, bf16, f64 of the operand's own choosing; `real` is f32, or f64 where
+ *     the floats are f64. Sums are kept in f32 or better. Fast backends may pass anything with f64 on to ref/.
+ *  6. Shapes are checked with CHECK: a wrong one is our own mistake.
+ *
+ * Letters as in docs/MAP.md: S = B*T tokens, D width, F expert width, H query heads, G key-value heads, P head width,
+ * V vocabulary, E experts, K experts per token, N = S*K routed rows.
+ */
+#pragma once
+
+#include "tensor/tensor.h"
+
+/* One attention problem: B sequences, each of query_count queries against key_count >= query_count keys; query i sees
+ * keys 0 .. key_count - query_count + i. Head h reads key-value head h / (H/G). */
+struct attention_shape {
+    int64_t batch, query_count, key_count;
+    int head_count, kv_head_count, head_dim;
+    double scale; /* of the scores, 1/sqrt(P) */
+};
+
+struct adamw_settings {
+    double lr, beta1, beta2, epsilon, weight_decay;
+    int64_t step;      /* 1 for the first update: bias correction */
+    double grad_scale; /* gradients are multiplied by it first: clipping */
+};
+
+/* The gradient that the router's two losses add: d(loss)/d(prob[s,e]) += balance_scale * count[e] and
+ * d(loss)/d(logit[s,e]) += 2 * z_scale * logsumexp(logits[s]) * prob[s,e]. */
+struct router_loss_scales {
+    double balance_scale, z_scale;
+};
+
+struct kernel_ops {
+    const char *name;
+
+    /* ---- products ---------------------------------------------------------------------------------------------- */
+
+    /* C [M,N] = op(A) op(B), or += with accumulate. op transposes: A is [M,K], or [K,M] with transpose_a; B is [K,N],
+     * or [N,K] with transpose_b. A and B have one dtype; C has it too or is real. M, N or K may be 0 (K = 0: C = 0). */
+    void (*gemm)(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,
+                 bool accumulate);
+
+    /* Grouped products over ragged groups. Group e is rows offsets[e] .. offsets[e+1]-1 of the routed rows; offsets is
+     * i32 [E+1], ascending from 0 to N; groups may be empty, one may hold everything. `rows`, i32 [N] or none, says
+     * which row of the operand stands for routed row r (gathered in place, no copy); none means row r itself.
+     *
+     * forward:          y [N,O] = x[rows] w_e^T             x [any,I], w [E,O,I]
+     * backward_input:   dx [N,I] = dy[rows] w_e, or +=      dy [any,O], w [E,O,I]
+     * backward_weight:  dw [E,O,I] += dy[dy_rows]^T x[x_rows] over each group    dy [any,O], x [any,I]; dw real
+     * x, dy and w of a call have one dtype; y and dx have it too or are real. */
+    void (*grouped_forward)(struct tensor x, struct tensor rows, struct tensor offsets, struct tensor w,
+                            struct tensor y);
+    void (*grouped_backward_input)(struct tensor dy, struct tensor rows, struct tensor offsets, struct tensor w,
+                                   struct tensor dx, bool accumulate);
+    void (*grouped_backward_weight)(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
+                                    struct tensor offsets, struct tensor dw);
+
+    /* ---- simple -------------------------------------------------------------------------------------------------- */
+
+    void (*fill)(struct tensor t, double value);
+    void (*cast)(struct tensor from, struct tensor to); /* same shape, any float to any float */
+    void (*add)(struct tensor x, struct tensor y);      /* y += x; same shape, float */
+    void (*sum_squares)(struct tensor x, struct tensor sum); /* sum f64 [1] += sum of x^2; NaN and inf carry over */
+    void (*gather_scalars)(struct tensor from, struct tensor index, struct tensor to); /* to[i] = from[index[i]], flat,
+                                                                                           real; index i32 */
+
+    /* ---- normalisation and position ------------------------------------------------------------------------------ */
+
+    /* y [R,D] = x * rstd * weight, rstd [R] = 1/sqrt(mean(x^2) + epsilon). x, y float; weight [D], rstd real. */
+    void (*rmsnorm_forward)(struct tensor x, struct tensor weight, double epsilon, struct tensor y,
+                            struct tensor rstd);
+    /* dx [R,D] = (or += with accumulate), dweight [D] += . dx may be dy itself when not accumulating and of its dtype. */
+    void (*rmsnorm_backward)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
+                             struct tensor dx, bool accumulate, struct tensor dweight);
+
+    /* Per-head RMS norm, then rotary position (half-split: pair j is elements j and j + P/2).
+     * x, y [S, heads*P] float; weight [P] real; table real [positions, P]: P/2 cosines, then P/2 sines; rstd [S*heads] real.
+     * Row s has position first_position + s % sequence_length. */
+    void (*qknorm_rope_forward)(struct tensor x, struct tensor weight, double epsilon, struct tensor table,
+                                int64_t sequence_length, int64_t first_position, struct tensor y, struct tensor rstd);
+    /* dx =, may be dy itself; dweight [P] += . */
+    void (*qknorm_rope_backward)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
+                                 struct tensor table, int64_t sequence_length, int64_t first_position,
+                                 struct tensor dx, struct tensor dweight);
+
+    /* ---- attention ----------------------------------------------------------------------------------------------- */
+
+    /* Causal softmax attention without the T x T matrix. q, out [B*query_count, H*P]; k, v [B*key_count, G*P]; float of one
+     * dtype; logsumexp [B*query_count, H] real: of the scaled scores, kept for backward. */
+    void (*attention_forward)(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
+                              struct tensor out, struct tensor logsumexp);
+    /* dq, dk, dv = (not +=), dtype of q. Requires query_count == key_count. */
+    void (*attention_backward)(struct attention_shape shape, struct tensor dout, struct tensor q, struct tensor k,
+                               struct tensor v, struct tensor out, struct tensor logsumexp, struct tensor dq,
+                               struct tensor dk, struct tensor dv);
+
+    /* ---- routing ------------------------------------------------------------------------------------------------- */
+
+    /* prob [S,E] = softmax(logits [S,E]); expert i32 [S,K] = the K best, best first, on a tie the lower index;
+     * weight [S,K] = their probabilities, divided by their sum with `normalize`. All real. 1 <= K <= E. */
+    void (*router_topk_forward)(struct tensor logits, bool normalize, struct tensor prob, struct tensor expert,
+                                struct tensor weight);
+    /* dlogits [S,E] = from dweight [S,K] and the router's losses; count i32 [E] are the rows of each expert. */
+    void (*router_topk_backward)(struct tensor dweight, struct tensor logits, struct tensor prob,
+                                 struct tensor expert, struct tensor weight, bool normalize, struct tensor count,
+                                 struct router_loss_scales scales, struct tensor dlogits);
+    /* stats f64 [2 + 2E] += sum of logsumexp^2, sum of the entropy of prob (nats), sum of prob [E], rows [E]. */
+    void (*router_stats)(struct tensor logits, struct tensor prob, struct tensor expert, struct tensor stats);
+
+    /* Order the N = S*K choices by expert, stable: count, prefix sum, place. expert i32 [S,K] in. All i32 out:
+     * count [E]; offsets [E+1]; row_slot [N]: which s*K+k stands in row r; row_token [N]: its s; slot_row [S,K]: the inverse. */
+    void (*route_sort)(struct tensor expert, struct tensor count, struct tensor offsets, struct tensor row_slot,
+                       struct tensor row_token, struct tensor slot_row);
+
+    /* y [S,D] = (or +=) sum over k, in order, of rows[slot_row[s,k]]; rows [N,D] float, y float. */
+    void (*combine_rows)(struct tensor rows, struct tensor slot_row, struct tensor y, bool accumulate);
+
+    /* ---- expert ---------------------------------------------------------------------------------------------------- */
+
+    /* act [N,F] = silu(gate) * up * row_weight[n]; row_weight real [N] or none (1). act may be gate or up itself. */
+    void (*swiglu_forward)(struct tensor gate, struct tensor up, struct tensor row_weight, struct tensor act);
+    /* From dact [N,F], the gradient of act: dgate and dup = (they may be gate and up, or dact, themselves),
+     * drow_weight [N] = (none when row_weight is none). */
+    void (*swiglu_backward)(struct tensor dact, struct tensor gate, struct tensor up, struct tensor row_weight,
+                            struct tensor dgate, struct tensor dup, struct tensor drow_weight);
+
+    /* ---- embedding and loss ---------------------------------------------------------------------------------------- */
+
+    /* x [S,D] = table[ids]; ids i32 [S] in 0..V-1; table [V,D] float. */
+    void (*embedding_forward)(struct tensor ids, struct tensor table, struct tensor x);
+    /* dtable [V,D] real += dx [S,D], summed in the order of s. */
+    void (*embedding_backward)(struct tensor ids, struct tensor dx, struct tensor dtable);
+
+    /* Softmax cross entropy. logits [R,V] real; target i32 [R], negative = ignored. loss_sum f64 [1] += sum of
+     * -log p(target) in nats; row_loss real [R] or none = per row (0 where ignored);
+     * dlogits [R,V] float or none = scale * (p - onehot), 0 where ignored; it may be logits itself. */
+    void (*cross_entropy)(struct tensor logits, struct tensor target, double scale, struct tensor loss_sum,
+                          struct tensor row_loss, struct tensor dlogits);
+
+    /* ---- optimizer --------------------------------------------------------------------------------------------------- */
+
+    /* AdamW, decoupled decay, one pass: param, grad, m, v real, same number of elements; `copy`, float or none, gets the
+     * new parameters in its dtype. Source: arXiv 1711.05101. */
+    void (*adamw)(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
+                  struct adamw_settings settings, struct tensor copy);
+};
+
+/* The specification: plain C, runs anywhere, slow. */
+const struct kernel_ops *kernels_ref(void);
+
+/* The fastest table that this processor can run, or the one named: "auto", "ref", "portable", "avx2", "avx512",
+ * "avx512bf16". Fails with STATUS_USAGE for a name that is unknown or that this processor cannot run. */
+enum status kernels_choose(const char *name, const struct kernel_ops **out) MUST_USE;
+
+/* Names that kernels_choose accepts and this processor runs, NULL at the end; "auto" is not among them. */
+const char *const *kernels_available(void);
+
+/* True when products of bf16 run faster than those of f32 on this processor. */
+bool kernels_prefer_bf16(void);
+
+/* Bytes of scratch that the backends hold now. */
+size_t kernels_scratch_bytes(void);
