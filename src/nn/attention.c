@@ -1,0 +1,107 @@
+#include "nn/attention.h"
+
+#include <math.h>
+
+static int64_t query_width(const struct attention_dims *dims) {
+    return (int64_t)dims->head_count * dims->head_dim;
+}
+
+static int64_t kv_width(const struct attention_dims *dims) {
+    return (int64_t)dims->kv_head_count * dims->head_dim;
+}
+
+void attention_saved_take(struct attention_saved *saved, const struct layer_context *context,
+                          const struct attention_dims *dims, struct arena *arena) {
+    int64_t rows = dims->batch * dims->sequence_length;
+    enum dtype compute = context->compute, real = context->real;
+    saved->normed = layer_take(arena, compute, rows, dims->width);
+    saved->norm_rstd = layer_take(arena, real, rows, 1);
+    saved->query_raw = layer_take(arena, compute, rows, query_width(dims));
+    saved->key_raw = layer_take(arena, compute, rows, kv_width(dims));
+    saved->query = layer_take(arena, compute, rows, query_width(dims));
+    saved->key = layer_take(arena, compute, rows, kv_width(dims));
+    saved->value = layer_take(arena, compute, rows, kv_width(dims));
+    saved->query_rstd = layer_take(arena, real, rows * dims->head_count, 1);
+    saved->key_rstd = layer_take(arena, real, rows * dims->kv_head_count, 1);
+    saved->mixed = layer_take(arena, compute, rows, query_width(dims));
+    saved->logsumexp = layer_take(arena, real, rows, dims->head_count);
+}
+
+void attention_scratch_take(struct attention_scratch *scratch, const struct layer_context *context,
+                            const struct attention_dims *dims, struct arena *arena) {
+    int64_t rows = dims->batch * dims->sequence_length;
+    scratch->dy = layer_take(arena, context->compute, rows, dims->width);
+    scratch->dmixed = layer_take(arena, context->compute, rows, query_width(dims));
+    scratch->dquery = layer_take(arena, context->compute, rows, query_width(dims));
+    scratch->dkey = layer_take(arena, context->compute, rows, kv_width(dims));
+    scratch->dvalue = layer_take(arena, context->compute, rows, kv_width(dims));
+    scratch->dnormed = layer_take(arena, context->real, rows, dims->width);
+}
+
+static struct attention_shape make_shape(const struct attention_dims *dims, int64_t key_count) {
+    return (struct attention_shape){
+        .batch = dims->batch,
+        .query_count = dims->sequence_length,
+        .key_count = key_count,
+        .head_count = dims->head_count,
+        .kv_head_count = dims->kv_head_count,
+        .head_dim = dims->head_dim,
+        .scale = 1 / sqrt((double)dims->head_dim),
+    };
+}
+
+void attention_forward(const struct layer_context *context, const struct attention_dims *dims,
+                       const struct attention_weights *w, struct tensor x, struct attention_saved *saved,
+                       struct attention_cache *cache, struct tensor x_out) {
+    const struct kernel_ops *ops = context->ops;
+    int64_t rows = dims->batch * dims->sequence_length, first = 0;
+    struct tensor key = saved->key, value = saved->value, all_keys = key, all_values = value;
+    if (cache) {
+        CHECK_OP(dims->batch, ==, 1);
+        first = cache->length;
+        key = tensor_rows(cache->key, first, rows);
+        value = tensor_rows(cache->value, first, rows);
+        cache->length += rows;
+        all_keys = tensor_rows(cache->key, 0, cache->length);
+        all_values = tensor_rows(cache->value, 0, cache->length);
+    }
+    ops->rmsnorm_forward(x, w->norm, dims->epsilon, saved->normed, saved->norm_rstd);
+    ops->gemm(saved->normed, false, w->query, true, saved->query_raw, false);
+    ops->gemm(saved->normed, false, w->key, true, saved->key_raw, false);
+    ops->gemm(saved->normed, false, w->value, true, value, false);
+    ops->qknorm_rope_forward(saved->query_raw, w->query_norm, dims->epsilon, dims->rope, dims->sequence_length, first,
+                             saved->query, saved->query_rstd);
+    ops->qknorm_rope_forward(saved->key_raw, w->key_norm, dims->epsilon, dims->rope, dims->sequence_length, first, key,
+                             saved->key_rstd);
+    struct attention_shape shape = make_shape(dims, cache ? cache->length : dims->sequence_length);
+    ops->attention_forward(shape, saved->query, all_keys, all_values, saved->mixed, saved->logsumexp);
+    ops->cast(x, x_out);
+    ops->gemm(saved->mixed, false, w->output, true, x_out, true);
+}
+
+/* dw += dy^T x and dx = (or +=) dy w, for y = x w^T. */
+static void linear_backward(const struct kernel_ops *ops, struct tensor dy, struct tensor x, struct tensor w,
+                            struct tensor dw, struct tensor dx, bool accumulate) {
+    ops->gemm(dy, true, x, false, dw, true);
+    ops->gemm(dy, false, w, false, dx, accumulate);
+}
+
+void attention_backward(const struct layer_context *context, const struct attention_dims *dims,
+                        const struct attention_weights *w, struct tensor x, const struct attention_saved *saved,
+                        const struct attention_scratch *scratch, const struct attention_gradients *gradients,
+                        struct tensor dx) {
+    const struct kernel_ops *ops = context->ops;
+    struct tensor dy = layer_as_compute(context, dx, scratch->dy);
+    linear_backward(ops, dy, saved->mixed, w->output, gradients->output, scratch->dmixed, false);
+    ops->attention_backward(make_shape(dims, dims->sequence_length), scratch->dmixed, saved->query, saved->key,
+                            saved->value, saved->mixed, saved->logsumexp, scratch->dquery, scratch->dkey,
+                            scratch->dvalue);
+    ops->qknorm_rope_backward(scratch->dquery, saved->query_raw, w->query_norm, saved->query_rstd, dims->rope,
+                              dims->sequence_length, 0, scratch->dquery, gradients->query_norm);
+    ops->qknorm_rope_backward(scratch->dkey, saved->key_raw, w->key_norm, saved->key_rstd, dims->rope,
+                              dims->sequence_length, 0, scratch->dkey, gradients->key_norm);
+    linear_backward(ops, scratch->dquery, saved->normed, w->query, gradients->query, scratch->dnormed, false);
+    linear_backward(ops, scratch->dkey, saved->normed, w->key, gradients->key, scratch->dnormed, true);
+    linear_backward(ops, scratch->dvalue, saved->normed, w->value, gradients->value, scratch->dnormed, true);
+    ops->rmsnorm_backward(scratch->dnormed, x, w->norm, saved->norm_rstd, dx, true, gradients->norm);
+}

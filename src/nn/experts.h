@@ -1,0 +1,58 @@
+/* Feed-forward layers: SwiGLU experts over ragged groups of rows, and the dense one. Source: arXiv 2002.05202.
+ *
+ * The router's weight multiplies the expert's inner activation, which equals multiplying its output (the last product is
+ * linear) and spares saving that output: the weight's gradient is the inner product of activation and its gradient. */
+#pragma once
+
+#include "nn/exchange.h"
+
+struct expert_dims {
+    int64_t rows;   /* N routed rows; S in a dense layer */
+    int64_t width;  /* D */
+    int64_t inner;  /* F */
+};
+
+struct expert_weights { /* compute [E,F,D], [E,F,D], [E,D,F]; dense: without E */
+    struct tensor gate, up, down;
+};
+
+struct expert_gradients { /* real, shapes of the weights */
+    struct tensor gate, up, down;
+};
+
+struct expert_saved {
+    struct tensor gate, up; /* compute [N,F]; backward overwrites them */
+    struct tensor weight;   /* real [N]; none in a dense layer */
+};
+
+struct expert_scratch {
+    struct tensor act, dact;   /* compute [N,F] */
+    struct tensor results;     /* compute [N,D] */
+    struct tensor drows;       /* real [N,D] */
+    struct tensor drow_weight; /* real [N] */
+};
+
+void expert_saved_take(struct expert_saved *saved, const struct layer_context *context,
+                       const struct expert_dims *dims, bool is_dense, struct arena *arena);
+void expert_scratch_take(struct expert_scratch *scratch, const struct layer_context *context,
+                         const struct expert_dims *dims, bool is_dense, struct arena *arena);
+
+/* scratch->results = each row's expert output times its weight. rows->weight is saved->weight. */
+void experts_forward(const struct layer_context *context, const struct expert_weights *weights,
+                     const struct expert_rows *rows, const struct expert_saved *saved,
+                     const struct expert_scratch *scratch);
+
+/* drows: gradient of the results; rows: as in forward. scratch->drows, scratch->drow_weight = ; gradients += . */
+void experts_backward(const struct layer_context *context, const struct expert_weights *weights,
+                      const struct expert_rows *rows, const struct expert_rows *drows,
+                      const struct expert_saved *saved, const struct expert_scratch *scratch,
+                      const struct expert_gradients *gradients);
+
+/* Dense: y real [S,D] += down(silu(gate x) * up x); x compute [S,D]. */
+void dense_forward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,
+                   const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor y);
+
+/* dy compute [S,D]; dx real [S,D] = ; gradients += . */
+void dense_backward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,
+                    struct tensor dy, const struct expert_saved *saved, const struct expert_scratch *scratch,
+                    const struct expert_gradients *gradients, struct tensor dx);
