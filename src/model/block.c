@@ -126,6 +126,18 @@ void block_forward(const struct model *m, struct workspace *w, int block, struct
     block_combine(m, w, block);
 }
 
+void block_recompute(const struct model *m, struct workspace *w, int block) {
+    const struct block_saved *saved = &w->blocks[block];
+    struct expert_weights weights = expert_weights(m, block);
+    block_attention_forward(m, w, block, NULL);
+    block_route_forward(m, w, block, false);
+    block_dispatch(m, w, block);
+    if (model_is_dense(m))
+        dense_inner_forward(&m->context, &weights, saved->mlp_normed, &saved->expert);
+    else
+        experts_inner_forward(&m->context, &weights, &saved->rows, &saved->expert);
+}
+
 void model_head(const struct model *m, struct workspace *w, double token_scale, bool with_gradients) {
     struct head_dims dims = dims_head(m, row_count(w));
     struct head_weights weights = head_weights(m);

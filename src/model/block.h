@@ -32,6 +32,9 @@ void block_combine(const struct model *model, struct workspace *workspace, int b
 void block_forward(const struct model *model, struct workspace *workspace, int block, struct attention_cache *cache,
                    bool with_stats);
 
+/* Forward of a block again from its kept input, for backward: everything but its output and statistics. */
+void block_recompute(const struct model *model, struct workspace *workspace, int block);
+
 /* loss_sum += ; row_loss = ; with_gradients: dx and gradients of head and norm. */
 void model_head(const struct model *model, struct workspace *workspace, double token_scale, bool with_gradients);
 /* Logits real [count,V] of the last `count` rows of the batch. */

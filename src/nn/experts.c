@@ -23,12 +23,17 @@ void expert_scratch_take(struct expert_scratch *scratch, const struct layer_cont
     scratch->drow_weight = layer_take(arena, context->real, dims->rows, 1);
 }
 
+void experts_inner_forward(const struct layer_context *context, const struct expert_weights *w,
+                           const struct expert_rows *rows, const struct expert_saved *saved) {
+    context->ops->grouped_forward(rows->data, rows->rows, rows->offsets, w->gate, saved->gate);
+    context->ops->grouped_forward(rows->data, rows->rows, rows->offsets, w->up, saved->up);
+}
+
 void experts_forward(const struct layer_context *context, const struct expert_weights *w,
                      const struct expert_rows *rows, const struct expert_saved *saved,
                      const struct expert_scratch *scratch) {
     const struct kernel_ops *ops = context->ops;
-    ops->grouped_forward(rows->data, rows->rows, rows->offsets, w->gate, saved->gate);
-    ops->grouped_forward(rows->data, rows->rows, rows->offsets, w->up, saved->up);
+    experts_inner_forward(context, w, rows, saved);
     ops->swiglu_forward(saved->gate, saved->up, rows->weight, scratch->act);
     ops->grouped_forward(scratch->act, tensor_none(), rows->offsets, w->down, scratch->results);
 }
@@ -50,11 +55,16 @@ void experts_backward(const struct layer_context *context, const struct expert_w
     ops->grouped_backward_input(saved->up, none, offsets, w->up, scratch->drows, true);
 }
 
+void dense_inner_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
+                         const struct expert_saved *saved) {
+    context->ops->gemm(x, false, w->gate, true, saved->gate, false);
+    context->ops->gemm(x, false, w->up, true, saved->up, false);
+}
+
 void dense_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
                    const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor y) {
     const struct kernel_ops *ops = context->ops;
-    ops->gemm(x, false, w->gate, true, saved->gate, false);
-    ops->gemm(x, false, w->up, true, saved->up, false);
+    dense_inner_forward(context, w, x, saved);
     ops->swiglu_forward(saved->gate, saved->up, tensor_none(), scratch->act);
     ops->gemm(scratch->act, false, w->down, true, y, true);
 }

@@ -37,6 +37,12 @@ void expert_saved_take(struct expert_saved *saved, const struct layer_context *c
 void expert_scratch_take(struct expert_scratch *scratch, const struct layer_context *context,
                          const struct expert_dims *dims, bool is_dense, struct arena *arena);
 
+/* The first half of forward: what backward needs, saved->gate and saved->up. */
+void experts_inner_forward(const struct layer_context *context, const struct expert_weights *weights,
+                           const struct expert_rows *rows, const struct expert_saved *saved);
+void dense_inner_forward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,
+                         const struct expert_saved *saved);
+
 /* scratch->results = each row's expert output times its weight. rows->weight is saved->weight. */
 void experts_forward(const struct layer_context *context, const struct expert_weights *weights,
                      const struct expert_rows *rows, const struct expert_saved *saved,
