@@ -1,0 +1,137 @@
+#include "train/run_config.h"
+
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char *const precision_names[] = {"auto", "fp32", "bf16", NULL};
+static const char *const recompute_names[] = {"none", "block", NULL};
+
+#define AT(member) offsetof(struct run_config, member)
+
+static const struct setting preset_setting[] = {
+    {"model", "preset", SETTING_STRING, AT(preset), 0, 0, NULL, "a named model with its training settings"},
+};
+
+static const struct setting run_settings[] = {
+    {"data", "train", SETTING_STRING, AT(data.train), 0, 0, NULL, "UTF-8 text files to learn from, shell patterns"},
+    {"data", "valid", SETTING_STRING, AT(data.valid), 0, 0, NULL,
+     "held-out text files; empty: a tenth of data.train, by block"},
+    {"data", "tokenizer", SETTING_STRING, AT(data.tokenizer), 0, 0, NULL,
+     "a tokenizer.json; empty: one is trained on data.train"},
+    {"data", "vocab_size", SETTING_INTEGER, AT(data.vocab_size), 257, 1 << 20, NULL,
+     "tokens of a tokenizer that is trained"},
+    {"train", "steps", SETTING_INTEGER, AT(train.steps), 0, 1e9, NULL, "updates; 0: as many as train.target_minutes hold"},
+    {"train", "target_minutes", SETTING_NUMBER, AT(train.target_minutes), 0, 1e6, NULL,
+     "with steps = 0: minutes to train for, measured once at the start"},
+    {"train", "sequence_length", SETTING_INTEGER, AT(train.sequence_length), 1, 1 << 24, NULL, "tokens in a sequence"},
+    {"train", "batch_sequences", SETTING_INTEGER, AT(train.batch_sequences), 1, 1 << 20, NULL, "sequences in a step"},
+    {"train", "micro_batch_sequences", SETTING_INTEGER, AT(train.micro_batch_sequences), 0, 1 << 20, NULL,
+     "sequences at a time; 0: the whole batch"},
+    {"train", "precision", SETTING_CHOICE, AT(train.precision), 0, 2, precision_names,
+     "of products: fp32, bf16 (master weights stay fp32), or auto: bf16 where the processor has it"},
+    {"train", "recompute", SETTING_CHOICE, AT(train.recompute), 0, 1, recompute_names,
+     "none keeps activations, block keeps each block's input only"},
+    {"train", "seed", SETTING_INTEGER, AT(train.seed), 0, 9e15, NULL, "of weights and of the order of the data"},
+    {"train", "eval_every_steps", SETTING_INTEGER, AT(train.eval_every_steps), 0, 1e9, NULL,
+     "steps between held-out losses; 0: only at the end"},
+    {"train", "eval_tokens", SETTING_INTEGER, AT(train.eval_tokens), 0, 1e12, NULL,
+     "held-out tokens looked at during training; 0: all"},
+    {"train", "sample_every_steps", SETTING_INTEGER, AT(train.sample_every_steps), 0, 1e9, NULL,
+     "steps between passages written to samples.txt; 0: none"},
+};
+
+static const struct setting place_settings[] = {
+    {"checkpoint", "every_steps", SETTING_INTEGER, AT(checkpoint.every_steps), 0, 1e9, NULL,
+     "steps between checkpoints; 0: only at the end"},
+    {"checkpoint", "keep", SETTING_INTEGER, AT(checkpoint.keep), 1, 1e6, NULL, "checkpoints kept"},
+    {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},
+    {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
+     "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
+    {"run", "threads", SETTING_INTEGER, AT(run.threads), 0, 4096, NULL, "threads; 0: one for each processor"},
+};
+
+#undef AT
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+
+struct setting_group run_config_group(void) {
+    static struct setting_table tables[] = {
+        {preset_setting, COUNT(preset_setting), 0},
+        {model_settings, 0, offsetof(struct run_config, model)},
+        {run_settings, COUNT(run_settings), 0},
+        {optimizer_setting_list, 0, offsetof(struct run_config, optim)},
+        {place_settings, COUNT(place_settings), 0},
+    };
+    tables[1].count = model_setting_count;
+    tables[3].count = optimizer_setting_count;
+    return (struct setting_group){tables, COUNT(tables)};
+}
+
+void run_config_init(struct run_config *config) {
+    memset(config, 0, sizeof *config);
+    model_config_init(&config->model);
+    optimizer_settings_init(&config->optim);
+    config->data.vocab_size = 4096;
+    config->train.steps = 1000;
+    config->train.sequence_length = 256;
+    config->train.batch_sequences = 16;
+    config->train.seed = 1;
+    config->train.eval_every_steps = 100;
+    config->train.eval_tokens = 65536;
+    config->train.sample_every_steps = 0;
+    config->checkpoint.every_steps = 200;
+    config->checkpoint.keep = 2;
+    strcpy(config->run.directory, "runs/cadre");
+    strcpy(config->run.kernels, "auto");
+}
+
+/* The preset that file or command line name; the line wins. */
+static enum status find_preset(const char *ini_path, const char *const *pairs, int pair_count, char *name) {
+    struct run_config probe;
+    run_config_init(&probe);
+    if (ini_path)
+        TRY(setting_read_ini(run_config_group(), &probe, ini_path));
+    strcpy(name, probe.preset);
+    for (int i = 0; i < pair_count; i++)
+        if (strcmp(pairs[2 * i], "model.preset") == 0)
+            snprintf(name, SETTING_STRING_BYTES, "%s", pairs[2 * i + 1]);
+    return STATUS_OK;
+}
+
+enum status run_config_resolve(struct run_config *config, const char *ini_path, const char *const *pairs,
+                               int pair_count) {
+    char preset[SETTING_STRING_BYTES];
+    TRY(find_preset(ini_path, pairs, pair_count, preset));
+    run_config_init(config);
+    if (*preset)
+        TRY(preset_apply(config, preset));
+    if (ini_path)
+        TRY(setting_read_ini(run_config_group(), config, ini_path));
+    for (int i = 0; i < pair_count; i++)
+        TRY(setting_set(run_config_group(), config, pairs[2 * i], pairs[2 * i + 1], "command line"));
+    return run_config_check(config);
+}
+
+enum status run_config_check(struct run_config *c) {
+    TRY(model_config_check(&c->model, "model"));
+    if (c->train.micro_batch_sequences == 0)
+        c->train.micro_batch_sequences = c->train.batch_sequences;
+    if (c->train.batch_sequences % c->train.micro_batch_sequences != 0)
+        return status_fail(STATUS_USAGE, "train.batch_sequences %lld is not a multiple of train.micro_batch_sequences %lld",
+                           (long long)c->train.batch_sequences, (long long)c->train.micro_batch_sequences);
+    if (c->train.sequence_length > c->model.max_position_embeddings)
+        return status_fail(STATUS_USAGE,
+                           "train.sequence_length %lld is longer than model.max_position_embeddings %lld",
+                           (long long)c->train.sequence_length, (long long)c->model.max_position_embeddings);
+    if (c->train.steps == 0 && c->train.target_minutes <= 0)
+        return status_fail(STATUS_USAGE, "train.steps is 0; set it, or train.target_minutes");
+    if (!*c->run.directory)
+        return status_fail(STATUS_USAGE, "run.directory is empty");
+    return STATUS_OK;
+}
+
+enum dtype run_config_compute(const struct run_config *config) {
+    if (config->train.precision == PRECISION_AUTO)
+        return kernels_prefer_bf16() ? DTYPE_BF16 : DTYPE_F32;
+    return config->train.precision == PRECISION_BF16 ? DTYPE_BF16 : DTYPE_F32;
+}

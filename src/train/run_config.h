@@ -1,0 +1,54 @@
+/* Every setting of a training run: what config.ini and the command line may say. */
+#pragma once
+
+#include "model/config.h"
+#include "optim/optimizer.h"
+
+enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
+enum recompute { RECOMPUTE_NONE, RECOMPUTE_BLOCK };
+
+struct run_config {
+    struct model_config model;
+    char preset[SETTING_STRING_BYTES];
+    struct {
+        char train[SETTING_STRING_BYTES], valid[SETTING_STRING_BYTES], tokenizer[SETTING_STRING_BYTES];
+        int64_t vocab_size;
+    } data;
+    struct {
+        int64_t steps;
+        double target_minutes;
+        int64_t sequence_length, batch_sequences, micro_batch_sequences;
+        int precision, recompute; /* enum precision, enum recompute */
+        int64_t seed, eval_every_steps, eval_tokens, sample_every_steps;
+    } train;
+    struct optimizer_settings optim;
+    struct {
+        int64_t every_steps, keep;
+    } checkpoint;
+    struct {
+        char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES];
+        int64_t threads;
+    } run;
+};
+
+struct setting_group run_config_group(void);
+
+/* Defaults without a preset. */
+void run_config_init(struct run_config *config);
+
+/* Names of the presets, NULL at the end. */
+const char *const *preset_names(void);
+
+/* Set what a preset says; STATUS_USAGE with the nearest name for an unknown one. */
+enum status preset_apply(struct run_config *config, const char *name) MUST_USE;
+
+/* From a file (or NULL) and pairs "section.key", "value" of a command line: defaults, then the preset that file or line
+ * name, then the file, then the line. Checks what can be checked before any data is read. */
+enum status run_config_resolve(struct run_config *config, const char *ini_path, const char *const *pairs,
+                               int pair_count) MUST_USE;
+
+/* Sizes that belong together: micro-batches divide the batch, the sequence fits the positions, ... */
+enum status run_config_check(struct run_config *config) MUST_USE;
+
+/* The dtype that products run in, with PRECISION_AUTO decided for this machine. */
+enum dtype run_config_compute(const struct run_config *config);
