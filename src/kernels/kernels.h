@@ -106,7 +106,7 @@ struct kernel_ops {
 
     /* ---- routing ------------------------------------------------------------------------------------------------- */
 
-    /* prob [S,E] = softmax(logits [S,E]); expert i32 [S,K] = the K best, best first, on a tie the lower index;
+    /* prob [S,E] = softmax(logits [S,E]); expert i32 [S,K] = the K best by logit, best first, on a tie the lower index;
      * weight [S,K] = their probabilities, divided by their sum with `normalize`. All real. 1 <= K <= E. */
     void (*router_topk_forward)(struct tensor logits, bool normalize, struct tensor prob, struct tensor expert,
                                 struct tensor weight);

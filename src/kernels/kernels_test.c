@@ -1,0 +1,1193 @@
+/* One list of cases, run over every backend that this processor can run.
+ *
+ * A case is a call: operands with their numbers, and the operation. It is made once in f64 by the reference,
+ * from operands already rounded to their dtypes, and then by every backend with 1, 2, 3 and 4 threads:
+ *  - outputs, poisoned before, agree with the reference by norm(error) / norm(reference); integers exactly
+ *  - any number of threads gives the same bits
+ *  - nothing beside the outputs is written: guard bytes and inputs stay as they were
+ *  - outputs that may lie over an input do so where the case says it (OVER)
+ */
+#include "base/threads.h"
+#include "kernels/kernels_testing.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <cmocka.h>
+
+enum { OPERANDS_MAX = 12, BACKENDS_MAX = 8, THREADS_MAX = 4, FAILURES_SHOWN = 12 };
+
+enum role {
+    ABSENT,
+    IN,
+    OUT,  /* poisoned before */
+    SUM,  /* += : starts from the operand's numbers */
+    OVER, /* an output in the memory of the operand `over`, which is an input */
+};
+
+struct operand {
+    const char *name;
+    enum role role;
+    struct tensor start; /* numbers before the call; for OUT the shape only */
+    int over;
+};
+
+struct call {
+    const char *operation, *label;
+    void (*make)(const struct kernel_ops *ops, const struct call *call, const struct tensor *t);
+    struct operand operands[OPERANDS_MAX];
+    int operand_count;
+    double slack;     /* times the usual bound: for cases that are ill-conditioned by nature */
+    double magnitude; /* rms below which an output counts as rounding of something that cancelled */
+
+    bool transpose_a, transpose_b, accumulate, normalize;
+    int64_t sequence_length, first_position;
+    struct attention_shape attention;
+    struct router_loss_scales scales;
+    struct adamw_settings adamw;
+    double scalar; /* epsilon, value or scale */
+};
+
+static const struct kernel_ops *backends[BACKENDS_MAX];
+static const char *backend_names[BACKENDS_MAX];
+static int backend_count, failure_count;
+static long case_count, calls_made[BACKENDS_MAX];
+static double worst_share[BACKENDS_MAX]; /* largest error over its bound */
+
+static const enum dtype real_of[DTYPE_COUNT] = {DTYPE_F32, DTYPE_F32, DTYPE_F64, DTYPE_I32};
+
+/* ---- operands ---- */
+
+static struct tensor make_1d(enum dtype dtype, int64_t n) {
+    return tensor_1d(NULL, dtype, n);
+}
+
+static struct tensor make_2d(enum dtype dtype, int64_t rows, int64_t columns) {
+    return tensor_2d(NULL, dtype, rows, columns);
+}
+
+static struct tensor make_3d(enum dtype dtype, int64_t d0, int64_t d1, int64_t d2) {
+    return tensor_3d(NULL, dtype, d0, d1, d2);
+}
+
+static int add_operand(struct call *call, const char *name, enum role role, struct tensor start, int over) {
+    assert_in_range(call->operand_count, 0, OPERANDS_MAX - 1);
+    call->operands[call->operand_count] = (struct operand){name, role, start, over};
+    return call->operand_count++;
+}
+
+static int add_in(struct call *call, const char *name, struct tensor numbers) {
+    return add_operand(call, name, IN, numbers, -1);
+}
+
+static int add_out(struct call *call, const char *name, struct tensor like) {
+    return add_operand(call, name, OUT, like, -1);
+}
+
+static int add_sum(struct call *call, const char *name, struct tensor numbers) {
+    return add_operand(call, name, SUM, numbers, -1);
+}
+
+static int add_out_or_sum(struct call *call, const char *name, struct tensor like, double scale) {
+    return call->accumulate ? add_sum(call, name, test_random(like, scale)) : add_out(call, name, like);
+}
+
+/* An output of its own, or over operand `over` where that is not negative. */
+static int add_out_over(struct call *call, const char *name, struct tensor like, int over) {
+    return over < 0 ? add_out(call, name, like) : add_operand(call, name, OVER, like, over);
+}
+
+static int add_absent(struct call *call) {
+    return add_operand(call, "absent", ABSENT, tensor_none(), -1);
+}
+
+/* ---- the runner ---- */
+
+static void report(const struct call *call, const char *backend, const char *format, ...) PRINTF_LIKE(3, 4);
+
+static void report(const struct call *call, const char *backend, const char *format, ...) {
+    if (failure_count++ >= FAILURES_SHOWN)
+        return;
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    print_error("%s of %s (%s): %s\n", call->operation, backend, call->label, text);
+    for (int i = 0; i < call->operand_count; i++) {
+        struct tensor t = call->operands[i].start;
+        print_error("    %s %s [%lld,%lld,%lld]\n", call->operands[i].name, dtype_name(t.dtype),
+                    (long long)t.shape[0], (long long)t.shape[1], (long long)t.shape[2]);
+    }
+}
+
+/* Memory for every operand: as given, or all in f64 for the reference. */
+static void place_operands(const struct call *call, bool in_f64, struct tensor *t) {
+    for (int i = 0; i < call->operand_count; i++) {
+        const struct operand *operand = &call->operands[i];
+        struct tensor like = operand->start;
+        if (in_f64 && like.dtype != DTYPE_I32)
+            like.dtype = DTYPE_F64;
+        if (operand->role == ABSENT)
+            t[i] = tensor_none();
+        else if (operand->role == OUT)
+            t[i] = test_tensor(like);
+        else if (operand->role == OVER)
+            t[i] = in_f64 ? test_tensor(like) : t[operand->over];
+        else
+            t[i] = test_copy(operand->start, like.dtype);
+    }
+}
+
+static bool is_output(const struct call *call, int i) {
+    return call->operands[i].role >= OUT;
+}
+
+static bool is_overwritten(const struct call *call, int i) {
+    for (int j = 0; j < call->operand_count; j++)
+        if (call->operands[j].role == OVER && call->operands[j].over == i)
+            return true;
+    return false;
+}
+
+/* What an output may be off, relative to the norm of the reference. */
+static double bound_of(const struct call *call, struct tensor out) {
+    bool any_f32 = false, any_bf16 = false;
+    for (int i = 0; i < call->operand_count; i++) {
+        any_f32 |= call->operands[i].role != ABSENT && call->operands[i].start.dtype == DTYPE_F32;
+        any_bf16 |= call->operands[i].start.dtype == DTYPE_BF16;
+    }
+    double bound = any_bf16 ? 1e-5 : any_f32 ? 2e-6 : 1e-12;
+    return bound * call->slack + (out.dtype == DTYPE_BF16 ? 4e-3 : 0);
+}
+
+static void compare(const struct call *call, int backend, int i, struct tensor found,
+                    struct tensor expected) {
+    double error = 0, norm = 0, bound = bound_of(call, found), count = (double)tensor_elements(found);
+    for (int64_t j = 0; j < tensor_elements(found); j++) {
+        double difference = test_get(found, j) - test_get(expected, j);
+        error += difference * difference;
+        norm += test_get(expected, j) * test_get(expected, j);
+    }
+    if (found.dtype == DTYPE_I32) {
+        if (error != 0)
+            report(call, backend_names[backend], "%s: integers differ", call->operands[i].name);
+        return;
+    }
+    double allowed = bound * fmax(sqrt(norm), call->magnitude * sqrt(count));
+    if (!(sqrt(error) <= allowed))
+        report(call, backend_names[backend], "%s: error %.3g, norm %.3g, allowed %.3g",
+               call->operands[i].name, sqrt(error), sqrt(norm), allowed);
+    else if (allowed > 0)
+        worst_share[backend] = fmax(worst_share[backend], sqrt(error) / allowed);
+}
+
+static bool same_bytes(struct tensor a, struct tensor b) {
+    return memcmp(a.data, b.data, tensor_bytes(a)) == 0;
+}
+
+static void check_untouched(const struct call *call, int backend, const struct tensor *t) {
+    if (!test_guards_hold())
+        report(call, backend_names[backend], "wrote outside of its outputs");
+    for (int i = 0; i < call->operand_count; i++)
+        if (call->operands[i].role == IN && !is_overwritten(call, i) &&
+            !same_bytes(t[i], call->operands[i].start))
+            report(call, backend_names[backend], "changed its input %s", call->operands[i].name);
+}
+
+static void run_backend(const struct call *call, int backend, const struct tensor *expected) {
+    struct tensor first[OPERANDS_MAX], t[OPERANDS_MAX];
+    for (int threads = 1; threads <= THREADS_MAX; threads++) {
+        struct tensor *placed = threads == 1 ? first : t;
+        place_operands(call, false, placed);
+        threads_set_count(threads);
+        call->make(backends[backend], call, placed);
+        check_untouched(call, backend, placed);
+        for (int i = 0; i < call->operand_count; i++) {
+            if (!is_output(call, i))
+                continue;
+            if (threads == 1)
+                compare(call, backend, i, first[i], expected[i]);
+            else if (!same_bytes(first[i], t[i]))
+                report(call, backend_names[backend], "%s: %d threads give other bits than one",
+                       call->operands[i].name, threads);
+        }
+    }
+    calls_made[backend] += THREADS_MAX;
+}
+
+/* Run the case everywhere and give its memory back. */
+static void run(struct call *call) {
+    struct tensor expected[OPERANDS_MAX];
+    if (call->slack == 0)
+        call->slack = 1;
+    place_operands(call, true, expected);
+    call->make(kernels_ref(), call, expected);
+    for (int b = 0; b < backend_count; b++)
+        run_backend(call, b, expected);
+    case_count++;
+    test_release();
+}
+
+static void expect_no_failures(void) {
+    int count = failure_count;
+    failure_count = 0;
+    if (count)
+        fail_msg("%d failures", count);
+}
+
+/* ---- lists that cases are drawn from ---- */
+
+/* Around and between the tiles that a fast kernel may have. */
+static const int64_t odd_sizes[] = {1, 2, 3, 5, 7, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255};
+enum { ODD_SIZES = sizeof odd_sizes / sizeof *odd_sizes };
+
+/* dtype of the inputs and of the output. */
+struct dtype_pair {
+    enum dtype in, out;
+};
+static const struct dtype_pair product_dtypes[] = {
+    {DTYPE_F32, DTYPE_F32}, {DTYPE_BF16, DTYPE_F32}, {DTYPE_BF16, DTYPE_BF16}, {DTYPE_F64, DTYPE_F64}};
+enum { PRODUCT_DTYPES = sizeof product_dtypes / sizeof *product_dtypes };
+
+static const enum dtype float_dtypes[] = {DTYPE_F32, DTYPE_BF16, DTYPE_F64};
+enum { FLOAT_DTYPES = 3 };
+
+/* ---- products ---- */
+
+static void make_gemm(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->gemm(t[0], call->transpose_a, t[1], call->transpose_b, t[2], call->accumulate);
+}
+
+static void case_gemm(int64_t m, int64_t n, int64_t k, int form, struct dtype_pair dtypes, double a_scale,
+                      double b_scale, const char *label) {
+    struct call call = {.operation = "gemm",
+                        .label = label,
+                        .make = make_gemm,
+                        .transpose_a = form & 1,
+                        .transpose_b = form & 2,
+                        .accumulate = form & 4};
+    call.magnitude = sqrt((double)k) * a_scale * b_scale;
+    add_in(&call, "a", test_random(form & 1 ? make_2d(dtypes.in, k, m) : make_2d(dtypes.in, m, k), a_scale));
+    add_in(&call, "b", test_random(form & 2 ? make_2d(dtypes.in, n, k) : make_2d(dtypes.in, k, n), b_scale));
+    add_out_or_sum(&call, "c", make_2d(dtypes.out, m, n), a_scale * b_scale);
+    run(&call);
+}
+
+static void test_gemm(void **state) {
+    (void)state;
+    for (int i = 0; i < ODD_SIZES; i++)
+        for (int form = 0; form < 8; form++) {
+            int64_t m = odd_sizes[i], n = odd_sizes[(i * 4 + form * 3) % ODD_SIZES];
+            int64_t k = odd_sizes[(i * 7 + form * 2 + 5) % ODD_SIZES];
+            for (int d = 0; d < PRODUCT_DTYPES; d++)
+                case_gemm(m, n, k, form, product_dtypes[d], 1, 1, "odd sizes");
+        }
+    for (int d = 0; d < PRODUCT_DTYPES; d++)
+        for (int form = 0; form < 8; form++) {
+            case_gemm(0, 5, 7, form, product_dtypes[d], 1, 1, "M = 0");
+            case_gemm(5, 0, 7, form, product_dtypes[d], 1, 1, "N = 0");
+            case_gemm(5, 7, 0, form, product_dtypes[d], 1, 1, "K = 0");
+            case_gemm(17, 33, 65, form, product_dtypes[d], 0, 1, "zeros");
+            case_gemm(17, 33, 65, form, product_dtypes[d], 1e-20, 1, "tiny");
+            case_gemm(17, 33, 65, form, product_dtypes[d], 1e18, 1e16, "large");
+            case_gemm(130, 70, 530, form, product_dtypes[d], 1, 1, "several blocks");
+        }
+    expect_no_failures();
+}
+
+/* E, N, O, I */
+struct groups {
+    int64_t experts, rows, out, in;
+};
+static const struct groups group_shapes[] = {
+    {1, 1, 1, 1},      {2, 3, 5, 7},      {4, 17, 33, 15},   {8, 127, 65, 31}, {8, 129, 16, 64},
+    {64, 100, 24, 40}, {3, 255, 129, 63}, {5, 0, 8, 8},      {4, 33, 127, 17}, {2, 63, 255, 3},
+    {4, 16, 1, 129},   {4, 64, 32, 1},    {2, 300, 96, 144}, {7, 31, 48, 130}, {8, 65, 2, 5},
+};
+enum { GROUP_SHAPES = sizeof group_shapes / sizeof *group_shapes };
+
+/* A matrix of `rows` rows, or one of half as many with the indices that gather them. */
+static void add_gathered(struct call *call, const char *name, enum dtype dtype, int64_t rows, int64_t columns,
+                         bool gathered) {
+    int64_t stored = gathered ? rows / 2 + 1 : rows;
+    add_in(call, name, test_random(make_2d(dtype, stored, columns), 1));
+    if (gathered)
+        add_in(call, "rows", test_indices(make_1d(DTYPE_I32, rows), stored));
+    else
+        add_absent(call);
+}
+
+static void make_grouped_forward(const struct kernel_ops *ops, const struct call *call,
+                                 const struct tensor *t) {
+    (void)call;
+    ops->grouped_forward(t[0], t[1], t[2], t[3], t[4]);
+}
+
+static void make_grouped_backward_input(const struct kernel_ops *ops, const struct call *call,
+                                        const struct tensor *t) {
+    ops->grouped_backward_input(t[0], t[1], t[2], t[3], t[4], call->accumulate);
+}
+
+static void make_grouped_backward_weight(const struct kernel_ops *ops, const struct call *call,
+                                         const struct tensor *t) {
+    (void)call;
+    ops->grouped_backward_weight(t[0], t[1], t[2], t[3], t[4], t[5]);
+}
+
+static void case_grouped_rows(struct groups g, enum test_spread spread, bool gathered,
+                              struct dtype_pair dtypes, bool backward, bool accumulate) {
+    struct call call = {.operation = backward ? "grouped_backward_input" : "grouped_forward",
+                        .label = gathered ? "gathered" : "in order",
+                        .make = backward ? make_grouped_backward_input : make_grouped_forward,
+                        .accumulate = accumulate};
+    int64_t inner = backward ? g.out : g.in;
+    call.magnitude = sqrt((double)inner);
+    add_gathered(&call, backward ? "dy" : "x", dtypes.in, g.rows, inner, gathered);
+    add_in(&call, "offsets", test_offsets(spread, g.rows, g.experts));
+    add_in(&call, "w", test_random(make_3d(dtypes.in, g.experts, g.out, g.in), 1));
+    add_out_or_sum(&call, backward ? "dx" : "y", make_2d(dtypes.out, g.rows, backward ? g.in : g.out), 1);
+    run(&call);
+}
+
+static void case_grouped_weight(struct groups g, enum test_spread spread, bool dy_gathered, bool x_gathered,
+                                enum dtype dtype) {
+    struct call call = {.operation = "grouped_backward_weight",
+                        .label = x_gathered ? "x gathered" : "x in order",
+                        .make = make_grouped_backward_weight,
+                        .magnitude = 1};
+    add_gathered(&call, "dy", dtype, g.rows, g.out, dy_gathered);
+    add_gathered(&call, "x", dtype, g.rows, g.in, x_gathered);
+    add_in(&call, "offsets", test_offsets(spread, g.rows, g.experts));
+    add_sum(&call, "dw", test_random(make_3d(real_of[dtype], g.experts, g.out, g.in), 1));
+    run(&call);
+}
+
+static void test_grouped_forward(void **state) {
+    (void)state;
+    for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * PRODUCT_DTYPES; i++)
+        case_grouped_rows(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
+                          product_dtypes[i / (GROUP_SHAPES * SPREAD_COUNT)], false, false);
+    expect_no_failures();
+}
+
+static void test_grouped_backward_input(void **state) {
+    (void)state;
+    for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * PRODUCT_DTYPES; i++)
+        case_grouped_rows(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
+                          product_dtypes[i / (GROUP_SHAPES * SPREAD_COUNT)], true, i % 3 == 0);
+    expect_no_failures();
+}
+
+static void test_grouped_backward_weight(void **state) {
+    (void)state;
+    for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * FLOAT_DTYPES; i++)
+        case_grouped_weight(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
+                            i % 3 == 0, float_dtypes[i / (GROUP_SHAPES * SPREAD_COUNT)]);
+    expect_no_failures();
+}
+
+/* ---- simple ---- */
+
+static void make_fill(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->fill(t[0], call->scalar);
+}
+
+static void make_cast(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    (void)call;
+    ops->cast(t[0], t[1]);
+}
+
+static void make_add(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    (void)call;
+    ops->add(t[0], t[1]);
+}
+
+static void make_sum_squares(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    (void)call;
+    ops->sum_squares(t[0], t[1]);
+}
+
+static void make_gather_scalars(const struct kernel_ops *ops, const struct call *call,
+                                const struct tensor *t) {
+    (void)call;
+    ops->gather_scalars(t[0], t[1], t[2]);
+}
+
+static const int64_t element_counts[] = {0, 1, 2, 7, 15, 16, 17, 31, 33, 255, 1000, 70001};
+enum { ELEMENT_COUNTS = sizeof element_counts / sizeof *element_counts };
+
+static void case_elements(int64_t count, enum dtype from, enum dtype to, double scale, const char *label) {
+    struct call cast = {.operation = "cast", .label = label, .make = make_cast};
+    add_in(&cast, "from", test_random(make_1d(from, count), scale));
+    add_out(&cast, "to", make_1d(to, count));
+    run(&cast);
+
+    struct call add = {.operation = "add", .label = label, .make = make_add};
+    add_in(&add, "x", test_random(make_1d(from, count), scale));
+    add_sum(&add, "y", test_random(make_1d(to, count), scale));
+    run(&add);
+
+    struct call squares = {.operation = "sum_squares", .label = label, .make = make_sum_squares};
+    add_in(&squares, "x", test_random(make_1d(from, count), scale));
+    add_sum(&squares, "sum", test_filled(make_1d(DTYPE_F64, 1), scale * scale));
+    run(&squares);
+}
+
+static void case_scalars(int64_t count, enum dtype dtype) {
+    struct call fill = {.operation = "fill", .label = "1.5", .make = make_fill, .scalar = 1.5};
+    add_out(&fill, "t", make_1d(dtype, count));
+    run(&fill);
+    fill = (struct call){.operation = "fill", .label = "0", .make = make_fill};
+    add_out(&fill, "t", make_1d(dtype, count));
+    run(&fill);
+    if (dtype == DTYPE_BF16)
+        return;
+    struct call gather = {.operation = "gather_scalars", .label = "random", .make = make_gather_scalars};
+    add_in(&gather, "from", test_random(make_1d(dtype, count + 3), 1));
+    add_in(&gather, "index", test_indices(make_1d(DTYPE_I32, count), count + 3));
+    add_out(&gather, "to", make_1d(dtype, count));
+    run(&gather);
+}
+
+static void test_simple(void **state) {
+    (void)state;
+    for (int i = 0; i < ELEMENT_COUNTS; i++)
+        for (int d = 0; d < FLOAT_DTYPES; d++) {
+            case_scalars(element_counts[i], float_dtypes[d]);
+            for (int to = 0; to < FLOAT_DTYPES; to++) {
+                case_elements(element_counts[i], float_dtypes[d], float_dtypes[to], 1, "random");
+                case_elements(element_counts[i], float_dtypes[d], float_dtypes[to], 0, "zeros");
+            }
+            case_elements(element_counts[i], float_dtypes[d], float_dtypes[d], 1e-15, "tiny");
+            case_elements(element_counts[i], float_dtypes[d], float_dtypes[d], 1e15, "large");
+        }
+    expect_no_failures();
+}
+
+/* What a comparison of norms cannot see: cast rounds to nearest even and keeps NaN and infinity; a NaN or an
+ * infinity reaches sum_squares. */
+static void test_special_numbers(void **state) {
+    (void)state;
+    uint32_t bits[70];
+    uint16_t rounded[70];
+    for (uint32_t i = 0; i < 70; i++)
+        bits[i] = 0x3F800000u + i * 0x4000u; /* quarters of a bf16 step: ties among them */
+    bits[3] = 0x7F800000u, bits[20] = 0xFF800000u, bits[35] = 0x7FC00001u, bits[68] = 0x7F7FFFFFu;
+    struct tensor x = tensor_1d(bits, DTYPE_F32, 70), y = tensor_1d(rounded, DTYPE_BF16, 70);
+    for (int b = 0; b < backend_count; b++) {
+        double sum = 0;
+        backends[b]->cast(x, y);
+        for (int64_t i = 0; i < 70; i++) {
+            uint16_t expected = float_to_bf16((float)test_get(x, i));
+            assert_true(i == 35 ? isnan(test_get(y, i)) : rounded[i] == expected);
+        }
+        backends[b]->sum_squares(x, tensor_1d(&sum, DTYPE_F64, 1));
+        assert_true(isnan(sum));
+        sum = 0;
+        backends[b]->sum_squares(tensor_rows(x, 0, 33), tensor_1d(&sum, DTYPE_F64, 1));
+        assert_true(isinf(sum));
+    }
+}
+
+/* ---- normalisation ---- */
+
+static void make_rmsnorm_forward(const struct kernel_ops *ops, const struct call *call,
+                                 const struct tensor *t) {
+    ops->rmsnorm_forward(t[0], t[1], call->scalar, t[2], t[3]);
+}
+
+static void make_rmsnorm_backward(const struct kernel_ops *ops, const struct call *call,
+                                  const struct tensor *t) {
+    ops->rmsnorm_backward(t[0], t[1], t[2], t[3], t[4], call->accumulate, t[5]);
+}
+
+/* rstd of groups of `width` elements, rounded to `dtype`: what the forward kept. */
+static struct tensor rstd_of(struct tensor x, int64_t width, double epsilon, enum dtype dtype) {
+    struct tensor rstd = test_tensor(make_1d(dtype, width ? tensor_elements(x) / width : 0));
+    for (int64_t r = 0; r < tensor_elements(rstd); r++) {
+        double sum = 0;
+        for (int64_t i = r * width; i < (r + 1) * width; i++)
+            sum += test_get(x, i) * test_get(x, i);
+        test_set(rstd, r, 1 / sqrt(sum / (double)width + epsilon));
+    }
+    return rstd;
+}
+
+static void case_rmsnorm(int64_t rows, int64_t width, enum dtype in, enum dtype out, double scale,
+                         bool in_place, const char *label) {
+    enum dtype real = real_of[in];
+    struct call forward = {
+        .operation = "rmsnorm_forward", .label = label, .make = make_rmsnorm_forward, .scalar = 1e-6};
+    add_in(&forward, "x", test_random(make_2d(in, rows, width), scale));
+    add_in(&forward, "weight", test_random(make_1d(real, width), 1));
+    add_out(&forward, "y", make_2d(out, rows, width));
+    add_out(&forward, "rstd", make_1d(real, rows));
+    run(&forward);
+
+    struct call backward = {.operation = "rmsnorm_backward",
+                            .label = in_place ? "dx over dy" : label,
+                            .make = make_rmsnorm_backward,
+                            .accumulate = !in_place && rows % 2};
+    struct tensor x = test_random(make_2d(in, rows, width), scale), rstd = rstd_of(x, width, 1e-6, real);
+    backward.magnitude = rows ? test_get(rstd, 0) : 0;
+    int dy = add_in(&backward, "dy", test_random(make_2d(out, rows, width), 1));
+    add_in(&backward, "x", x);
+    add_in(&backward, "weight", test_random(make_1d(real, width), 1));
+    add_in(&backward, "rstd", rstd);
+    if (in_place)
+        add_out_over(&backward, "dx", make_2d(out, rows, width), dy);
+    else
+        add_out_or_sum(&backward, "dx", make_2d(in, rows, width), backward.magnitude);
+    add_sum(&backward, "dweight", test_random(make_1d(real, width), 1));
+    backward.magnitude = fmin(backward.magnitude, 1);
+    run(&backward);
+}
+
+static void test_rmsnorm(void **state) {
+    (void)state;
+    for (int i = 0; i < ODD_SIZES; i++)
+        for (int d = 0; d < FLOAT_DTYPES; d++) {
+            int64_t rows = odd_sizes[i], width = odd_sizes[(i * 4 + 9) % ODD_SIZES];
+            case_rmsnorm(rows, width, float_dtypes[d], float_dtypes[d], 1, false, "random");
+            case_rmsnorm(rows, width, float_dtypes[d], float_dtypes[d], 1, true, "random");
+        }
+    for (int d = 0; d < FLOAT_DTYPES; d++) {
+        case_rmsnorm(0, 8, float_dtypes[d], float_dtypes[d], 1, false, "no rows");
+        case_rmsnorm(7, 33, float_dtypes[d], float_dtypes[d], 0, false, "zeros");
+        case_rmsnorm(7, 33, float_dtypes[d], float_dtypes[d], 1e-20, false, "tiny");
+        case_rmsnorm(7, 33, float_dtypes[d], float_dtypes[d], 1e15, false, "large");
+        case_rmsnorm(1100, 64, float_dtypes[d], float_dtypes[d], 1, false, "many rows");
+    }
+    case_rmsnorm(17, 31, DTYPE_F32, DTYPE_BF16, 1, false, "f32 to bf16");
+    case_rmsnorm(17, 31, DTYPE_BF16, DTYPE_F32, 1, false, "bf16 to f32");
+    case_rmsnorm(18, 31, DTYPE_F32, DTYPE_BF16, 1, true, "f32 to bf16");
+    expect_no_failures();
+}
+
+static void make_rope_forward(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->qknorm_rope_forward(t[0], t[1], call->scalar, t[2], call->sequence_length, call->first_position,
+                             t[3], t[4]);
+}
+
+static void make_rope_backward(const struct kernel_ops *ops, const struct call *call,
+                               const struct tensor *t) {
+    ops->qknorm_rope_backward(t[0], t[1], t[2], t[3], t[4], call->sequence_length, call->first_position, t[5],
+                              t[6]);
+}
+
+static void case_rope(int64_t rows, int64_t heads, int64_t head_dim, int64_t sequence_length,
+                      int64_t first_position, enum dtype in, enum dtype out, double scale, bool in_place) {
+    enum dtype real = real_of[in];
+    int64_t positions = first_position + sequence_length;
+    struct call forward = {.operation = "qknorm_rope_forward",
+                           .label = "forward",
+                           .make = make_rope_forward,
+                           .scalar = 1e-6,
+                           .sequence_length = sequence_length,
+                           .first_position = first_position};
+    add_in(&forward, "x", test_random(make_2d(in, rows, heads * head_dim), scale));
+    add_in(&forward, "weight", test_random(make_1d(real, head_dim), 1));
+    add_in(&forward, "table", test_rotary_table(real, positions, head_dim));
+    add_out(&forward, "y", make_2d(out, rows, heads * head_dim));
+    add_out(&forward, "rstd", make_1d(real, rows * heads));
+    run(&forward);
+
+    struct call backward = {.operation = "qknorm_rope_backward",
+                            .label = in_place ? "dx over dy" : "apart",
+                            .make = make_rope_backward,
+                            .sequence_length = sequence_length,
+                            .first_position = first_position};
+    struct tensor x = test_random(make_2d(in, rows, heads * head_dim), scale);
+    struct tensor rstd = rstd_of(x, head_dim, 1e-6, real);
+    backward.magnitude = rows ? fmin(test_get(rstd, 0), 1) : 0;
+    int dy = add_in(&backward, "dy", test_random(make_2d(out, rows, heads * head_dim), 1));
+    add_in(&backward, "x", x);
+    add_in(&backward, "weight", test_random(make_1d(real, head_dim), 1));
+    add_in(&backward, "rstd", rstd);
+    add_in(&backward, "table", test_rotary_table(real, positions, head_dim));
+    add_out_over(&backward, "dx", make_2d(in_place ? out : in, rows, heads * head_dim), in_place ? dy : -1);
+    add_sum(&backward, "dweight", test_random(make_1d(real, head_dim), 1));
+    run(&backward);
+}
+
+static void test_qknorm_rope(void **state) {
+    (void)state;
+    static const int64_t head_dims[] = {2, 6, 8, 14, 16, 32, 64, 66, 128};
+    for (int i = 0; i < 9 * FLOAT_DTYPES; i++) {
+        enum dtype dtype = float_dtypes[i / 9];
+        int64_t rows = odd_sizes[i % ODD_SIZES] % 66, head_dim = head_dims[i % 9];
+        case_rope(rows, 1 + i % 4, head_dim, rows / 2 + 1, 0, dtype, dtype, 1, i & 1);
+        case_rope(7, 2, head_dim, 7, 5, dtype, dtype, 1, i & 2);
+        case_rope(4, 3, head_dim, 2, 1, dtype, dtype, 1e-20, false);
+        case_rope(4, 3, head_dim, 2, 1, dtype, dtype, 1e15, false);
+        case_rope(4, 3, head_dim, 4, 0, dtype, dtype, 0, true);
+    }
+    case_rope(0, 2, 8, 4, 0, DTYPE_F32, DTYPE_F32, 1, false);
+    case_rope(600, 3, 16, 100, 0, DTYPE_F32, DTYPE_F32, 1, true);
+    case_rope(600, 3, 16, 100, 0, DTYPE_BF16, DTYPE_BF16, 1, true);
+    case_rope(17, 2, 8, 17, 3, DTYPE_F32, DTYPE_BF16, 1, false);
+    expect_no_failures();
+}
+
+/* ---- attention ---- */
+
+static void make_attention_forward(const struct kernel_ops *ops, const struct call *call,
+                                   const struct tensor *t) {
+    ops->attention_forward(call->attention, t[0], t[1], t[2], t[3], t[4]);
+}
+
+static void make_attention_backward(const struct kernel_ops *ops, const struct call *call,
+                                    const struct tensor *t) {
+    ops->attention_backward(call->attention, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]);
+}
+
+/* q, k and v; with `offset` all scores lie around -offset. */
+static void attention_operands(struct attention_shape s, enum dtype dtype, double scale, double offset,
+                               struct tensor *q, struct tensor *k, struct tensor *v) {
+    *q = test_random(make_2d(dtype, s.batch * s.query_count, s.head_count * s.head_dim), scale);
+    *k = test_random(make_2d(dtype, s.batch * s.key_count, s.kv_head_count * s.head_dim), scale);
+    *v = test_random(*k, 1);
+    double shift = sqrt(offset / s.head_dim / s.scale);
+    for (int64_t i = 0; i < tensor_elements(*q); i++)
+        test_set(*q, i, test_get(*q, i) + shift);
+    for (int64_t i = 0; i < tensor_elements(*k); i++)
+        test_set(*k, i, test_get(*k, i) - shift);
+}
+
+static void case_attention_forward(struct attention_shape s, enum dtype dtype, double scale, double offset) {
+    struct call call = {.operation = "attention_forward",
+                        .label = offset > 0 ? "all scores negative" : "random",
+                        .make = make_attention_forward,
+                        .attention = s,
+                        .slack = 2 + 2 * scale * scale + offset};
+    struct tensor q, k, v;
+    attention_operands(s, dtype, scale, offset, &q, &k, &v);
+    add_in(&call, "q", q);
+    add_in(&call, "k", k);
+    add_in(&call, "v", v);
+    add_out(&call, "out", q);
+    add_out(&call, "logsumexp", make_2d(real_of[dtype], s.batch * s.query_count, s.head_count));
+    call.magnitude = 1;
+    run(&call);
+}
+
+static void case_attention_backward(struct attention_shape s, enum dtype dtype, double scale, double offset) {
+    struct call call = {.operation = "attention_backward",
+                        .label = offset > 0 ? "all scores negative" : "random",
+                        .make = make_attention_backward,
+                        .attention = s,
+                        .slack = 2 + 2 * scale * scale + offset,
+                        .magnitude = 0.1};
+    struct tensor q, k, v;
+    attention_operands(s, dtype, scale, offset, &q, &k, &v);
+    struct tensor out = test_tensor(q), lse = test_tensor(make_2d(real_of[dtype], q.shape[0], s.head_count));
+    kernels_ref()->attention_forward(s, q, k, v, out, lse);
+    add_in(&call, "dout", test_random(q, 1));
+    add_in(&call, "q", q);
+    add_in(&call, "k", k);
+    add_in(&call, "v", v);
+    add_in(&call, "out", out);
+    add_in(&call, "logsumexp", lse);
+    add_out(&call, "dq", q);
+    add_out(&call, "dk", k);
+    add_out(&call, "dv", v);
+    run(&call);
+}
+
+static struct attention_shape self_attention(int64_t batch, int64_t length, int heads, int kv_heads,
+                                             int head_dim) {
+    return (struct attention_shape){batch, length, length, heads, kv_heads, head_dim, 1 / sqrt(head_dim)};
+}
+
+static void test_attention(void **state) {
+    (void)state;
+    static const int heads[][2] = {{1, 1}, {2, 2}, {4, 2}, {4, 1}, {3, 1}};
+    static const int head_dims[] = {1, 2, 7, 8, 16, 17, 32, 64, 80, 128};
+    for (int i = 0; i < 2 * ODD_SIZES * FLOAT_DTYPES; i++) {
+        enum dtype dtype = float_dtypes[i / (2 * ODD_SIZES)];
+        int64_t length = odd_sizes[i % ODD_SIZES];
+        const int *h = heads[i % 5];
+        struct attention_shape shape = self_attention(1 + i % 2, length, h[0], h[1], head_dims[i % 10]);
+        case_attention_forward(shape, dtype, 1, 0);
+        if (length < 200)
+            case_attention_backward(shape, dtype, 1, 0);
+    }
+    for (int d = 0; d < FLOAT_DTYPES; d++) {
+        for (int64_t queries = 1; queries <= 40; queries += 13) { /* fewer queries than keys: serving */
+            struct attention_shape shape = self_attention(2, 65, 4, 2, 16);
+            shape.query_count = queries;
+            case_attention_forward(shape, float_dtypes[d], 1, 0);
+        }
+        struct attention_shape shape = self_attention(1, 33, 2, 1, 16);
+        case_attention_forward(shape, float_dtypes[d], 1e-20, 0);
+        case_attention_forward(shape, float_dtypes[d], 6, 0);
+        case_attention_forward(shape, float_dtypes[d], 0.5, 200);
+        case_attention_forward(shape, float_dtypes[d], 0, 0);
+        case_attention_backward(shape, float_dtypes[d], 1e-20, 0);
+        case_attention_backward(shape, float_dtypes[d], 0, 0);
+        case_attention_forward(self_attention(0, 4, 2, 1, 8), float_dtypes[d], 1, 0);
+        case_attention_backward(self_attention(0, 4, 2, 1, 8), float_dtypes[d], 1, 0);
+    }
+    expect_no_failures();
+}
+
+/* ---- routing ---- */
+
+static void make_topk_forward(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->router_topk_forward(t[0], call->normalize, t[1], t[2], t[3]);
+}
+
+static void make_topk_backward(const struct kernel_ops *ops, const struct call *call,
+                               const struct tensor *t) {
+    ops->router_topk_backward(t[0], t[1], t[2], t[3], t[4], call->normalize, t[5], call->scales, t[6]);
+}
+
+static void make_router_stats(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    (void)call;
+    ops->router_stats(t[0], t[1], t[2], t[3]);
+}
+
+static void make_route_sort(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    (void)call;
+    ops->route_sort(t[0], t[1], t[2], t[3], t[4], t[5]);
+}
+
+enum scores {
+    SCORES_RANDOM,
+    SCORES_EQUAL,
+    SCORES_FEW_LEVELS,
+    SCORES_TINY,
+    SCORES_NEGATIVE,
+    SCORES_FAR,
+    SCORES_COUNT
+};
+static const char *const score_names[] = {"random",      "equal scores",        "many ties",
+                                          "tiny scores", "all scores negative", "scores far apart"};
+
+static double score(enum scores kind, double normal) {
+    switch (kind) {
+    case SCORES_RANDOM:
+        return normal;
+    case SCORES_EQUAL:
+        return 0.3;
+    case SCORES_FEW_LEVELS:
+        return floor(normal);
+    case SCORES_TINY:
+        return 1e-20 * normal;
+    case SCORES_NEGATIVE:
+        return normal - 300;
+    default:
+        return 300 * normal; /* most probabilities vanish: the order is still that of the scores */
+    }
+}
+
+static struct tensor make_scores(enum scores kind, enum dtype dtype, int64_t tokens, int64_t experts) {
+    struct tensor t = test_random(make_2d(dtype, tokens, experts), 1);
+    for (int64_t i = 0; i < tensor_elements(t); i++)
+        test_set(t, i, score(kind, test_get(t, i)));
+    return t;
+}
+
+static double score_slack(enum scores kind) {
+    return kind == SCORES_NEGATIVE || kind == SCORES_FAR ? 300 : 2;
+}
+
+static void case_route(struct tensor expert, int64_t experts) {
+    struct call sort = {.operation = "route_sort", .label = "route", .make = make_route_sort};
+    int64_t slots = tensor_elements(expert);
+    add_in(&sort, "expert", expert);
+    add_out(&sort, "count", make_1d(DTYPE_I32, experts));
+    add_out(&sort, "offsets", make_1d(DTYPE_I32, experts + 1));
+    add_out(&sort, "row_slot", make_1d(DTYPE_I32, slots));
+    add_out(&sort, "row_token", make_1d(DTYPE_I32, slots));
+    add_out(&sort, "slot_row", expert);
+    run(&sort);
+}
+
+static struct call router_call(const char *operation, enum scores kind, bool normalize) {
+    return (struct call){.operation = operation,
+                         .label = score_names[kind],
+                         .normalize = normalize,
+                         .slack = score_slack(kind),
+                         .scales = {0.01, 0.003},
+                         .magnitude = 0.01};
+}
+
+/* Forward, then backward and statistics from what the reference chose. */
+static void case_router(enum scores kind, enum dtype dtype, int64_t tokens, int64_t experts, int64_t choices,
+                        bool normalize) {
+    struct tensor logits_like = make_2d(dtype, tokens, experts), slots = make_2d(DTYPE_I32, tokens, choices);
+    struct tensor weight_like = make_2d(dtype, tokens, choices);
+    struct call forward = router_call("router_topk_forward", kind, normalize);
+    forward.make = make_topk_forward;
+    add_in(&forward, "logits", make_scores(kind, dtype, tokens, experts));
+    add_out(&forward, "prob", logits_like);
+    add_out(&forward, "expert", slots);
+    add_out(&forward, "weight", weight_like);
+    run(&forward);
+
+    for (int which = 0; which < 2; which++) {
+        struct call call = router_call(which ? "router_stats" : "router_topk_backward", kind, normalize);
+        call.make = which ? make_router_stats : make_topk_backward;
+        struct tensor logits = make_scores(kind, dtype, tokens, experts), prob = test_tensor(logits_like);
+        struct tensor expert = test_tensor(slots), weight = test_tensor(weight_like);
+        kernels_ref()->router_topk_forward(logits, normalize, prob, expert, weight);
+        if (!which)
+            add_in(&call, "dweight", test_random(weight, 1));
+        add_in(&call, "logits", logits);
+        add_in(&call, "prob", prob);
+        add_in(&call, "expert", expert);
+        if (which) {
+            add_sum(&call, "stats", test_filled(make_1d(DTYPE_F64, 2 + 2 * experts), 0.5));
+        } else {
+            add_in(&call, "weight", weight);
+            add_in(&call, "count", test_indices(make_1d(DTYPE_I32, experts), 2 * tokens + 1));
+            add_out(&call, "dlogits", logits_like);
+        }
+        run(&call);
+    }
+}
+
+static void test_router(void **state) {
+    (void)state;
+    static const int64_t shapes[][3] = {{1, 1, 1},   {3, 2, 1},    {5, 7, 7},   {17, 8, 2},
+                                        {33, 16, 4}, {2, 17, 3},   {65, 64, 8}, {7, 129, 6},
+                                        {600, 8, 2}, {31, 65, 65}, {0, 8, 2}};
+    for (int i = 0; i < 11; i++)
+        for (int kind = 0; kind < SCORES_COUNT; kind++)
+            for (int normalize = 0; normalize < 2; normalize++) {
+                enum dtype dtype = (i + kind) % 4 ? DTYPE_F32 : DTYPE_F64;
+                case_router(kind, dtype, shapes[i][0], shapes[i][1], shapes[i][2], normalize);
+            }
+    expect_no_failures();
+}
+
+static void make_combine_rows(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->combine_rows(t[0], t[1], t[2], call->accumulate);
+}
+
+/* A random place for every choice, each row used once. */
+static struct tensor random_places(int64_t tokens, int64_t choices) {
+    struct tensor t = test_tensor(make_2d(DTYPE_I32, tokens, choices));
+    uint64_t count = (uint64_t)(tokens * choices);
+    for (uint64_t i = 0; i < count; i++)
+        test_set(t, (int64_t)i, (double)random_permute(3, test_seed, count, i));
+    return t;
+}
+
+static void test_route_and_combine(void **state) {
+    (void)state;
+    for (int i = 0; i < ODD_SIZES * FLOAT_DTYPES; i++) {
+        int64_t tokens = odd_sizes[i % ODD_SIZES], choices = 1 + i % 5,
+                width = odd_sizes[(i * 4 + 7) % ODD_SIZES];
+        enum dtype dtype = float_dtypes[i / ODD_SIZES], out = i % 4 ? dtype : real_of[dtype];
+        struct call combine = {.operation = "combine_rows",
+                               .label = "random",
+                               .make = make_combine_rows,
+                               .accumulate = i & 1,
+                               .magnitude = 1};
+        add_in(&combine, "rows", test_random(make_2d(dtype, tokens * choices, width), 1));
+        add_in(&combine, "slot_row", random_places(tokens, choices));
+        add_out_or_sum(&combine, "y", make_2d(out, tokens, width), 1);
+        run(&combine);
+        case_route(test_indices(make_2d(DTYPE_I32, tokens, choices), 1 + i % 9), 9);
+        case_route(test_indices(make_2d(DTYPE_I32, tokens, choices), 64), 64);
+        case_route(test_filled(make_2d(DTYPE_I32, tokens, choices), i % 5), 5);
+    }
+    case_route(test_indices(make_2d(DTYPE_I32, 0, 2), 4), 4);
+    case_route(test_indices(make_2d(DTYPE_I32, 5000, 2), 8), 8);
+    expect_no_failures();
+}
+
+/* ---- expert ---- */
+
+static void make_swiglu_forward(const struct kernel_ops *ops, const struct call *call,
+                                const struct tensor *t) {
+    (void)call;
+    ops->swiglu_forward(t[0], t[1], t[2], t[3]);
+}
+
+static void make_swiglu_backward(const struct kernel_ops *ops, const struct call *call,
+                                 const struct tensor *t) {
+    (void)call;
+    ops->swiglu_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6]);
+}
+
+static void add_row_weight(struct call *call, enum dtype dtype, int64_t rows, bool weighted) {
+    if (weighted)
+        add_in(call, "row_weight", test_random(make_1d(dtype, rows), 1));
+    else
+        add_absent(call);
+}
+
+/* over: -1 apart, 0 over gate, 1 over up */
+static void case_swiglu_forward(struct tensor like, double scale, bool weighted, int over) {
+    struct call call = {.operation = "swiglu_forward",
+                        .label = over < 0 ? "apart" : "in place",
+                        .make = make_swiglu_forward,
+                        .slack = 2};
+    add_in(&call, "gate", test_random(like, scale));
+    add_in(&call, "up", test_random(like, 1));
+    add_row_weight(&call, real_of[like.dtype], like.shape[0], weighted);
+    add_out_over(&call, "act", like, over);
+    run(&call);
+}
+
+/* dgate and dup over operands 0 dact, 1 gate, 2 up; -1 apart */
+static void case_swiglu_backward(struct tensor like, double scale, bool weighted, int dgate_over,
+                                 int dup_over) {
+    struct call call = {.operation = "swiglu_backward",
+                        .label = dgate_over < 0 ? "apart" : "in place",
+                        .make = make_swiglu_backward,
+                        .slack = 2,
+                        .magnitude = 0.1};
+    add_in(&call, "dact", test_random(like, 1));
+    add_in(&call, "gate", test_random(like, scale));
+    add_in(&call, "up", test_random(like, 1));
+    add_row_weight(&call, real_of[like.dtype], like.shape[0], weighted);
+    add_out_over(&call, "dgate", like, dgate_over);
+    add_out_over(&call, "dup", like, dup_over);
+    if (weighted)
+        add_out(&call, "drow_weight", make_1d(real_of[like.dtype], like.shape[0]));
+    else
+        add_absent(&call);
+    run(&call);
+}
+
+static void test_swiglu(void **state) {
+    (void)state;
+    static const int places[][2] = {{-1, -1}, {1, 2}, {0, 2}, {1, 0}, {2, 1}, {0, -1}};
+    for (int i = 0; i < 2 * ODD_SIZES * FLOAT_DTYPES; i++) {
+        enum dtype dtype = float_dtypes[i / (2 * ODD_SIZES)];
+        struct tensor like = make_2d(dtype, odd_sizes[i % ODD_SIZES], odd_sizes[(i * 4 + 3) % ODD_SIZES]);
+        case_swiglu_forward(like, 2, i & 1, i % 3 - 1);
+        case_swiglu_backward(like, 2, i & 1, places[i % 6][0], places[i % 6][1]);
+    }
+    for (int d = 0; d < FLOAT_DTYPES; d++) {
+        static const double scales[] = {0, 1e-20, 50, 1e4, 1e15};
+        for (int i = 0; i < 5; i++) {
+            case_swiglu_forward(make_2d(float_dtypes[d], 9, 35), scales[i], true, -1);
+            case_swiglu_backward(make_2d(float_dtypes[d], 9, 35), scales[i], true, -1, -1);
+        }
+        case_swiglu_forward(make_2d(float_dtypes[d], 0, 35), 1, true, -1);
+        case_swiglu_backward(make_2d(float_dtypes[d], 0, 35), 1, true, -1, -1);
+    }
+    expect_no_failures();
+}
+
+/* ---- embedding and loss ---- */
+
+static void make_embedding_forward(const struct kernel_ops *ops, const struct call *call,
+                                   const struct tensor *t) {
+    (void)call;
+    ops->embedding_forward(t[0], t[1], t[2]);
+}
+
+static void make_embedding_backward(const struct kernel_ops *ops, const struct call *call,
+                                    const struct tensor *t) {
+    (void)call;
+    ops->embedding_backward(t[0], t[1], t[2]);
+}
+
+static void case_embedding(int64_t tokens, int64_t vocabulary, int64_t width, enum dtype table,
+                           enum dtype x) {
+    struct call forward = {
+        .operation = "embedding_forward", .label = "random", .make = make_embedding_forward};
+    add_in(&forward, "ids", test_indices(make_1d(DTYPE_I32, tokens), vocabulary));
+    add_in(&forward, "table", test_random(make_2d(table, vocabulary, width), 1));
+    add_out(&forward, "x", make_2d(x, tokens, width));
+    run(&forward);
+
+    struct call backward = {.operation = "embedding_backward",
+                            .label = "random",
+                            .make = make_embedding_backward,
+                            .slack = 2,
+                            .magnitude = 1};
+    add_in(&backward, "ids", test_indices(make_1d(DTYPE_I32, tokens), vocabulary));
+    add_in(&backward, "dx", test_random(make_2d(x, tokens, width), 1));
+    add_sum(&backward, "dtable", test_random(make_2d(real_of[x], vocabulary, width), 1));
+    run(&backward);
+}
+
+static void test_embedding(void **state) {
+    (void)state;
+    for (int i = 0; i < ODD_SIZES * FLOAT_DTYPES; i++) {
+        enum dtype dtype = float_dtypes[i / ODD_SIZES];
+        int64_t tokens = odd_sizes[i % ODD_SIZES], vocabulary = odd_sizes[(i * 7 + 3) % ODD_SIZES];
+        case_embedding(tokens, vocabulary, odd_sizes[(i * 4 + 1) % ODD_SIZES], dtype, dtype);
+    }
+    case_embedding(0, 5, 8, DTYPE_F32, DTYPE_F32);
+    case_embedding(2000, 300, 24, DTYPE_F32, DTYPE_F32);
+    case_embedding(33, 17, 31, DTYPE_F32, DTYPE_BF16);
+    case_embedding(33, 17, 31, DTYPE_BF16, DTYPE_F32);
+    expect_no_failures();
+}
+
+static void make_cross_entropy(const struct kernel_ops *ops, const struct call *call,
+                               const struct tensor *t) {
+    ops->cross_entropy(t[0], t[1], call->scalar, t[2], t[3], t[4]);
+}
+
+static struct tensor make_targets(int64_t rows, int64_t vocabulary, bool all_ignored) {
+    struct tensor t = test_indices(make_1d(DTYPE_I32, rows), vocabulary);
+    for (int64_t r = 0; r < rows; r++)
+        if (all_ignored || r % 5 == 1)
+            test_set(t, r, r % 2 ? -1 : -100);
+    return t;
+}
+
+/* form: 1 with row_loss, 2 with dlogits, 4 dlogits over logits */
+static void case_cross_entropy(int64_t rows, int64_t vocabulary, enum dtype real, enum dtype gradient,
+                               double scale, double offset, int form, bool all_ignored) {
+    struct call call = {.operation = "cross_entropy",
+                        .label = form & 4 ? "in place" : "apart",
+                        .make = make_cross_entropy,
+                        .scalar = 0.37,
+                        .slack = 2 + fabs(offset) + scale,
+                        .magnitude = 0.01};
+    struct tensor logits = test_random(make_2d(real, rows, vocabulary), scale);
+    for (int64_t i = 0; i < tensor_elements(logits); i++)
+        test_set(logits, i, test_get(logits, i) + offset);
+    int over = add_in(&call, "logits", logits);
+    add_in(&call, "target", make_targets(rows, vocabulary, all_ignored));
+    add_sum(&call, "loss_sum", test_filled(make_1d(DTYPE_F64, 1), 3));
+    if (form & 1)
+        add_out(&call, "row_loss", make_1d(real, rows));
+    else
+        add_absent(&call);
+    if (form & 4)
+        add_out_over(&call, "dlogits", logits, over);
+    else if (form & 2)
+        add_out(&call, "dlogits", make_2d(gradient, rows, vocabulary));
+    else
+        add_absent(&call);
+    run(&call);
+}
+
+static void test_cross_entropy(void **state) {
+    (void)state;
+    for (int i = 0; i < ODD_SIZES; i++)
+        for (int form = 0; form < 6; form++) {
+            int64_t rows = odd_sizes[i], vocabulary = odd_sizes[(i * 4 + 5) % ODD_SIZES];
+            enum dtype gradient = form == 3 ? DTYPE_BF16 : DTYPE_F32;
+            case_cross_entropy(rows, vocabulary, DTYPE_F32, gradient, 1, 0, form, false);
+        }
+    for (int form = 0; form < 6; form++) {
+        case_cross_entropy(9, 33, DTYPE_F64, DTYPE_F64, 1, 0, form, false);
+        case_cross_entropy(0, 33, DTYPE_F32, DTYPE_F32, 1, 0, form, false);
+        case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 1, 0, form, true);
+        case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 0, 0, form, false);
+        case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 1e-20, 0, form, false);
+        case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 1, -1000, form, false);
+        case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 200, 0, form, false);
+        case_cross_entropy(5, 5003, DTYPE_F32, DTYPE_F32, 3, 0, form, false);
+    }
+    expect_no_failures();
+}
+
+/* ---- optimizer ---- */
+
+static void make_adamw(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->adamw(t[0], t[1], t[2], t[3], call->adamw, t[4]);
+}
+
+static void case_adamw(int64_t count, enum dtype real, enum dtype copy, double grad_scale, int64_t step) {
+    struct call call = {.operation = "adamw",
+                        .label = "random",
+                        .make = make_adamw,
+                        .adamw = {1e-2, 0.9, 0.95, 1e-8, 0.1, step, 0.5}};
+    struct tensor second = test_random(make_1d(real, count), grad_scale);
+    for (int64_t i = 0; i < count; i++)
+        test_set(second, i, test_get(second, i) * test_get(second, i));
+    add_sum(&call, "param", test_random(make_1d(real, count), 1));
+    add_in(&call, "grad", test_random(make_1d(real, count), grad_scale));
+    add_sum(&call, "m", test_random(make_1d(real, count), grad_scale));
+    add_sum(&call, "v", second);
+    if (copy == DTYPE_COUNT)
+        add_absent(&call);
+    else
+        add_out(&call, "copy", make_1d(copy, count));
+    run(&call);
+}
+
+static void test_adamw(void **state) {
+    (void)state;
+    for (int i = 0; i < ELEMENT_COUNTS; i++) {
+        case_adamw(element_counts[i], DTYPE_F32, DTYPE_COUNT, 1, 1 + i);
+        case_adamw(element_counts[i], DTYPE_F32, DTYPE_BF16, 1, 1);
+        case_adamw(element_counts[i], DTYPE_F32, DTYPE_F32, 1e-10, 1000);
+        case_adamw(element_counts[i], DTYPE_F32, DTYPE_BF16, 0, 5);
+        case_adamw(element_counts[i], DTYPE_F64, DTYPE_F64, 1, 3);
+    }
+    expect_no_failures();
+}
+
+/* ---- backends ---- */
+
+static bool is_available(const char *name) {
+    for (int b = 0; b < backend_count; b++)
+        if (strcmp(backend_names[b], name) == 0)
+            return true;
+    return false;
+}
+
+static int find_backends(void **state) {
+    (void)state;
+    for (const char *const *name = kernels_available(); *name && backend_count < BACKENDS_MAX; name++) {
+        backend_names[backend_count] = *name;
+        if (kernels_choose(*name, &backends[backend_count]) != STATUS_OK) {
+            print_error("%s: %s\n", *name, status_text());
+            return -1;
+        }
+        backend_count++;
+    }
+    return is_available("ref") ? 0 : -1;
+}
+
+static int summarize(void **state) {
+    (void)state;
+    static const char *const all[] = {"ref", "portable", "avx2", "avx512", "avx512bf16"};
+    for (int b = 0; b < backend_count; b++)
+        printf("%s: %ld cases, %ld calls, largest error %.2f of its bound\n", backend_names[b], case_count,
+               calls_made[b], worst_share[b]);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!is_available(all[i]))
+            printf("%s: not exercised here, this processor cannot run it\n", all[i]);
+    test_release();
+    return 0;
+}
+
+/* Names that no processor has are refused, with a message. */
+static void test_choose(void **state) {
+    (void)state;
+    const struct kernel_ops *ops = NULL;
+    assert_int_equal(kernels_choose("abacus", &ops), STATUS_USAGE);
+    assert_non_null(strstr(status_text(), "abacus"));
+    assert_int_equal(kernels_choose("auto", &ops), STATUS_OK);
+    assert_non_null(ops);
+}
+
+int main(void) {
+    static const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_choose),
+        cmocka_unit_test(test_gemm),
+        cmocka_unit_test(test_grouped_forward),
+        cmocka_unit_test(test_grouped_backward_input),
+        cmocka_unit_test(test_grouped_backward_weight),
+        cmocka_unit_test(test_simple),
+        cmocka_unit_test(test_special_numbers),
+        cmocka_unit_test(test_rmsnorm),
+        cmocka_unit_test(test_qknorm_rope),
+        cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_router),
+        cmocka_unit_test(test_route_and_combine),
+        cmocka_unit_test(test_swiglu),
+        cmocka_unit_test(test_embedding),
+        cmocka_unit_test(test_cross_entropy),
+        cmocka_unit_test(test_adamw),
+    };
+    return cmocka_run_group_tests(tests, find_backends, summarize);
+}
