@@ -1,7 +1,7 @@
 /* Files and directories, with messages that name the path.
  *
- * Every call into the system goes through one place, so that tests can fail any of them (file_set_fault): the n-th open,
- * write, flush or rename of a save can be made to answer EIO or ENOSPC, and the survivors are looked at.
+ * Every call into the system goes through one place, so that tests can fail any of them (file_set_fault): the n-th
+ * open, write, flush or rename of a save can be made to answer EIO or ENOSPC, and the survivors are looked at.
  */
 #pragma once
 

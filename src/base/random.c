@@ -51,7 +51,8 @@ uint64_t random_permute(uint64_t seed, uint64_t stream, uint64_t count, uint64_t
     do {
         uint64_t left = index >> half_bits, right = index & mask;
         for (uint64_t round = 0; round < 4; round++) {
-            uint64_t mixed = left ^ (random_bits(seed ^ (round + 1) * UINT64_C(0x9E3779B97F4A7C15), stream, right) & mask);
+            uint64_t round_seed = seed ^ (round + 1) * UINT64_C(0x9E3779B97F4A7C15);
+            uint64_t mixed = left ^ (random_bits(round_seed, stream, right) & mask);
             left = right;
             right = mixed;
         }

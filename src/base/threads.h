@@ -1,7 +1,7 @@
 /* One pool of threads for the whole process (OpenMP), never nested.
  *
- * A task's result may depend on its index only, never on which thread ran it or on how many there are; whoever sums over
- * tasks does it in index order afterwards. That is what makes a run the same for any number of threads.
+ * A task's result may depend on its index only, never on which thread ran it or on how many there are; whoever sums
+ * over tasks does it in index order afterwards. That is what makes a run the same for any number of threads.
  */
 #pragma once
 

@@ -34,8 +34,10 @@ void arena_init_counting(struct arena *arena);
 enum status arena_init(struct arena *arena, const struct device *device, size_t size) MUST_USE;
 void arena_release(struct arena *arena);
 
-/* The next `bytes`, aligned to 64. Taking more than the arena has is our own mistake: sizes come from a counting pass. */
+/* The next `bytes`, aligned to 64. Taking more than the arena has is our own mistake: sizes come from a counting
+ * pass. */
 void *arena_take(struct arena *arena, size_t bytes);
 
-/* Give back everything taken after `mark` (a former value of arena->used): scratch that the next step of a plan reuses. */
+/* Give back everything taken after `mark` (a former value of arena->used): scratch that the next step of a plan
+ * reuses. */
 void arena_rewind(struct arena *arena, size_t mark);

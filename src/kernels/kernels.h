@@ -1,7 +1,7 @@
 /* The table of operations on tensors: the only place where tensor data is touched.
  *
- * A backend fills the table with ref/ first (plain C, double arithmetic, any dtype: the specification) and overrides what
- * it does faster, so every fast kernel has a reference twin that kernels_test.c compares it with.
+ * A backend fills the table with ref/ first (plain C, double arithmetic, any dtype: the specification) and overrides
+ * what it does faster, so every fast kernel has a reference twin that kernels_test.c compares it with.
  *
  * What holds for every operation:
  *  1. It is deterministic: the same operands give the same bits for any number of threads.
@@ -79,13 +79,14 @@ struct kernel_ops {
     /* y [R,D] = x * rstd * weight, rstd [R] = 1/sqrt(mean(x^2) + epsilon). x, y float; weight [D], rstd real. */
     void (*rmsnorm_forward)(struct tensor x, struct tensor weight, double epsilon, struct tensor y,
                             struct tensor rstd);
-    /* dx [R,D] = (or += with accumulate), dweight [D] += . dx may be dy itself when not accumulating and of its dtype. */
+    /* dx [R,D] = (or += with accumulate), dweight [D] += . dx may be dy itself when not accumulating and of its
+     * dtype. */
     void (*rmsnorm_backward)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
                              struct tensor dx, bool accumulate, struct tensor dweight);
 
     /* Per-head RMS norm, then rotary position (half-split: pair j is elements j and j + P/2).
-     * x, y [S, heads*P] float; weight [P] real; table real [positions, P]: P/2 cosines, then P/2 sines; rstd [S*heads] real.
-     * Row s has position first_position + s % sequence_length. */
+     * x, y [S, heads*P] float; weight [P] real; table real [positions, P]: P/2 cosines, then P/2 sines; rstd
+     * [S*heads] real. Row s has position first_position + s % sequence_length. */
     void (*qknorm_rope_forward)(struct tensor x, struct tensor weight, double epsilon, struct tensor table,
                                 int64_t sequence_length, int64_t first_position, struct tensor y, struct tensor rstd);
     /* dx =, may be dy itself; dweight [P] += . */
@@ -95,8 +96,8 @@ struct kernel_ops {
 
     /* ---- attention ----------------------------------------------------------------------------------------------- */
 
-    /* Causal softmax attention without the T x T matrix. q, out [B*query_count, H*P]; k, v [B*key_count, G*P]; float of one
-     * dtype; logsumexp [B*query_count, H] real: of the scaled scores, kept for backward. */
+    /* Causal softmax attention without the T x T matrix. q, out [B*query_count, H*P]; k, v [B*key_count, G*P]; float
+     * of one dtype; logsumexp [B*query_count, H] real: of the scaled scores, kept for backward. */
     void (*attention_forward)(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
                               struct tensor out, struct tensor logsumexp);
     /* dq, dk, dv = (not +=), dtype of q. Requires query_count == key_count. */
@@ -106,8 +107,8 @@ struct kernel_ops {
 
     /* ---- routing ------------------------------------------------------------------------------------------------- */
 
-    /* prob [S,E] = softmax(logits [S,E]); expert i32 [S,K] = the K best by logit, best first, on a tie the lower index;
-     * weight [S,K] = their probabilities, divided by their sum with `normalize`. All real. 1 <= K <= E. */
+    /* prob [S,E] = softmax(logits [S,E]); expert i32 [S,K] = the K best by logit, best first, on a tie the lower
+     * index; weight [S,K] = their probabilities, divided by their sum with `normalize`. All real. 1 <= K <= E. */
     void (*router_topk_forward)(struct tensor logits, bool normalize, struct tensor prob, struct tensor expert,
                                 struct tensor weight);
     /* dlogits [S,E] = from dweight [S,K] and the router's losses; count i32 [E] are the rows of each expert. */
@@ -118,14 +119,15 @@ struct kernel_ops {
     void (*router_stats)(struct tensor logits, struct tensor prob, struct tensor expert, struct tensor stats);
 
     /* Order the N = S*K choices by expert, stable: count, prefix sum, place. expert i32 [S,K] in. All i32 out:
-     * count [E]; offsets [E+1]; row_slot [N]: which s*K+k stands in row r; row_token [N]: its s; slot_row [S,K]: the inverse. */
+     * count [E]; offsets [E+1]; row_slot [N]: which s*K+k stands in row r; row_token [N]: its s; slot_row [S,K]: the
+     * inverse. */
     void (*route_sort)(struct tensor expert, struct tensor count, struct tensor offsets, struct tensor row_slot,
                        struct tensor row_token, struct tensor slot_row);
 
     /* y [S,D] = (or +=) sum over k, in order, of rows[slot_row[s,k]]; rows [N,D] float, y float. */
     void (*combine_rows)(struct tensor rows, struct tensor slot_row, struct tensor y, bool accumulate);
 
-    /* ---- expert ---------------------------------------------------------------------------------------------------- */
+    /* ---- expert -------------------------------------------------------------------------------------------------- */
 
     /* act [N,F] = silu(gate) * up * row_weight[n]; row_weight real [N] or none (1). act may be gate or up itself. */
     void (*swiglu_forward)(struct tensor gate, struct tensor up, struct tensor row_weight, struct tensor act);
@@ -134,7 +136,7 @@ struct kernel_ops {
     void (*swiglu_backward)(struct tensor dact, struct tensor gate, struct tensor up, struct tensor row_weight,
                             struct tensor dgate, struct tensor dup, struct tensor drow_weight);
 
-    /* ---- embedding and loss ---------------------------------------------------------------------------------------- */
+    /* ---- embedding and loss -------------------------------------------------------------------------------------- */
 
     /* x [S,D] = table[ids]; ids i32 [S] in 0..V-1; table [V,D] float. */
     void (*embedding_forward)(struct tensor ids, struct tensor table, struct tensor x);
@@ -147,10 +149,10 @@ struct kernel_ops {
     void (*cross_entropy)(struct tensor logits, struct tensor target, double scale, struct tensor loss_sum,
                           struct tensor row_loss, struct tensor dlogits);
 
-    /* ---- optimizer --------------------------------------------------------------------------------------------------- */
+    /* ---- optimizer ----------------------------------------------------------------------------------------------- */
 
-    /* AdamW, decoupled decay, one pass: param, grad, m, v real, same number of elements; `copy`, float or none, gets the
-     * new parameters in its dtype. Source: arXiv 1711.05101. */
+    /* AdamW, decoupled decay, one pass: param, grad, m, v real, same number of elements; `copy`, float or none, gets
+     * the new parameters in its dtype. Source: arXiv 1711.05101. */
     void (*adamw)(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
                   struct adamw_settings settings, struct tensor copy);
 };

@@ -99,7 +99,8 @@ static enum status refuse_features(struct json_source source) {
     TRY(json_get_boolean(source, "use_sliding_window", false, &sliding));
     TRY(json_get_integer(source, "decoder_sparse_step", false, 0, 1 << 20, &sparse_step));
     if (strcmp(hidden_act, "silu") != 0)
-        return status_fail(STATUS_FORMAT, "%s: hidden_act \"%s\" is not supported, only silu", source.label, hidden_act);
+        return status_fail(STATUS_FORMAT, "%s: hidden_act \"%s\" is not supported, only silu", source.label,
+                           hidden_act);
     if (attention_bias || sliding)
         return status_fail(STATUS_FORMAT, "%s: %s is not supported", source.label,
                            attention_bias ? "attention_bias" : "use_sliding_window");
@@ -235,8 +236,9 @@ enum status model_config_write(const struct model_config *c, const char *path, i
 double model_train_operations_per_token(const struct model_config *c, int64_t sequence_length) {
     double d = (double)c->hidden_size, heads = (double)(c->num_attention_heads * c->head_dim);
     double kv = (double)(c->num_key_value_heads * c->head_dim);
-    double mlp = c->num_experts > 0 ? d * (double)c->num_experts + 3 * d * (double)(c->num_experts_per_tok * c->moe_intermediate_size)
-                                    : 3 * d * (double)c->intermediate_size;
+    double mlp = 3 * d * (double)c->intermediate_size;
+    if (c->num_experts > 0)
+        mlp = d * (double)c->num_experts + 3 * d * (double)(c->num_experts_per_tok * c->moe_intermediate_size);
     double block = 2 * d * heads + 2 * d * kv + mlp;
     double products = (double)c->num_hidden_layers * block + d * (double)c->vocab_size;
     double attention = (double)c->num_hidden_layers * heads * (double)sequence_length;

@@ -1,7 +1,7 @@
 /* The parameter table: the only list of a model's parameters.
  *
- * Allocation, initialisation, checkpoints, the optimizer and the counts all read it. One row is one tensor in memory; the
- * experts of a block are one tensor [E, ...] whose slices have Hugging Face names of their own.
+ * Allocation, initialisation, checkpoints, the optimizer and the counts all read it. One row is one tensor in memory;
+ * the experts of a block are one tensor [E, ...] whose slices have Hugging Face names of their own.
  */
 #pragma once
 

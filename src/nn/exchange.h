@@ -1,7 +1,7 @@
-/* The joint between a layer of experts and whoever moves its rows: nn declares it, a single process uses the local form,
- * parallel/ supplies the all-to-all. Forward sends each routed row to the rank that owns its expert (dispatch) and brings
- * the results home (combine); backward goes the same ways in reverse. Every call happens for every block and every
- * step, whatever the routing: an expert without rows takes part with a count of zero. */
+/* The joint between a layer of experts and whoever moves its rows: nn declares it, a single process uses the local
+ * form, parallel/ supplies the all-to-all. Forward sends each routed row to the rank that owns its expert (dispatch)
+ * and brings the results home (combine); backward goes the same ways in reverse. Every call happens for every block
+ * and every step, whatever the routing: an expert without rows takes part with a count of zero. */
 #pragma once
 
 #include "nn/layer.h"

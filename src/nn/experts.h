@@ -1,7 +1,8 @@
 /* Feed-forward layers: SwiGLU experts over ragged groups of rows, and the dense one. Source: arXiv 2002.05202.
  *
- * The router's weight multiplies the expert's inner activation, which equals multiplying its output (the last product is
- * linear) and spares saving that output: the weight's gradient is the inner product of activation and its gradient. */
+ * The router's weight multiplies the expert's inner activation, which equals multiplying its output (the last product
+ * is linear) and spares saving that output: the weight's gradient is the inner product of activation and its
+ * gradient. */
 #pragma once
 
 #include "nn/exchange.h"

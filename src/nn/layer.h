@@ -1,11 +1,11 @@
 /* What every layer function of nn/ is handed besides its operands.
  *
- * Layers are plain functions: forward, and beside it backward. They know no rank and no file. `compute` is the dtype that
- * products read (f32, bf16, f64), `real` that of the residual stream, of sums and of gradients of parameters (f32, or f64
- * in the tests that take finite differences).
+ * Layers are plain functions: forward, and beside it backward. They know no rank and no file. `compute` is the dtype
+ * that products read (f32, bf16, f64), `real` that of the residual stream, of sums and of gradients of parameters
+ * (f32, or f64 in the tests that take finite differences).
  *
- * Naming: a struct *_weights holds what forward reads, *_gradients what backward adds to (+=), *_saved what forward leaves
- * for backward, *_scratch what neither needs afterwards.
+ * Naming: a struct *_weights holds what forward reads, *_gradients what backward adds to (+=), *_saved what forward
+ * leaves for backward, *_scratch what neither needs afterwards.
  */
 #pragma once
 

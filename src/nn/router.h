@@ -1,5 +1,6 @@
 /* The gating network: softmax over the experts' scores, the best K of them, the rows sorted by expert.
- * Dropless: every choice becomes a row. Source: arXiv 1701.06538 eq. 3-5; losses: 2101.03961 eq. 4, 2202.08906 eq. 5. */
+ * Dropless: every choice becomes a row. Source: arXiv 1701.06538 eq. 3-5; losses: 2101.03961 eq. 4, 2202.08906 eq. 5.
+ * */
 #pragma once
 
 #include "nn/exchange.h"

@@ -1,7 +1,7 @@
 /* The mesh of ranks and how a tensor lies on it. Index arithmetic only; sends nothing.
  *
- * A mesh has four named axes, outermost first. A placement says, for one axis, what each rank along it holds. One process
- * is the mesh of size 1 along every axis: there every placement means "the whole tensor".
+ * A mesh has four named axes, outermost first. A placement says, for one axis, what each rank along it holds. One
+ * process is the mesh of size 1 along every axis: there every placement means "the whole tensor".
  */
 #pragma once
 

@@ -1,7 +1,7 @@
 /* Tensors: a dtype, a shape and memory that belongs to a device. Index arithmetic only; nothing here reads the data.
  *
- * Always row-major and dense, slowest dimension first. Views never own. Outside kernels/ and device/ the data pointer is
- * carried, never followed: on another device it is not an address of this process.
+ * Always row-major and dense, slowest dimension first. Views never own. Outside kernels/ and device/ the data pointer
+ * is carried, never followed: on another device it is not an address of this process.
  */
 #pragma once
 

@@ -37,8 +37,9 @@ static const struct preset named_presets[] = {
 };
 
 /* The ladder of the DiLoCo papers (arXiv 2501.18512, 2503.09799): depth, heads and width are theirs; the feed-forward
- * width is about two thirds of theirs (a multiple of 512), since SwiGLU has three matrices where theirs has two. "-moe": eight experts of half
- * that width, two for each token: the same operations, four times the feed-forward parameters. */
+ * width is about two thirds of theirs (a multiple of 512), since SwiGLU has three matrices where theirs has two.
+ * "-moe": eight experts of half that width, two for each token: the same operations, four times the feed-forward
+ * parameters. */
 struct rung {
     const char *name;
     const char *moe_name;
@@ -104,6 +105,7 @@ enum status preset_apply(struct run_config *config, const char *name) {
     while (names[count])
         count++;
     int nearest = text_nearest(name, names, count);
-    return status_fail(STATUS_USAGE, "unknown preset \"%s\"%s%s", name, nearest >= 0 ? "; the nearest known one is " : "",
-                       nearest >= 0 ? names[nearest] : "");
+    if (nearest < 0)
+        return status_fail(STATUS_USAGE, "unknown preset \"%s\"; cadre inspect --presets lists them", name);
+    return status_fail(STATUS_USAGE, "unknown preset \"%s\"; the nearest known one is %s", name, names[nearest]);
 }

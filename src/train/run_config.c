@@ -21,7 +21,8 @@ static const struct setting run_settings[] = {
      "a tokenizer.json; empty: one is trained on data.train"},
     {"data", "vocab_size", SETTING_INTEGER, AT(data.vocab_size), 257, 1 << 20, NULL,
      "tokens of a tokenizer that is trained"},
-    {"train", "steps", SETTING_INTEGER, AT(train.steps), 0, 1e9, NULL, "updates; 0: as many as train.target_minutes hold"},
+    {"train", "steps", SETTING_INTEGER, AT(train.steps), 0, 1e9, NULL,
+     "updates; 0: as many as train.target_minutes hold"},
     {"train", "target_minutes", SETTING_NUMBER, AT(train.target_minutes), 0, 1e6, NULL,
      "with steps = 0: minutes to train for, measured once at the start"},
     {"train", "sequence_length", SETTING_INTEGER, AT(train.sequence_length), 1, 1 << 24, NULL, "tokens in a sequence"},
@@ -117,7 +118,8 @@ enum status run_config_check(struct run_config *c) {
     if (c->train.micro_batch_sequences == 0)
         c->train.micro_batch_sequences = c->train.batch_sequences;
     if (c->train.batch_sequences % c->train.micro_batch_sequences != 0)
-        return status_fail(STATUS_USAGE, "train.batch_sequences %lld is not a multiple of train.micro_batch_sequences %lld",
+        return status_fail(STATUS_USAGE,
+                           "train.batch_sequences %lld is not a multiple of train.micro_batch_sequences %lld",
                            (long long)c->train.batch_sequences, (long long)c->train.micro_batch_sequences);
     if (c->train.sequence_length > c->model.max_position_embeddings)
         return status_fail(STATUS_USAGE,
