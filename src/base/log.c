@@ -25,7 +25,7 @@ static void print_line(const char *prefix, const char *format, va_list arguments
     va_end(arguments)
 
 void log_info(const char *format, ...) {
-    if (level == LOG_QUIET)
+    if (level <= LOG_QUIET)
         return;
     PRINT_LINE("");
 }
@@ -37,11 +37,13 @@ void log_verbose(const char *format, ...) {
 }
 
 void log_warn(const char *format, ...) {
+    if (level == LOG_SILENT)
+        return;
     PRINT_LINE("warning: ");
 }
 
 bool log_progress(const char *format, ...) {
-    if (level == LOG_QUIET || !isatty(STDERR_FILENO))
+    if (level <= LOG_QUIET || !isatty(STDERR_FILENO))
         return false;
     char line[512];
     va_list arguments;

@@ -4,7 +4,8 @@
 #include "base/status.h"
 #include <stdbool.h>
 
-enum log_level { LOG_QUIET, LOG_NORMAL, LOG_VERBOSE };
+/* LOG_SILENT hides warnings too: for tests of what is warned about. */
+enum log_level { LOG_SILENT, LOG_QUIET, LOG_NORMAL, LOG_VERBOSE };
 
 void log_set_level(enum log_level level); /* once, from cli/, before any thread starts */
 void log_info(const char *format, ...) PRINTF_LIKE(1, 2);    /* hidden by LOG_QUIET */

@@ -1,0 +1,164 @@
+#include "checkpoint/weights.h"
+
+#include "base/json.h"
+#include "base/memory.h"
+#include <stdlib.h>
+#include <string.h>
+
+enum { INDEX_BYTES_MAX = 64 << 20, FILES_MAX = 100000, READ_CHUNK_ELEMENTS = 1 << 20 };
+
+static enum status add_file(struct weights *w, const char *name) {
+    TRY(memory_resize(&w->files, (size_t)w->file_count + 1, sizeof *w->files));
+    char *path = path_join(w->directory, name);
+    enum status status = safetensors_open(&w->files[w->file_count], path);
+    free(path);
+    if (status == STATUS_OK)
+        w->file_count++;
+    return status;
+}
+
+static const struct safetensors *find_file(const struct weights *w, const char *name) {
+    for (int i = 0; i < w->file_count; i++)
+        if (strcmp(path_name(w->files[i].path), name) == 0)
+            return &w->files[i];
+    return NULL;
+}
+
+static enum status add_index_entry(struct weights *w, const char *index, const char *tensor, const json_t *value) {
+    const char *name = json_string_value(value);
+    if (!name || !*name || strchr(name, '/') || strstr(name, ".."))
+        return status_fail(STATUS_FORMAT, "%s: the file of tensor \"%.100s\" is not a plain file name", index, tensor);
+    const struct safetensors *file = find_file(w, name);
+    if (!file) {
+        if (w->file_count == FILES_MAX)
+            return status_fail(STATUS_FORMAT, "%s: names more than %d files", index, FILES_MAX);
+        TRY(add_file(w, name));
+        file = &w->files[w->file_count - 1];
+    }
+    if (!safetensors_find(file, tensor))
+        return status_fail(STATUS_FORMAT, "%s: tensor \"%.100s\" is not in %s", index, tensor, name);
+    return STATUS_OK;
+}
+
+static enum status open_index(struct weights *w, const char *path) {
+    json_t *index, *value;
+    const char *tensor;
+    TRY(json_read_file(path, INDEX_BYTES_MAX, &index));
+    const json_t *map = json_object_get(index, "weight_map");
+    enum status status = STATUS_OK;
+    if (!json_is_object(map))
+        status = status_fail(STATUS_FORMAT, "%s: \"weight_map\" is missing", path);
+    json_object_foreach((json_t *)map, tensor, value) {
+        if (status == STATUS_OK)
+            status = add_index_entry(w, path, tensor, value);
+    }
+    json_decref(index);
+    return status;
+}
+
+enum status weights_open(struct weights *w, const char *directory) {
+    *w = (struct weights){.directory = memory_copy_string(directory)};
+    char *index = path_join(directory, "model.safetensors.index.json");
+    enum status status = file_exists(index) ? open_index(w, index) : add_file(w, "model.safetensors");
+    free(index);
+    if (status != STATUS_OK)
+        weights_close(w);
+    return status;
+}
+
+void weights_close(struct weights *w) {
+    for (int i = 0; i < w->file_count; i++)
+        safetensors_close(&w->files[i]);
+    free(w->files);
+    free(w->directory);
+    *w = (struct weights){0};
+}
+
+struct safetensors_entry *weights_find(const struct weights *w, const char *name, const struct safetensors **file) {
+    for (int i = 0; i < w->file_count; i++) {
+        struct safetensors_entry *entry = safetensors_find(&w->files[i], name);
+        if (entry) {
+            *file = &w->files[i];
+            return entry;
+        }
+    }
+    return NULL;
+}
+
+static void print_shape(struct text *out, const int64_t *shape, int dim_count) {
+    text_add_string(out, "[");
+    for (int i = 0; i < dim_count; i++)
+        text_printf(out, "%s%lld", i ? "," : "", (long long)shape[i]);
+    text_add_string(out, "]");
+}
+
+static enum status check_shape(const struct safetensors *file, const struct safetensors_entry *entry, struct tensor t) {
+    bool same = entry->dim_count == t.dim_count;
+    for (int i = 0; i < entry->dim_count && same; i++)
+        same = entry->shape[i] == t.shape[i];
+    if (same)
+        return STATUS_OK;
+    struct text has = {0}, needs = {0};
+    print_shape(&has, entry->shape, entry->dim_count);
+    print_shape(&needs, t.shape, t.dim_count);
+    enum status status = status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is %s, this model needs %s", file->path,
+                                     entry->name, has.data, needs.data);
+    text_release(&has);
+    text_release(&needs);
+    return status;
+}
+
+static enum status fill_one(const struct safetensors *file, struct safetensors_entry *entry, struct tensor t,
+                            const struct device *device, void *buffer) {
+    TRY(check_shape(file, entry, t));
+    int64_t elements = tensor_elements(t);
+    for (int64_t first = 0; first < elements; first += READ_CHUNK_ELEMENTS) {
+        int64_t count = elements - first < READ_CHUNK_ELEMENTS ? elements - first : READ_CHUNK_ELEMENTS;
+        TRY(safetensors_read(file, entry, first, count, t.dtype, buffer));
+        size_t size = dtype_size(t.dtype);
+        device->copy_from_host((char *)t.data + (size_t)first * size, buffer, (size_t)count * size);
+    }
+    entry->used = true;
+    return STATUS_OK;
+}
+
+enum status weights_fill(struct weights *w, const struct named_tensor *items, int count, const struct device *device) {
+    void *buffer;
+    TRY(memory_alloc(&buffer, READ_CHUNK_ELEMENTS, sizeof(double)));
+    enum status status = STATUS_OK;
+    for (int i = 0; i < count && status == STATUS_OK; i++) {
+        const struct safetensors *file;
+        struct safetensors_entry *entry = weights_find(w, items[i].name, &file);
+        if (entry)
+            status = fill_one(file, entry, items[i].tensor, device, buffer);
+        else
+            status = status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is missing", w->directory, items[i].name);
+    }
+    free(buffer);
+    return status;
+}
+
+const char *weights_first_unused(const struct weights *w) {
+    for (int i = 0; i < w->file_count; i++)
+        for (int k = 0; k < w->files[i].entry_count; k++)
+            if (!w->files[i].entries[k].used && !strstr(w->files[i].entries[k].name, "rotary_emb.inv_freq"))
+                return w->files[i].entries[k].name;
+    return NULL;
+}
+
+enum status safetensors_fill(const char *path, const struct named_tensor *items, int count,
+                             const struct device *device) {
+    struct weights w = {.directory = memory_copy_string(path)};
+    enum status status = memory_alloc(&w.files, 1, sizeof *w.files);
+    if (status == STATUS_OK)
+        status = safetensors_open(&w.files[0], path);
+    if (status == STATUS_OK) {
+        w.file_count = 1;
+        status = weights_fill(&w, items, count, device);
+    }
+    const char *unused = status == STATUS_OK ? weights_first_unused(&w) : NULL;
+    if (unused)
+        status = status_fail(STATUS_FORMAT, "%s: tensor \"%s\" belongs to no part of this model", path, unused);
+    weights_close(&w);
+    return status;
+}

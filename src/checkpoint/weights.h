@@ -1,0 +1,31 @@
+/* The tensors of a model directory: model.safetensors, or shards with model.safetensors.index.json. */
+#pragma once
+
+#include "checkpoint/safetensors.h"
+
+struct weights {
+    struct safetensors *files;
+    int file_count;
+    char *directory;
+};
+
+/* Open all files of a directory. An index must name plain files beside it and each tensor where it is. */
+enum status weights_open(struct weights *weights, const char *directory) MUST_USE;
+void weights_close(struct weights *weights);
+
+/* The file and entry of a name; NULL where there is none. */
+struct safetensors_entry *weights_find(const struct weights *weights, const char *name,
+                                       const struct safetensors **file);
+
+/* Copy the tensors of a file into those of a device, converting dtypes: each item must be there with its shape. Marks
+ * what it took. */
+enum status weights_fill(struct weights *weights, const struct named_tensor *items, int count,
+                         const struct device *device) MUST_USE;
+
+/* Name of a tensor that nobody took; NULL where all were. Buffers that some writers add (rotary frequencies) do not
+ * count. */
+const char *weights_first_unused(const struct weights *weights);
+
+/* All of the above for one file that holds exactly these items: optimizer moments. */
+enum status safetensors_fill(const char *path, const struct named_tensor *items, int count,
+                             const struct device *device) MUST_USE;
