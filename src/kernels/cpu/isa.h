@@ -1,4 +1,4 @@
-/* How kernels/cpu/isa/*.c become one copy for each instruction set.
+/* How the sources in kernels/cpu/isa become one copy for each instruction set.
  *
  * Each file there is compiled once for every instruction set (cmake/folder.cmake) with CADRE_ISA as its name. All its
  * functions are static but one, a filler that overrides entries of the table; ISA_NAME gives it a name of its own:

@@ -1,0 +1,122 @@
+/* Which table a processor gets. Every table begins as a copy of the reference and is then filled by the copies of
+ * kernels/cpu/isa/ for its instruction set. */
+#include "kernels/cpu/fillers.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/cpu/slots.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FILLER_COUNT = 8 };
+
+struct backend {
+    const char *name;
+    bool (*runs)(void);
+    void (*fill[FILLER_COUNT])(struct kernel_ops *ops);
+};
+
+static bool portable_runs(void) {
+    return true;
+}
+
+#ifdef CADRE_X86
+/* Each asks for all that cmake/folder.cmake lets the compiler use in that copy. */
+static bool avx2_runs(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2");
+}
+
+static bool avx512_runs(void) {
+    return avx2_runs() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+static bool avx512bf16_runs(void) {
+    return avx512_runs() && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+/* Slowest first: the last one that runs is "auto". */
+static const struct backend backends[] = {
+    {"ref", portable_runs, {NULL}},
+    {"portable",
+     portable_runs,
+     {gemm_fill_portable, grouped_fill_portable, attention_fill_portable, norm_fill_portable,
+      pointwise_fill_portable, router_fill_portable, loss_fill_portable, adamw_fill_portable}},
+#ifdef CADRE_X86
+    {"avx2",
+     avx2_runs,
+     {gemm_fill_avx2, grouped_fill_avx2, attention_fill_avx2, norm_fill_avx2, pointwise_fill_avx2,
+      router_fill_avx2, loss_fill_avx2, adamw_fill_avx2}},
+    {"avx512",
+     avx512_runs,
+     {gemm_fill_avx512, grouped_fill_avx512, attention_fill_avx512, norm_fill_avx512, pointwise_fill_avx512,
+      router_fill_avx512, loss_fill_avx512, adamw_fill_avx512}},
+    {"avx512bf16",
+     avx512bf16_runs,
+     {gemm_fill_avx512bf16, grouped_fill_avx512bf16, attention_fill_avx512bf16, norm_fill_avx512bf16,
+      pointwise_fill_avx512bf16, router_fill_avx512bf16, loss_fill_avx512bf16, adamw_fill_avx512bf16}},
+#endif
+};
+enum { BACKEND_COUNT = sizeof backends / sizeof *backends };
+
+static struct kernel_ops tables[BACKEND_COUNT];
+static const char *available[BACKEND_COUNT + 1]; /* NULL at the end */
+static const struct kernel_ops *fastest;
+static pthread_once_t built = PTHREAD_ONCE_INIT;
+
+static void build(void) {
+    int count = 0;
+    for (int b = 0; b < BACKEND_COUNT; b++) {
+        if (!backends[b].runs())
+            continue;
+        tables[b] = *kernels_ref();
+        tables[b].name = backends[b].name;
+        for (int f = 0; f < FILLER_COUNT && backends[b].fill[f]; f++)
+            backends[b].fill[f](&tables[b]);
+        available[count++] = backends[b].name;
+        fastest = &tables[b];
+    }
+}
+
+static enum status choose_named(const char *name, const struct kernel_ops **out) {
+    char known[128] = "auto";
+    for (int b = 0; b < BACKEND_COUNT; b++) {
+        if (tables[b].name && strcmp(name, backends[b].name) == 0) {
+            *out = &tables[b];
+            return STATUS_OK;
+        }
+        if (tables[b].name)
+            strcat(strcat(known, ", "), backends[b].name);
+    }
+    return status_fail(STATUS_USAGE, "no kernels '%s' on this processor; it runs: %s", name, known);
+}
+
+enum status kernels_choose(const char *name, const struct kernel_ops **out) {
+    pthread_once(&built, build);
+    if (strcmp(name, "auto") != 0)
+        return choose_named(name, out);
+    const char *wanted = getenv("CADRE_KERNELS");
+    if (wanted && *wanted && strcmp(wanted, "auto") != 0)
+        return status_prefix(choose_named(wanted, out), "environment variable CADRE_KERNELS");
+    *out = fastest;
+    return STATUS_OK;
+}
+
+const char *const *kernels_available(void) {
+    pthread_once(&built, build);
+    return available;
+}
+
+bool kernels_prefer_bf16(void) {
+#ifdef CADRE_X86
+    return avx512bf16_runs();
+#else
+    return false;
+#endif
+}
+
+size_t kernels_scratch_bytes(void) {
+    return scratch_bytes() + slots_held_bytes();
+}

@@ -1,0 +1,38 @@
+/* A row-major operand of a product, f32 or bf16, whose rows may be gathered. Private to kernels/cpu/isa/. */
+#pragma once
+
+#include "kernels/cpu/isa/vector.h"
+
+struct matrix {
+    const char *data;
+    int64_t columns;
+    int element_bytes;   /* 4: f32, 2: bf16 */
+    const int32_t *rows; /* row r lies at rows[r]; NULL: at r */
+};
+
+ALWAYS_INLINE const void *matrix_at(const struct matrix *m, int64_t row, int64_t column) {
+    int64_t stored = m->rows ? m->rows[row] : row;
+    return m->data + (stored * m->columns + column) * m->element_bytes;
+}
+
+/* A matrix over a tensor [.., columns]. */
+ALWAYS_INLINE struct matrix matrix_of(struct tensor t, int64_t columns, struct tensor rows) {
+    return (struct matrix){t.data, columns, (int)dtype_size(t.dtype), rows.data};
+}
+
+/* One word is this many elements of a k side: two where bf16 multiplies in pairs; elsewhere bf16 becomes f32. */
+ALWAYS_INLINE int word_elements(const struct matrix *m) {
+    return BF16_PAIRS && m->element_bytes == 2 ? 2 : 1;
+}
+
+/* VECTOR_LANES words from `from`, of which the first `count` elements exist; the rest is 0. */
+ALWAYS_INLINE vector_f32 words_load(int element_bytes, const void *from, int64_t count) {
+    const int elements = VECTOR_LANES * (BF16_PAIRS && element_bytes == 2 ? 2 : 1);
+    char padded[4 * VECTOR_LANES];
+    if (count < elements) {
+        memset(padded, 0, sizeof padded);
+        memcpy(padded, from, (size_t)count * (size_t)element_bytes);
+        from = padded;
+    }
+    return BF16_PAIRS || element_bytes == 4 ? vector_load(from) : vector_load_bf16(from);
+}

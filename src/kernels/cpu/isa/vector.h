@@ -1,0 +1,140 @@
+/* Vectors as wide as the instruction set that a copy is compiled for. Private to kernels/cpu/isa/.
+ *
+ * Plain GCC vector extensions: the compiler turns them into this instruction set's instructions. Loads and stores need
+ * no alignment. A "word" is 32 bits: a float, or two neighbouring bf16.
+ */
+#pragma once
+
+#include "tensor/tensor.h"
+
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { VECTOR_LANES = 16 };
+#elif defined(__AVX2__)
+enum { VECTOR_LANES = 8 };
+#else
+enum { VECTOR_LANES = 4 };
+#endif
+
+/* True where two neighbouring bf16 of each operand multiply and add in one instruction. */
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+enum { BF16_PAIRS = 1 };
+#else
+enum { BF16_PAIRS = 0 };
+#endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+typedef float vector_f32 __attribute__((vector_size(4 * VECTOR_LANES)));
+typedef uint32_t vector_u32 __attribute__((vector_size(4 * VECTOR_LANES)));
+typedef int32_t vector_i32 __attribute__((vector_size(4 * VECTOR_LANES)));
+typedef uint16_t vector_u16 __attribute__((vector_size(2 * VECTOR_LANES)));
+
+ALWAYS_INLINE vector_f32 vector_load(const void *from) {
+    vector_f32 v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+ALWAYS_INLINE void vector_store(void *to, vector_f32 v) {
+    memcpy(to, &v, sizeof v);
+}
+
+ALWAYS_INLINE vector_f32 vector_splat(float value) {
+    return value - (vector_f32){0};
+}
+
+ALWAYS_INLINE vector_u32 vector_load_u16(const uint16_t *from) {
+    vector_u16 v;
+    memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, vector_u32);
+}
+
+/* VECTOR_LANES bf16 as floats. */
+ALWAYS_INLINE vector_f32 vector_load_bf16(const uint16_t *from) {
+    return (vector_f32)(vector_load_u16(from) << 16);
+}
+
+/* Rounded to nearest even as float_to_bf16 does it. */
+ALWAYS_INLINE void vector_store_bf16(uint16_t *to, vector_f32 value) {
+    vector_u32 bits = (vector_u32)value;
+    vector_u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    vector_u32 quiet = bits >> 16 | 0x40u;
+    vector_u32 is_nan = (vector_u32)(value != value);
+    vector_u16 halves = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vector_u16);
+    memcpy(to, &halves, sizeof halves);
+}
+
+/* sum += a * b; with `pairs`, of both bf16 in every word. */
+ALWAYS_INLINE vector_f32 vector_multiply_add(bool pairs, vector_f32 a, vector_f32 b, vector_f32 sum) {
+#ifdef __AVX512BF16__
+    if (pairs)
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+    (void)pairs;
+    return a * b + sum;
+}
+
+/* Lanes of a and b in turn: a0 b0 a1 b1 .. from the lower halves, and from the upper halves. */
+ALWAYS_INLINE vector_f32 vector_interleave_low(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+ALWAYS_INLINE vector_f32 vector_interleave_high(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+/* Sums of neighbours: a0+a1 a2+a3 .. b0+b1 b2+b3 .. */
+ALWAYS_INLINE vector_f32 vector_add_neighbours(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+/* v[i] lane j becomes v[j] lane i. One interleaving of rows i and i + lanes/2 rotates the bits of (row, lane) by one;
+ * as many of them as a lane number has bits exchange row and lane. */
+ALWAYS_INLINE void vector_transpose(vector_f32 v[VECTOR_LANES]) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < VECTOR_LANES; stage *= 2) {
+        vector_f32 next[VECTOR_LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTOR_LANES / 2; i++) {
+            next[2 * i] = vector_interleave_low(v[i], v[i + VECTOR_LANES / 2]);
+            next[2 * i + 1] = vector_interleave_high(v[i], v[i + VECTOR_LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTOR_LANES; i++)
+            v[i] = next[i];
+    }
+}
+
+/* Lane i of the result is the sum over the lanes of v[i]; v is used up. */
+ALWAYS_INLINE vector_f32 vector_sums(vector_f32 v[VECTOR_LANES]) {
+#pragma GCC unroll 4
+    for (int count = VECTOR_LANES / 2; count > 0; count /= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < count; i++)
+            v[i] = vector_add_neighbours(v[2 * i], v[2 * i + 1]);
+    }
+    return v[0];
+}
