@@ -1,0 +1,185 @@
+#include "train/state.h"
+
+#include "base/file.h"
+#include "base/json.h"
+#include "base/log.h"
+#include "checkpoint/publish.h"
+#include "checkpoint/weights.h"
+#include "data/tokenizer.h"
+#include "model/names.h"
+#include <stdlib.h>
+#include <string.h>
+
+enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20 };
+
+/* ---- saving ------------------------------------------------------------------------------------------------------------ */
+
+static enum status copy_file(const char *from, const char *directory, const char *name) {
+    char *data, *to = path_join(directory, name);
+    size_t size;
+    enum status status = file_read(from, SMALL_FILE_BYTES_MAX, &data, &size);
+    if (status == STATUS_OK) {
+        status = file_write(to, data, size);
+        free(data);
+    }
+    free(to);
+    return status;
+}
+
+static enum status write_json(const char *directory, const char *name, json_t *object) {
+    char *path = path_join(directory, name);
+    enum status status = json_write_file(path, object);
+    json_decref(object);
+    free(path);
+    return status;
+}
+
+static enum status write_generation_config(const char *directory, int64_t end_of_text) {
+    json_t *object = json_pack("{s:b,s:f,s:f}", "do_sample", 1, "temperature", 0.8, "top_p", 0.95);
+    if (end_of_text >= 0) {
+        json_object_set_new(object, "bos_token_id", json_integer(end_of_text));
+        json_object_set_new(object, "eos_token_id", json_integer(end_of_text));
+    }
+    return write_json(directory, "generation_config.json", object);
+}
+
+static enum status write_state(const char *directory, const struct train_state *state) {
+    return write_json(directory, "training/state.json",
+                      json_pack("{s:i,s:I,s:I,s:I}", "version", STATE_VERSION, "step", (json_int_t)state->step,
+                                "sequences", (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens));
+}
+
+static enum status write_weights(const char *directory, const struct model *model) {
+    struct named_tensor *items;
+    int count;
+    TRY(model_name_tensors(model, model->weight, "", &items, &count));
+    char *path = path_join(directory, "model.safetensors");
+    enum status status = safetensors_write(path, items, count, model->device);
+    free(path);
+    free(items);
+    return status;
+}
+
+/* Both moments in one list, each name after "m." or "v.". */
+static enum status name_moments(const struct model *model, struct named_tensor **items, int *count) {
+    struct named_tensor *second;
+    TRY(model_name_tensors(model, model->moment1, "m.", items, count));
+    enum status status = model_name_tensors(model, model->moment2, "v.", &second, count);
+    if (status == STATUS_OK) {
+        *items = realloc(*items, (size_t)(2 * *count) * sizeof **items);
+        CHECK(*items != NULL);
+        memcpy(*items + *count, second, (size_t)*count * sizeof *second);
+        *count *= 2;
+        free(second);
+    }
+    return status;
+}
+
+static enum status write_moments(const char *directory, const struct model *model) {
+    struct named_tensor *items;
+    int count;
+    TRY(name_moments(model, &items, &count));
+    char *path = path_join(directory, "training/optimizer.safetensors");
+    enum status status = safetensors_write(path, items, count, model->device);
+    free(path);
+    free(items);
+    return status;
+}
+
+static enum status write_config(const char *directory, const struct checkpoint_sources *sources) {
+    char *path = path_join(directory, "config.json");
+    enum status status =
+        model_config_write(&sources->model->config, path, tokenizer_end_of_text(sources->tokenizer), "float32");
+    free(path);
+    return status;
+}
+
+static enum status write_tokenizer(const char *directory, const struct checkpoint_sources *sources) {
+    TRY(copy_file(sources->tokenizer_path, directory, "tokenizer.json"));
+    char *path = path_join(directory, "tokenizer_config.json");
+    enum status status =
+        tokenizer_save_config(sources->tokenizer, path, sources->model->config.max_position_embeddings);
+    free(path);
+    return status;
+}
+
+static enum status write_all(const char *directory, const struct checkpoint_sources *sources) {
+    TRY(write_config(directory, sources));
+    TRY(write_generation_config(directory, tokenizer_end_of_text(sources->tokenizer)));
+    TRY(write_tokenizer(directory, sources));
+    TRY(write_weights(directory, sources->model));
+    TRY(copy_file(sources->config_path, directory, "training/config.ini"));
+    TRY(write_state(directory, &sources->state));
+    return write_moments(directory, sources->model);
+}
+
+enum status checkpoint_save(const struct checkpoint_sources *sources) {
+    struct checkpoint_draft draft;
+    TRY(checkpoint_begin(&draft, sources->checkpoints_directory, sources->state.step));
+    enum status status = write_all(draft.path, sources);
+    if (status != STATUS_OK) {
+        checkpoint_abandon(&draft);
+        return status;
+    }
+    TRY(checkpoint_commit(&draft));
+    return checkpoint_keep(sources->checkpoints_directory, sources->keep);
+}
+
+/* ---- resuming ------------------------------------------------------------------------------------------------------------ */
+
+static enum status read_state(const char *directory, struct train_state *state) {
+    char *path = path_join(directory, "training/state.json");
+    json_t *object;
+    int64_t version;
+    enum status status = json_read_file(path, SMALL_FILE_BYTES_MAX, &object);
+    if (status == STATUS_OK) {
+        struct json_source source = {path, object};
+        status = json_get_integer(source, "version", true, STATE_VERSION, STATE_VERSION, &version);
+        if (status == STATUS_OK)
+            status = json_get_integer(source, "step", true, 0, INT64_MAX, &state->step);
+        if (status == STATUS_OK)
+            status = json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences);
+        if (status == STATUS_OK)
+            status = json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens);
+        json_decref(object);
+    }
+    free(path);
+    return status;
+}
+
+static enum status read_tensors(const char *directory, const char *name, struct named_tensor *items, int count,
+                                const struct device *device) {
+    char *path = path_join(directory, name);
+    enum status status = safetensors_fill(path, items, count, device);
+    free(path);
+    free(items);
+    return status;
+}
+
+static enum status read_all(const char *directory, struct model *model, struct train_state *state) {
+    struct named_tensor *items;
+    int count;
+    TRY(read_state(directory, state));
+    TRY(model_name_tensors(model, model->weight, "", &items, &count));
+    TRY(read_tensors(directory, "model.safetensors", items, count, model->device));
+    TRY(name_moments(model, &items, &count));
+    TRY(read_tensors(directory, "training/optimizer.safetensors", items, count, model->device));
+    model_refresh_copies(model);
+    return STATUS_OK;
+}
+
+enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct train_state *state,
+                              bool *found) {
+    char *path;
+    int64_t step;
+    enum status status = checkpoint_latest(checkpoints_directory, &path, &step);
+    *found = status == STATUS_OK;
+    if (status == STATUS_NOT_FOUND)
+        return STATUS_OK;
+    TRY(status);
+    status = read_all(path, model, state);
+    if (status == STATUS_OK)
+        log_info("resume  from %s", path);
+    free(path);
+    return status;
+}

@@ -1,0 +1,367 @@
+#include "train/trainer.h"
+
+#include "base/clock.h"
+#include "base/file.h"
+#include "base/log.h"
+#include "base/memory.h"
+#include "base/threads.h"
+#include "data/corpus.h"
+#include "data/loader.h"
+#include "data/tokenizer.h"
+#include "train/evaluate.h"
+#include "train/report.h"
+#include "train/roof.h"
+#include "train/run_directory.h"
+#include "train/state.h"
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Invariants.
+ *  1. state.step updates are in the weights; state.sequences sequences were drawn for them. A checkpoint is written only
+ *     between steps, so that what it holds is always such a pair.
+ *  2. The loader's order is a function of the seed and the cursor; nothing else about it needs saving.
+ *  3. Evaluation and samples change neither weights, nor moments, nor the cursor.
+ */
+struct trainer {
+    struct run_config *config;
+    struct train_hooks hooks;
+    struct corpus corpus;
+    struct tokenizer *tokenizer;
+    struct loader *loader;
+    struct model *model;
+    struct workspace *workspace;
+    struct comm comm;
+    struct step_runner runner;
+    struct train_state state;
+    struct train_report report;
+    int32_t *tokens; /* [batch_sequences, T+1] */
+    char *checkpoints, *samples_path;
+    double roof_operations_per_s;
+    int skipped_in_a_row;
+};
+
+enum { SKIPPED_STEPS_MAX = 3, PROBE_STEPS = 4 };
+
+static volatile sig_atomic_t stop_requested;
+
+static void request_stop(int signal_number) {
+    stop_requested = 1;
+    signal(signal_number, SIG_DFL); /* the second one ends the process */
+}
+
+static void watch_signals(void) {
+    struct sigaction action = {.sa_handler = request_stop};
+    stop_requested = 0;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+/* ---- setting up ---------------------------------------------------------------------------------------------------- */
+
+static enum status open_data(struct trainer *t) {
+    struct run_config *c = t->config;
+    if (!*c->data.train)
+        return status_fail(STATUS_USAGE, "data.train is not set; name the text to learn from: --data.train 'texts/*.txt'");
+    char *directory = run_directory_path(c, "data");
+    struct corpus_options options = {.train_patterns = c->data.train,
+                                     .valid_patterns = *c->data.valid ? c->data.valid : NULL,
+                                     .tokenizer_path = *c->data.tokenizer ? c->data.tokenizer : NULL,
+                                     .vocab_size = (int)c->data.vocab_size,
+                                     .directory = directory,
+                                     .seed = (uint64_t)c->train.seed};
+    bool reused;
+    enum status status = corpus_prepare(&options, &reused);
+    if (status == STATUS_OK)
+        status = corpus_open(&t->corpus, directory);
+    free(directory);
+    return status;
+}
+
+static enum status check_vocabulary(struct run_config *config, int64_t tokenizer_size) {
+    if (config->model.vocab_size == 0)
+        config->model.vocab_size = tokenizer_size;
+    if (config->model.vocab_size < tokenizer_size)
+        return status_fail(STATUS_USAGE, "model.vocab_size %lld is less than the tokenizer's %lld tokens",
+                           (long long)config->model.vocab_size, (long long)tokenizer_size);
+    return STATUS_OK;
+}
+
+static enum status open_tokenizer(struct trainer *t) {
+    TRY(tokenizer_open(t->corpus.tokenizer_path, &t->tokenizer));
+    return check_vocabulary(t->config, tokenizer_vocab_size(t->tokenizer));
+}
+
+static enum status open_loader(struct trainer *t, int64_t first_sequence, struct loader **loader) {
+    return loader_open(loader, &t->corpus.train.shard, t->config->train.sequence_length,
+                       t->config->train.batch_sequences, (uint64_t)t->config->train.seed, first_sequence);
+}
+
+static struct model_options model_options_from(const struct run_config *c, const struct kernel_ops *ops) {
+    return (struct model_options){ops, device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length, true};
+}
+
+static struct workspace_options workspace_options_from(const struct run_config *c) {
+    return (struct workspace_options){c->train.micro_batch_sequences, c->train.sequence_length, true,
+                                      c->train.recompute == RECOMPUTE_BLOCK};
+}
+
+static enum status create_model(struct trainer *t) {
+    struct run_config *c = t->config;
+    const struct kernel_ops *ops;
+    TRY(kernels_choose(c->run.kernels, &ops));
+    c->train.precision = run_config_compute(c) == DTYPE_BF16 ? PRECISION_BF16 : PRECISION_FP32;
+    TRY(model_create(&c->model, model_options_from(c, ops), &t->model));
+    TRY(workspace_create(t->model, workspace_options_from(c), &t->workspace));
+    t->comm = comm_self();
+    TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->comm, &c->optim,
+                         (int)(c->train.batch_sequences / c->train.micro_batch_sequences)));
+    size_t token_count = (size_t)(c->train.batch_sequences * (c->train.sequence_length + 1));
+    return memory_alloc(&t->tokens, token_count, sizeof *t->tokens);
+}
+
+static void clear_moments(struct model *model) {
+    for (int i = 0; i < model->table.count; i++) {
+        model->context.ops->fill(model->moment1[i], 0);
+        model->context.ops->fill(model->moment2[i], 0);
+    }
+}
+
+/* Fresh weights and moments: the start of a run. */
+static enum status start_fresh(struct trainer *t) {
+    t->state = (struct train_state){0};
+    clear_moments(t->model);
+    return model_initialize(t->model, (uint64_t)t->config->train.seed);
+}
+
+/* How many steps fit the target: a few are run on the first batch, timed, and undone. */
+static enum status measure_steps(struct trainer *t) {
+    struct loader *loader;
+    TRY(open_loader(t, 0, &loader));
+    enum status status = loader_next(loader, t->tokens);
+    loader_close(loader);
+    TRY(status);
+    double fastest = INFINITY;
+    for (int i = 1; i <= PROBE_STEPS; i++) {
+        struct step_result result;
+        double begin = clock_seconds();
+        TRY(step_run(&t->runner, (struct step_input){t->tokens, i, PROBE_STEPS}, &result));
+        if (i > 1) /* the first one warms caches and libraries */
+            fastest = fmin(fastest, clock_seconds() - begin);
+    }
+    int64_t steps = (int64_t)(t->config->train.target_minutes * 60 / fastest);
+    t->config->train.steps = steps < 10 ? 10 : steps / 10 * 10;
+    log_info("speed   %.0f ms a step: %lld steps fit %g minutes", 1e3 * fastest, (long long)t->config->train.steps,
+             t->config->train.target_minutes);
+    return start_fresh(t);
+}
+
+static enum status start_or_resume(struct trainer *t, bool *resumed) {
+    TRY(checkpoint_resume(t->checkpoints, t->model, &t->state, resumed));
+    if (!*resumed)
+        TRY(start_fresh(t));
+    if (t->config->train.steps == 0)
+        TRY(measure_steps(t));
+    return run_directory_write_config(t->config);
+}
+
+static void describe(const struct trainer *t) {
+    const struct run_config *c = t->config;
+    struct parameter_counts counts = parameter_table_count(&t->model->table, &c->model);
+    char total[32], active[32], tokens[32], held_out[32], bytes[32];
+    log_info("model   %s parameters, %s active a token; %lld blocks, %lld experts, top %lld, width %lld, vocabulary %lld",
+             text_count(total, counts.total), text_count(active, counts.active), (long long)c->model.num_hidden_layers,
+             (long long)c->model.num_experts, (long long)c->model.num_experts_per_tok,
+             (long long)c->model.hidden_size, (long long)c->model.vocab_size);
+    log_info("data    %s tokens to learn from, %s held out", text_count(tokens, t->corpus.train.token_count),
+             text_count(held_out, t->corpus.valid.token_count));
+    log_info("machine %d threads, %s kernels, %s, %.0f GFLOP/s at best; %s of tensors", threads_count(),
+             t->model->context.ops->name, c->train.precision == PRECISION_BF16 ? "bf16" : "fp32",
+             1e-9 * t->roof_operations_per_s,
+             text_bytes(bytes, (double)(t->model->memory.total + t->workspace->memory.total)));
+}
+
+static enum status set_up(struct trainer *t, struct train_summary *summary) {
+    struct run_config *c = t->config;
+    threads_set_count((int)c->run.threads);
+    TRY(run_directory_open(c));
+    t->checkpoints = run_directory_path(c, "checkpoints");
+    t->samples_path = run_directory_path(c, "samples.txt");
+    TRY(open_data(t));
+    TRY(open_tokenizer(t));
+    TRY(create_model(t));
+    TRY(roof_measure(t->model->context.ops, t->model->device, t->model->context.compute, 0.3,
+                     &t->roof_operations_per_s));
+    describe(t);
+    TRY(start_or_resume(t, &summary->resumed));
+    TRY(open_loader(t, t->state.sequences, &t->loader));
+    return train_report_open(&t->report, c, t->model, t->state.step, t->roof_operations_per_s);
+}
+
+static void tear_down(struct trainer *t) {
+    train_report_close(&t->report);
+    loader_close(t->loader);
+    step_runner_release(&t->runner);
+    workspace_destroy(t->workspace);
+    model_destroy(t->model);
+    tokenizer_destroy(t->tokenizer);
+    corpus_close(&t->corpus);
+    free(t->tokens);
+    free(t->checkpoints);
+    free(t->samples_path);
+}
+
+/* ---- what happens between steps -------------------------------------------------------------------------------------- */
+
+static enum status save(struct trainer *t) {
+    char *config_path = run_directory_path(t->config, "config.ini");
+    struct checkpoint_sources sources = {t->checkpoints, t->corpus.tokenizer_path, config_path, t->model,
+                                         t->tokenizer,   t->state,                 t->config->checkpoint.keep};
+    enum status status = t->comm.ops->agree(&t->comm, checkpoint_save(&sources));
+    free(config_path);
+    return status;
+}
+
+/* Documents spread evenly over the held-out text, until token_limit tokens (0: all of it). */
+static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, struct train_summary *summary) {
+    const struct corpus_split *split = &t->corpus.valid;
+    struct evaluation evaluation = {0};
+    int64_t wanted = token_limit > 0 && token_limit < split->token_count ? token_limit : split->token_count;
+    int64_t passed = 0, bytes = 0;
+    enum status status = STATUS_OK;
+    for (int64_t i = 0; i < split->document_count && status == STATUS_OK; i++) {
+        const struct corpus_document *document = &split->documents[i];
+        bool chosen = (double)evaluation.token_count <= (double)passed / (double)split->token_count * (double)wanted;
+        passed += document->token_count;
+        if (!chosen)
+            continue;
+        int32_t *tokens;
+        status = memory_alloc(&tokens, (size_t)document->token_count, sizeof *tokens);
+        if (status != STATUS_OK)
+            break;
+        token_shard_copy(&split->shard, document->first_token, document->token_count, tokens);
+        status = evaluate_tokens(t->model, t->workspace, tokens, document->token_count, &evaluation);
+        bytes += document->byte_count;
+        free(tokens);
+    }
+    summary->valid_loss = evaluation_loss(&evaluation);
+    summary->valid_bits_per_byte = evaluation_bits_per_byte(&evaluation, bytes);
+    evaluation_release(&evaluation);
+    return status;
+}
+
+static enum status add_sample(struct trainer *t) {
+    if (!t->hooks.write_sample)
+        return STATUS_OK;
+    struct text passage = {0};
+    text_printf(&passage, "== step %lld\n", (long long)t->state.step);
+    enum status status = t->hooks.write_sample(t->hooks.context, t->model, t->tokenizer, &passage);
+    struct file_writer writer;
+    if (status == STATUS_OK)
+        status = file_writer_open(&writer, t->samples_path, true);
+    if (status == STATUS_OK) {
+        text_add_string(&passage, "\n\n");
+        status = file_writer_add(&writer, passage.data, passage.size);
+        enum status closed = file_writer_close(&writer);
+        status = status == STATUS_OK ? closed : status;
+    }
+    text_release(&passage);
+    return status;
+}
+
+static bool is_due(int64_t step, int64_t every) {
+    return every > 0 && step % every == 0;
+}
+
+static enum status after_step(struct trainer *t, struct train_summary *summary) {
+    const struct run_config *c = t->config;
+    int64_t step = t->state.step;
+    bool last = step == c->train.steps;
+    if (last || is_due(step, c->train.eval_every_steps)) {
+        TRY(evaluate_held_out(t, last ? 0 : c->train.eval_tokens, summary));
+        TRY(train_report_evaluation(&t->report, step, summary->valid_loss, summary->valid_bits_per_byte));
+    }
+    if (is_due(step, c->train.sample_every_steps) || (last && c->train.sample_every_steps > 0))
+        TRY(add_sample(t));
+    if (last || stop_requested || is_due(step, c->checkpoint.every_steps))
+        TRY(save(t));
+    return STATUS_OK;
+}
+
+/* A step that was refused leaves the weights alone; its data is passed over, and too many of them end the run. */
+static enum status note_skipped(struct trainer *t, const struct step_result *result) {
+    log_warn("step %lld: loss %g, gradient norm %g: not finite, the update is skipped", (long long)t->state.step,
+             result->loss, result->gradient_norm);
+    if (++t->skipped_in_a_row < SKIPPED_STEPS_MAX)
+        return STATUS_OK;
+    return status_fail(STATUS_NUMERIC,
+                       "%d steps in a row were not finite; lower --optim.lr and start from the last checkpoint in %s",
+                       SKIPPED_STEPS_MAX, t->checkpoints);
+}
+
+static enum status run_step(struct trainer *t, struct train_summary *summary) {
+    struct run_config *c = t->config;
+    struct step_result result;
+    double begin = clock_seconds();
+    TRY(loader_next(t->loader, t->tokens));
+    TRY(step_run(&t->runner, (struct step_input){t->tokens, t->state.step + 1, c->train.steps}, &result));
+    double seconds = clock_seconds() - begin;
+    t->state.step++;
+    t->state.sequences += c->train.batch_sequences;
+    t->state.tokens += c->train.batch_sequences * c->train.sequence_length;
+    if (result.skipped)
+        TRY(note_skipped(t, &result));
+    else
+        t->skipped_in_a_row = 0;
+    TRY(train_report_step(&t->report, t->workspace, &t->state, &result, seconds));
+    return after_step(t, summary);
+}
+
+static void finish_summary(const struct trainer *t, double seconds, int64_t first_token, struct train_summary *summary) {
+    summary->step = t->state.step;
+    summary->step_count = t->config->train.steps;
+    summary->tokens = t->state.tokens;
+    summary->seconds = seconds;
+    summary->tokens_per_s = t->report.step_seconds > 0 ? (double)(t->state.tokens - first_token) / t->report.step_seconds : 0;
+    summary->roof_share = summary->tokens_per_s *
+                          model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
+                          t->roof_operations_per_s;
+    summary->peak_bytes = (double)memory_peak_bytes();
+    summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total);
+    summary->interrupted = stop_requested && t->state.step < t->config->train.steps;
+}
+
+static enum status run_all(struct trainer *t, struct train_summary *summary) {
+    TRY(set_up(t, summary));
+    watch_signals();
+    int64_t first_token = t->state.tokens;
+    double begin = clock_seconds();
+    enum status status = STATUS_OK;
+    while (status == STATUS_OK && t->state.step < t->config->train.steps && !stop_requested)
+        status = run_step(t, summary);
+    finish_summary(t, clock_seconds() - begin, first_token, summary);
+    return status;
+}
+
+enum status train_run(struct run_config *config, struct train_hooks hooks, struct train_summary *summary) {
+    struct trainer trainer = {.config = config, .hooks = hooks};
+    *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
+    enum status status = run_all(&trainer, summary);
+    tear_down(&trainer);
+    return status;
+}
+
+enum status train_dry_run(struct run_config *config, struct text *out) {
+    if (config->model.vocab_size == 0)
+        config->model.vocab_size = config->data.vocab_size;
+    struct schedule schedule;
+    struct schedule_options options = {
+        (int)config->model.num_hidden_layers,
+        (int)(config->train.batch_sequences / config->train.micro_batch_sequences),
+        config->train.recompute == RECOMPUTE_BLOCK};
+    TRY(schedule_build(&schedule, options));
+    schedule_print(&schedule, out);
+    schedule_release(&schedule);
+    return STATUS_OK;
+}

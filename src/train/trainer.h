@@ -1,0 +1,31 @@
+/* Training: from a configuration to a run directory with a trained model in it. */
+#pragma once
+
+#include "parallel/step.h"
+#include "train/run_config.h"
+
+struct tokenizer;
+
+/* What others may want to do as training goes on; any may be NULL. */
+struct train_hooks {
+    /* Write a passage to `out`: called every train.sample_every_steps and at the end. */
+    enum status (*write_sample)(void *context, struct model *model, const struct tokenizer *tokenizer,
+                                struct text *out);
+    void *context;
+};
+
+/* How a run ended. */
+struct train_summary {
+    int64_t step, step_count, tokens;
+    bool resumed, interrupted;
+    double valid_loss, valid_bits_per_byte; /* NaN when never evaluated */
+    double seconds, tokens_per_s, roof_share;
+    double peak_bytes, planned_bytes;
+};
+
+/* Train until config->train.steps, or until the first SIGINT or SIGTERM, which finishes the step and saves; a second one
+ * ends the process. Resumes where run.directory has a checkpoint. config is completed (steps, vocabulary, precision). */
+enum status train_run(struct run_config *config, struct train_hooks hooks, struct train_summary *summary) MUST_USE;
+
+/* Print what train_run would do, step by step, without data, weights or memory. */
+enum status train_dry_run(struct run_config *config, struct text *out) MUST_USE;

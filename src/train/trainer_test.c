@@ -1,0 +1,261 @@
+/* The training loop as a user meets it: golden losses, threads, resume, damage, a full disk, another configuration. */
+#include "train/trainer.h"
+
+#include "base/file.h"
+#include "base/json.h"
+#include "base/log.h"
+#include "base/random.h"
+#include "base/text.h"
+#include "base/threads.h"
+#include <errno.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h>
+
+enum { STEPS = 10 };
+
+static char root[] = "/tmp/cadre-train-XXXXXX";
+static char *corpus_path;
+
+/* Sentences of made-up words with a little grammar: enough for a loss that falls. */
+static void write_corpus(const char *path, int64_t sentences) {
+    static const char *const words[] = {"river", "stone", "walks", "under", "bright", "morning", "the", "a",
+                                        "keeper", "of", "lamps", "sings", "old", "harbour", "and", "waits"};
+    struct text text = {0};
+    for (int64_t s = 0; s < sentences; s++) {
+        int64_t length = 4 + (int64_t)(random_bits(1, 1, (uint64_t)s) % 9);
+        for (int64_t w = 0; w < length; w++)
+            text_printf(&text, "%s%s", w ? " " : "", words[random_bits(1, (uint64_t)s + 2, (uint64_t)w) % 16]);
+        text_add_string(&text, s % 7 == 6 ? ".\n\n" : ".\n");
+    }
+    assert_int_equal(file_write(path, text.data, text.size), STATUS_OK);
+    text_release(&text);
+}
+
+static int set_up(void **state) {
+    (void)state;
+    log_set_level(LOG_SILENT);
+    if (!mkdtemp(root))
+        return -1;
+    corpus_path = path_join(root, "corpus.txt");
+    write_corpus(corpus_path, 3000);
+    return 0;
+}
+
+static int tear_down(void **state) {
+    (void)state;
+    free(corpus_path);
+    return directory_remove(root) == STATUS_OK ? 0 : -1;
+}
+
+struct call {
+    const char *directory, *threads, *precision, *steps, *more_key, *more_value;
+    int64_t interrupt_at; /* 0: never */
+};
+
+static enum status interrupt(void *context, struct model *model, const struct tokenizer *tokenizer, struct text *out) {
+    (void)model;
+    (void)tokenizer;
+    (void)out;
+    if (*(int *)context)
+        raise(SIGTERM);
+    return STATUS_OK;
+}
+
+static enum status train(struct call call, struct train_summary *summary) {
+    struct train_summary unused;
+    char *directory = path_join(root, call.directory);
+    char every[32];
+    snprintf(every, sizeof every, "%lld", (long long)call.interrupt_at);
+    const char *pairs[] = {"model.preset", "tiny", "data.train", corpus_path, "run.directory", directory,
+                           "data.vocab_size", "300", "train.steps", call.steps ? call.steps : "10",
+                           "run.threads", call.threads ? call.threads : "2",
+                           "train.precision", call.precision ? call.precision : "fp32",
+                           "checkpoint.every_steps", "4", "train.eval_every_steps", "5",
+                           "train.sample_every_steps", every, call.more_key, call.more_value};
+    struct run_config config;
+    int should_interrupt = call.interrupt_at > 0;
+    enum status status = run_config_resolve(&config, NULL, pairs, call.more_key ? 11 : 10);
+    if (status == STATUS_OK)
+        status = train_run(&config, (struct train_hooks){interrupt, &should_interrupt}, summary ? summary : &unused);
+    free(directory);
+    return status;
+}
+
+/* Losses of a run, one a step; returns how many. */
+static int read_losses(const char *directory, double losses[STEPS]) {
+    char *run = path_join(root, directory), *path = path_join(run, "metrics.jsonl"), *data, *line;
+    size_t size;
+    int count = 0;
+    assert_int_equal(file_read(path, 1 << 24, &data, &size), STATUS_OK);
+    char *rest = data;
+    while ((line = strsep(&rest, "\n"))) {
+        json_t *object;
+        if (!*line)
+            continue;
+        assert_int_equal(json_parse(path, line, strlen(line), &object), STATUS_OK);
+        json_t *loss = json_object_get(object, "loss");
+        if (loss && count < STEPS)
+            losses[count++] = json_real_value(loss);
+        json_decref(object);
+    }
+    free(data);
+    free(path);
+    free(run);
+    return count;
+}
+
+static void assert_same_file(const char *a, const char *b, const char *name) {
+    char *path_a = text_format("%s/%s/%s", root, a, name), *path_b = text_format("%s/%s/%s", root, b, name);
+    char *data_a, *data_b;
+    size_t size_a, size_b;
+    assert_int_equal(file_read(path_a, 1 << 26, &data_a, &size_a), STATUS_OK);
+    assert_int_equal(file_read(path_b, 1 << 26, &data_b, &size_b), STATUS_OK);
+    assert_int_equal(size_a, size_b);
+    assert_memory_equal(data_a, data_b, size_a);
+    free(data_a);
+    free(data_b);
+    free(path_a);
+    free(path_b);
+}
+
+static void assert_same_run(const char *a, const char *b) {
+    double losses_a[STEPS], losses_b[STEPS];
+    assert_int_equal(read_losses(a, losses_a), STEPS);
+    assert_int_equal(read_losses(b, losses_b), STEPS);
+    for (int i = 0; i < STEPS; i++)
+        assert_true(losses_a[i] == losses_b[i]);
+    assert_same_file(a, b, "checkpoints/step-000010/model.safetensors");
+    assert_same_file(a, b, "checkpoints/step-000010/training/optimizer.safetensors");
+}
+
+/* Recorded with the reference kernels, which compute in double precision and round what they store to fp32. */
+static const double golden[STEPS] = {5.69764935, 5.64944067, 5.57870561, 5.47826298, 5.35749721,
+                                     5.23392631, 5.18859434, 5.09863202, 5.03590562, 5.05560181};
+
+/* Ten steps of the tiny model, on every instruction set that this processor runs. */
+static void test_golden_losses(void **state) {
+    (void)state;
+    for (const char *const *kernels = kernels_available(); *kernels; kernels++) {
+        if (strcmp(*kernels, "ref") == 0)
+            continue; /* a minute of it is what the numbers were recorded from */
+        char *directory = text_format("golden-%s", *kernels);
+        double losses[STEPS];
+        struct call call = {.directory = directory, .more_key = "run.kernels", .more_value = *kernels};
+        assert_int_equal(train(call, NULL), STATUS_OK);
+        assert_int_equal(read_losses(directory, losses), STEPS);
+        for (int i = 0; i < STEPS; i++)
+            if (!(fabs(losses[i] - golden[i]) <= 2e-6 * golden[i]))
+                fail_msg("%s, step %d: loss %.9g is not the golden %.9g", *kernels, i + 1, losses[i], golden[i]);
+        free(directory);
+    }
+}
+
+static void test_threads_do_not_change_a_bit(void **state) {
+    (void)state;
+    const char *const precisions[] = {"fp32", "bf16"};
+    for (int p = 0; p < 2; p++) {
+        assert_int_equal(train((struct call){.directory = "one", .threads = "1", .precision = precisions[p]}, NULL), 0);
+        assert_int_equal(train((struct call){.directory = "two", .threads = "2", .precision = precisions[p]}, NULL), 0);
+        assert_int_equal(train((struct call){.directory = "four", .threads = "4", .precision = precisions[p]}, NULL), 0);
+        assert_same_run("one", "two");
+        assert_same_run("one", "four");
+        const char *const names[] = {"one", "two", "four"};
+        for (int i = 0; i < 3; i++) {
+            char *path = path_join(root, names[i]);
+            assert_int_equal(directory_remove(path), STATUS_OK);
+            free(path);
+        }
+    }
+}
+
+static void test_resumed_is_uninterrupted(void **state) {
+    (void)state;
+    struct train_summary summary;
+    assert_int_equal(train((struct call){.directory = "whole"}, NULL), STATUS_OK);
+    for (int stop = 1; stop <= 9; stop += 4) {
+        char *path = path_join(root, "parts");
+        assert_int_equal(directory_remove(path), STATUS_OK);
+        assert_int_equal(train((struct call){.directory = "parts", .interrupt_at = stop}, &summary), STATUS_OK);
+        assert_true(summary.interrupted && summary.step == stop);
+        assert_int_equal(train((struct call){.directory = "parts"}, &summary), STATUS_OK);
+        assert_true(summary.resumed && !summary.interrupted && summary.step == STEPS);
+        assert_same_run("whole", "parts");
+        free(path);
+    }
+}
+
+static void flip_a_byte(const char *name) {
+    char *path = path_join(root, name), *data;
+    size_t size;
+    assert_int_equal(file_read(path, 1 << 26, &data, &size), STATUS_OK);
+    data[size / 2] ^= 4;
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    assert_int_equal(fwrite(data, 1, size, file), size);
+    fclose(file);
+    free(data);
+    free(path);
+}
+
+static void test_damaged_checkpoint_falls_back_to_the_one_before(void **state) {
+    (void)state;
+    struct train_summary summary;
+    assert_int_equal(train((struct call){.directory = "damaged", .interrupt_at = 6}, &summary), STATUS_OK);
+    assert_int_equal(summary.step, 6);
+    flip_a_byte("damaged/checkpoints/step-000006/model.safetensors");
+    assert_int_equal(train((struct call){.directory = "damaged"}, &summary), STATUS_OK);
+    assert_true(summary.resumed && summary.step == STEPS);
+    assert_int_equal(train((struct call){.directory = "undamaged"}, NULL), STATUS_OK);
+    assert_same_run("undamaged", "damaged");
+}
+
+static int disk_is_full(void *context, enum file_operation operation, const char *path) {
+    (void)context;
+    return operation == FILE_WRITE && strstr(path, "step-000008") ? ENOSPC : 0;
+}
+
+static void test_full_disk_keeps_the_last_checkpoint(void **state) {
+    (void)state;
+    struct train_summary summary;
+    file_set_fault(disk_is_full, NULL);
+    enum status status = train((struct call){.directory = "full"}, NULL);
+    file_set_fault(NULL, NULL);
+    assert_int_equal(status, STATUS_IO);
+    assert_non_null(strstr(status_text(), "No space left"));
+    assert_int_equal(train((struct call){.directory = "full"}, &summary), STATUS_OK);
+    assert_true(summary.resumed);
+    assert_int_equal(train((struct call){.directory = "roomy"}, NULL), STATUS_OK);
+    assert_same_run("roomy", "full");
+}
+
+static void test_refusals(void **state) {
+    (void)state;
+    struct call call = {.directory = "refusal", .more_key = "model.hidden_size", .more_value = "32"};
+    assert_int_equal(train((struct call){.directory = "refusal"}, NULL), STATUS_OK);
+    assert_int_equal(train(call, NULL), STATUS_USAGE);
+    assert_non_null(strstr(status_text(), "model.hidden_size"));
+    call = (struct call){.directory = "none", .more_key = "model.num_experts_per_tok", .more_value = "5"};
+    assert_int_equal(train(call, NULL), STATUS_USAGE);
+    call = (struct call){.directory = "none", .more_key = "model.num_key_value_heads", .more_value = "3"};
+    assert_int_equal(train(call, NULL), STATUS_USAGE);
+    call = (struct call){.directory = "none", .more_key = "data.train", .more_value = "/nowhere/*.txt"};
+    assert_int_equal(train(call, NULL), STATUS_NOT_FOUND);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_golden_losses),
+        cmocka_unit_test(test_threads_do_not_change_a_bit),
+        cmocka_unit_test(test_resumed_is_uninterrupted),
+        cmocka_unit_test(test_damaged_checkpoint_falls_back_to_the_one_before),
+        cmocka_unit_test(test_full_disk_keeps_the_last_checkpoint),
+        cmocka_unit_test(test_refusals),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
