@@ -1,0 +1,165 @@
+#include "infer/generate.h"
+
+#include "base/clock.h"
+#include "base/memory.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { CHUNK_TOKENS = 256 };
+
+struct generator {
+    const struct model *model;
+    struct workspace *workspace;
+    struct attention_cache *caches; /* [L] */
+    struct tensor logits;           /* real [1,V] */
+    float *host_logits;             /* [V] */
+    int64_t capacity;
+    struct arena arena;
+};
+
+static void take_all(struct generator *g, struct arena *arena) {
+    const struct model_config *c = &g->model->config;
+    int64_t kv_width = c->num_key_value_heads * c->head_dim;
+    g->logits = layer_take(arena, DTYPE_F32, 1, c->vocab_size);
+    for (int64_t l = 0; l < c->num_hidden_layers; l++)
+        g->caches[l] = (struct attention_cache){
+            .key = layer_take(arena, g->model->context.compute, g->capacity, kv_width),
+            .value = layer_take(arena, g->model->context.compute, g->capacity, kv_width),
+        };
+}
+
+static enum status generator_take(struct generator *g) {
+    const struct model_config *c = &g->model->config;
+    struct workspace_options options = {1, g->capacity < CHUNK_TOKENS ? g->capacity : CHUNK_TOKENS, false, false};
+    struct arena counting;
+    TRY(memory_alloc(&g->caches, (size_t)c->num_hidden_layers, sizeof *g->caches));
+    TRY(memory_alloc(&g->host_logits, (size_t)c->vocab_size, sizeof *g->host_logits));
+    TRY(workspace_create(g->model, options, &g->workspace));
+    arena_init_counting(&counting);
+    take_all(g, &counting);
+    TRY(arena_init(&g->arena, g->model->device, counting.used));
+    take_all(g, &g->arena);
+    return STATUS_OK;
+}
+
+enum status generator_create(struct generator **out, const struct model *model, int64_t capacity) {
+    struct generator *g;
+    CHECK_OP(capacity, >=, 1);
+    CHECK_OP(capacity, <=, model->rope.shape[0]);
+    TRY(memory_alloc(&g, 1, sizeof *g));
+    g->model = model;
+    g->capacity = capacity;
+    enum status status = generator_take(g);
+    if (status != STATUS_OK) {
+        generator_destroy(g);
+        return status;
+    }
+    *out = g;
+    return STATUS_OK;
+}
+
+void generator_destroy(struct generator *g) {
+    if (!g)
+        return;
+    workspace_destroy(g->workspace);
+    arena_release(&g->arena);
+    free(g->caches);
+    free(g->host_logits);
+    free(g);
+}
+
+void generator_reset(struct generator *g) {
+    for (int64_t l = 0; l < g->model->config.num_hidden_layers; l++)
+        g->caches[l].length = 0;
+}
+
+int64_t generator_length(const struct generator *g) {
+    return g->caches[0].length;
+}
+
+static void read_chunk(struct generator *g, const int32_t *tokens, int64_t count) {
+    workspace_shape(g->workspace, g->model, 1, count);
+    g->model->device->copy_from_host(g->workspace->ids.data, tokens, (size_t)count * sizeof *tokens);
+    model_embed_forward(g->model, g->workspace);
+    for (int block = 0; block < g->workspace->block_count; block++)
+        block_forward(g->model, g->workspace, block, &g->caches[block], false);
+}
+
+enum status generator_read(struct generator *g, const int32_t *tokens, int64_t count, float **logits) {
+    CHECK_OP(count, >=, 1);
+    if (generator_length(g) + count > g->capacity)
+        return status_fail(STATUS_USAGE, "the text has %lld tokens, this model reads at most %lld",
+                           (long long)(generator_length(g) + count), (long long)g->capacity);
+    for (int64_t done = 0; done < count; done += CHUNK_TOKENS)
+        read_chunk(g, tokens + done, count - done < CHUNK_TOKENS ? count - done : CHUNK_TOKENS);
+    model_logits(g->model, g->workspace, 1, g->logits);
+    g->model->device->copy_to_host(g->host_logits, g->logits.data, tensor_bytes(g->logits));
+    *logits = g->host_logits;
+    return STATUS_OK;
+}
+
+/* Ids that are no token of the tokenizer are never written. */
+static void mask_unknown(const struct generator *g, const struct tokenizer *tokenizer) {
+    for (int64_t id = 0; id < g->model->config.vocab_size; id++)
+        if (tokenizer_token(tokenizer, (int32_t)id).size == 0)
+            g->host_logits[id] = -INFINITY;
+}
+
+static void hand_over(const struct generation *generation, struct text *text) {
+    if (generation->piece && text->size > 0)
+        generation->piece(generation->context, text->data, text->size);
+    text_clear(text);
+}
+
+static enum status continue_text(struct generator *g, const struct generation *generation, float *logits,
+                                 struct generation_result *result) {
+    const struct tokenizer *tokenizer = generation->tokenizer;
+    struct token_decoder decoder = {0};
+    struct text text = {0};
+    enum status status = STATUS_OK;
+    while (status == STATUS_OK && result->new_tokens < generation->max_tokens) {
+        mask_unknown(g, tokenizer);
+        int32_t id = sample_token(&generation->sample, logits, (int)g->model->config.vocab_size,
+                                  (uint64_t)generator_length(g));
+        result->reached_end = id == tokenizer_end_of_text(tokenizer);
+        if (result->reached_end)
+            break;
+        result->new_tokens++;
+        token_decoder_add(&decoder, tokenizer, id, &text);
+        hand_over(generation, &text);
+        result->reached_capacity = generator_length(g) == g->capacity;
+        if (result->reached_capacity || result->new_tokens == generation->max_tokens)
+            break;
+        status = generator_read(g, &id, 1, &logits);
+    }
+    token_decoder_finish(&decoder, &text);
+    hand_over(generation, &text);
+    text_release(&text);
+    return status;
+}
+
+enum status generator_run(struct generator *g, const struct generation *generation, struct generation_result *result) {
+    struct token_list tokens = {0};
+    float *logits = NULL;
+    int end_of_text = tokenizer_end_of_text(generation->tokenizer);
+    *result = (struct generation_result){0};
+    generator_reset(g);
+    if (end_of_text >= 0)
+        token_list_add(&tokens, end_of_text);
+    double begin = clock_seconds();
+    enum status status = tokenizer_encode(generation->tokenizer, generation->prompt, strlen(generation->prompt), true,
+                                          &tokens);
+    if (status == STATUS_OK && tokens.count == 0)
+        status = status_fail(STATUS_USAGE, "the prompt is empty and this tokenizer has no token to begin with");
+    if (status == STATUS_OK)
+        status = generator_read(g, tokens.ids, (int64_t)tokens.count, &logits);
+    result->prompt_tokens = (int64_t)tokens.count;
+    result->prompt_seconds = clock_seconds() - begin;
+    begin = clock_seconds();
+    if (status == STATUS_OK)
+        status = continue_text(g, generation, logits, result);
+    result->new_seconds = clock_seconds() - begin;
+    token_list_release(&tokens);
+    return status;
+}
