@@ -134,7 +134,7 @@ enum status file_writer_close(struct file_writer *writer) {
 }
 
 static enum status write_and_flush(const char *path, const void *data, size_t size) {
-    struct file_writer writer;
+    struct file_writer writer = {.descriptor = -1};
     TRY(file_writer_open(&writer, path, false));
     enum status status = file_writer_add(&writer, data, size);
     if (status == STATUS_OK)

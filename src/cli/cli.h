@@ -1,0 +1,10 @@
+/* The verbs. Each reads its arguments, calls what does the work, and prints the product on stdout. */
+#pragma once
+
+#include "base/status.h"
+
+enum status cmd_train(int argc, char **argv) MUST_USE;
+enum status cmd_generate(int argc, char **argv) MUST_USE;
+enum status cmd_eval(int argc, char **argv) MUST_USE;
+enum status cmd_tokenize(int argc, char **argv) MUST_USE;
+enum status cmd_inspect(int argc, char **argv) MUST_USE;

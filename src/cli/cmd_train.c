@@ -1,0 +1,109 @@
+#include "cli/cli.h"
+
+#include "base/log.h"
+#include "cli/arguments.h"
+#include "infer/generate.h"
+#include "metrics/progress.h"
+#include "train/trainer.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { SAMPLE_TOKENS = 120 };
+
+static void collect(void *context, const char *text, size_t size) {
+    text_add(context, text, size);
+}
+
+/* A passage that begins a text, with the weights as they are. */
+static enum status write_sample(void *context, struct model *model, const struct tokenizer *tokenizer,
+                                struct text *out) {
+    (void)context;
+    struct generator *generator;
+    struct generation_result result;
+    TRY(generator_create(&generator, model, model->rope.shape[0]));
+    struct generation generation = {tokenizer, "", SAMPLE_TOKENS, {0.8, 0, 0.95, 1}, collect, out};
+    enum status status = generator_run(generator, &generation, &result);
+    generator_destroy(generator);
+    return status;
+}
+
+static void print_command(int argc, char **argv) {
+    fprintf(stderr, "  cadre");
+    for (int i = 0; i < argc; i++) {
+        const char *word = argv[i];
+        bool plain = *word != '\0';
+        for (const char *c = word; *c; c++)
+            plain = plain && *c != ' ' && *c != '*' && *c != '?' && *c != '\'' && *c != '"' && *c != '$';
+        fprintf(stderr, plain ? " %s" : " '%s'", word);
+    }
+    fprintf(stderr, "\n");
+}
+
+static void print_summary(const struct train_summary *s) {
+    char time[32], tokens[32], peak[32], planned[32];
+    log_info("trained %s tokens in %s at %.0f tokens/s, %.0f%% of this machine's roof; peak memory %s, tensors %s",
+             text_count(tokens, s->tokens), progress_duration(time, s->seconds), s->tokens_per_s, 100 * s->roof_share,
+             text_bytes(peak, s->peak_bytes), text_bytes(planned, s->planned_bytes));
+    if (isfinite(s->valid_bits_per_byte))
+        log_info("held out: loss %.4f nats a token, %.4f bits per byte", s->valid_loss, s->valid_bits_per_byte);
+}
+
+static enum status finish(const struct run_config *config, const struct train_summary *summary, int argc, char **argv) {
+    if (summary->interrupted) {
+        log_info("stopped and saved at step %lld of %lld; the same command goes on:", (long long)summary->step,
+                 (long long)summary->step_count);
+        print_command(argc, argv);
+        return status_fail(STATUS_INTERRUPTED, "interrupted");
+    }
+    if (summary->tokens_per_s > 0)
+        print_summary(summary);
+    else
+        log_info("%s is complete: %lld steps", config->run.directory, (long long)summary->step);
+    printf("%s\n", config->run.directory);
+    return STATUS_OK;
+}
+
+static enum status dry_run(struct run_config *config) {
+    struct text out = {0};
+    TRY(train_dry_run(config, &out));
+    fputs(text_string(&out), stdout);
+    text_release(&out);
+    return STATUS_OK;
+}
+
+static void print_help(const struct argument *known, int count) {
+    struct run_config defaults;
+    struct text out = {0};
+    run_config_init(&defaults);
+    arguments_print_help("train", "[--config FILE] [--section.key VALUE ...]", known, count);
+    setting_write_help(run_config_group(), &defaults, &out);
+    printf("\n%s", text_string(&out));
+    text_release(&out);
+}
+
+enum status cmd_train(int argc, char **argv) {
+    const char *config_path = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX];
+    bool help, quiet = false, verbose = false, dry = false;
+    int pair_count = 0;
+    const struct argument known[] = {
+        {"config", ARGUMENT_STRING, &config_path, "settings from an INI file; the command line wins"},
+        {"dry-run", ARGUMENT_SWITCH, &dry, "print the schedule of a step and do nothing"},
+        {"quiet", ARGUMENT_SWITCH, &quiet, "only warnings and errors"},
+        {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
+    };
+    struct arguments arguments = {known, 4, pairs, &pair_count, NULL};
+    TRY(arguments_parse(arguments, argc, argv, &help));
+    if (help) {
+        print_help(known, 4);
+        return STATUS_OK;
+    }
+    log_set_level(quiet ? LOG_QUIET : verbose ? LOG_VERBOSE : LOG_NORMAL);
+    struct run_config config;
+    struct train_summary summary;
+    TRY(run_config_resolve(&config, config_path, pairs, pair_count));
+    if (dry)
+        return dry_run(&config);
+    TRY(train_run(&config, (struct train_hooks){write_sample, NULL}, &summary));
+    return finish(&config, &summary, argc, argv);
+}

@@ -1,0 +1,12 @@
+/* What several verbs share: opening a model with the flags --precision, --kernels and --threads. */
+#pragma once
+
+#include "infer/load.h"
+
+struct model_flags {
+    const char *model, *precision, *kernels;
+    int64_t threads;
+};
+
+/* Fails with STATUS_USAGE where --model is missing or a flag makes no sense. */
+enum status common_load(const struct model_flags *flags, int64_t position_count, struct loaded_model *out) MUST_USE;

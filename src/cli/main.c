@@ -1,0 +1,65 @@
+#include "cli/cli.h"
+
+#include "base/text.h"
+#include <stdio.h>
+#include <string.h>
+
+struct verb {
+    const char *name, *help;
+    enum status (*run)(int argc, char **argv);
+};
+
+static const struct verb verbs[] = {
+    {"train", "learn a language model from text", cmd_train},
+    {"generate", "write text with a model", cmd_generate},
+    {"eval", "loss and bits per byte of a model on text", cmd_eval},
+    {"tokenize", "learn a tokenizer and cut text into tokens", cmd_tokenize},
+    {"inspect", "what a model or a preset is and takes", cmd_inspect},
+};
+enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
+
+static int print_help(FILE *out, int exit_status) {
+    fprintf(out, "cadre %s: trains, studies and serves Mixture-of-Experts language models\n\n", CADRE_VERSION);
+    for (int i = 0; i < VERB_COUNT; i++)
+        fprintf(out, "  cadre %-10s %s\n", verbs[i].name, verbs[i].help);
+    fprintf(out, "\ncadre VERB --help tells more.\n");
+    return exit_status;
+}
+
+static int fail_unknown_verb(const char *word) {
+    const char *names[VERB_COUNT];
+    for (int i = 0; i < VERB_COUNT; i++)
+        names[i] = verbs[i].name;
+    int nearest = text_nearest(word, names, VERB_COUNT);
+    if (nearest >= 0)
+        fprintf(stderr, "cadre: unknown verb \"%s\"; the nearest known one is %s\n", word, names[nearest]);
+    else
+        fprintf(stderr, "cadre: unknown verb \"%s\"; cadre help lists them\n", word);
+    return 2;
+}
+
+static int run_verb(const struct verb *verb, int argc, char **argv) {
+    enum status status = verb->run(argc, argv);
+    if (status == STATUS_OK && (fflush(stdout) != 0 || ferror(stdout)))
+        status = status_fail(STATUS_IO, "cannot write the result to standard output");
+    if (status == STATUS_OK)
+        return 0;
+    fprintf(stderr, "cadre %s: %s\n", verb->name, status_text());
+    return status == STATUS_USAGE ? 2 : 1;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2)
+        return print_help(stderr, 2);
+    const char *word = argv[1];
+    if (strcmp(word, "help") == 0 || strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0)
+        return print_help(stdout, 0);
+    if (strcmp(word, "--version") == 0) {
+        printf("cadre %s\n", CADRE_VERSION);
+        return 0;
+    }
+    for (int i = 0; i < VERB_COUNT; i++)
+        if (strcmp(word, verbs[i].name) == 0)
+            return run_verb(&verbs[i], argc - 1, argv + 1);
+    return fail_unknown_verb(word);
+}
