@@ -161,11 +161,10 @@ static dnnl_memory_t memory_over(const dnnl_memory_desc_t *description, const vo
     return memory;
 }
 
-static void product_execute(const struct product *p, const void *a, const void *b, void *c) {
+static void product_execute(const struct product *p, const void *a, const void *b, void *c, void *scratchpad) {
     int threads = one_thread_begin();
     dnnl_stream_t stream;
     must(dnnl_stream_create(&stream, engine, dnnl_stream_default_flags));
-    void *scratchpad = scratch_task(dnnl_memory_desc_get_size(&p->scratchpad));
     dnnl_exec_arg_t arguments[] = {
         {DNNL_ARG_SRC, memory_over(&p->a, a)},
         {DNNL_ARG_WEIGHTS, memory_over(&p->b, b)},
@@ -199,23 +198,25 @@ static int64_t part_length(const struct cut *cut, int64_t part) {
     return rest < cut->size ? rest : cut->size;
 }
 
-enum { TILE_GRAIN = 64, TILES_WANTED = 16 };
+enum { TILE_ROWS_MIN = 256, TILE_ROWS_MAX = 512, TILE_COLUMNS_MIN = 64, TILE_GRAIN = 32, TILES_WANTED = 16 };
 
-/* Every tile packs its share of A and B anew, so tiles are as large and as square as leaves enough of them. */
+static int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+}
+
+/* Rows are cut first: such tiles are whole rows of A and C, which oneDNN's fast product (brgemm) asks for. Every tile
+ * packs its share of B anew, so they are not below TILE_ROWS_MIN; where that leaves too few, columns are cut too. */
 static void choose_tiles(int64_t m, int64_t n, struct cut *rows, struct cut *columns) {
-    static const int64_t sides[] = {512, 384, 256, 192, 128, 64};
-    for (size_t i = 0; i < sizeof sides / sizeof *sides; i++) {
-        *rows = cut_into(m, sides[i], TILE_GRAIN);
-        *columns = cut_into(n, sides[i], TILE_GRAIN);
-        if (rows->count * columns->count >= TILES_WANTED)
-            return;
-    }
+    *rows = cut_into(m, clamp(m / TILES_WANTED, TILE_ROWS_MIN, TILE_ROWS_MAX), TILE_GRAIN);
+    int64_t parts = (TILES_WANTED + rows->count - 1) / rows->count;
+    *columns = cut_into(n, clamp((n + parts - 1) / parts, TILE_COLUMNS_MIN, n), TILE_GRAIN);
 }
 
 struct gemm_job {
     struct tensor a, b, c;
-    int64_t a_strides[2], b_strides[2], c_stride; /* elements */
+    int64_t a_strides[2], b_strides[2]; /* elements */
     struct cut rows, columns;
+    bool c_through_scratch;
     struct product *products[2][2]; /* [last row of tiles][last column of tiles] */
 };
 
@@ -223,13 +224,28 @@ static char *element(struct tensor t, int64_t index) {
     return (char *)t.data + index * (int64_t)dtype_size(t.dtype);
 }
 
+static void copy_rows(char *to, size_t to_stride, const char *from, size_t from_stride, int64_t rows, size_t bytes) {
+    for (int64_t row = 0; row < rows; row++, to += to_stride, from += from_stride)
+        memcpy(to, from, bytes);
+}
+
 static void tile_run(void *context, int64_t index) {
     const struct gemm_job *job = context;
     int64_t i = index / job->columns.count, j = index % job->columns.count;
     int64_t row = i * job->rows.size, column = j * job->columns.size;
     const struct product *p = job->products[i == job->rows.count - 1][j == job->columns.count - 1];
-    product_execute(p, element(job->a, row * job->a_strides[0]), element(job->b, column * job->b_strides[1]),
-                    element(job->c, row * job->c_stride + column));
+    size_t row_bytes = (size_t)p->key.n * dtype_size(job->c.dtype);
+    size_t stride_bytes = (size_t)job->c.shape[1] * dtype_size(job->c.dtype);
+    size_t scratchpad_bytes = (dnnl_memory_desc_get_size(&p->scratchpad) + 63) / 64 * 64;
+    char *scratchpad = scratch_task(scratchpad_bytes + (job->c_through_scratch ? row_bytes * (size_t)p->key.m : 0));
+    char *c = element(job->c, row * job->c.shape[1] + column);
+    char *out = job->c_through_scratch ? scratchpad + scratchpad_bytes : c;
+    if (job->c_through_scratch && p->key.accumulate)
+        copy_rows(out, row_bytes, c, stride_bytes, p->key.m, row_bytes);
+    product_execute(p, element(job->a, row * job->a_strides[0]), element(job->b, column * job->b_strides[1]), out,
+                    scratchpad);
+    if (job->c_through_scratch)
+        copy_rows(c, stride_bytes, out, row_bytes, p->key.m, row_bytes);
 }
 
 static struct product *acquire_tile(const struct gemm_job *job, bool last_row, bool last_column, int64_t k,
@@ -241,7 +257,7 @@ static struct product *acquire_tile(const struct gemm_job *job, bool last_row, b
     key.k = k;
     memcpy(key.a_strides, job->a_strides, sizeof key.a_strides);
     memcpy(key.b_strides, job->b_strides, sizeof key.b_strides);
-    key.c_stride = job->c_stride;
+    key.c_stride = job->c_through_scratch ? key.n : job->c.shape[1];
     key.in_dtype = (int32_t)job->a.dtype;
     key.out_dtype = (int32_t)job->c.dtype;
     key.accumulate = accumulate;
@@ -250,6 +266,8 @@ static struct product *acquire_tile(const struct gemm_job *job, bool last_row, b
 
 static void gemm_tiled(struct gemm_job *job, int64_t k, bool accumulate) {
     choose_tiles(job->c.shape[0], job->c.shape[1], &job->rows, &job->columns);
+    bool a_and_b_are_dense = job->a_strides[1] == 1 && job->b_strides[0] == 1;
+    job->c_through_scratch = a_and_b_are_dense && job->columns.count > 1; /* then brgemm takes the tile */
     for (int i = 0; i < 4; i++)
         job->products[i / 2][i % 2] = acquire_tile(job, i / 2, i % 2, k, accumulate);
     parallel_for(job->rows.count * job->columns.count, tile_run, job);
@@ -325,7 +343,7 @@ void gemm_onednn(struct tensor a, bool transpose_a, struct tensor b, bool transp
             memset(c.data, 0, tensor_bytes(c));
         return;
     }
-    struct gemm_job job = {.a = a, .b = b, .c = c, .c_stride = c.shape[1]};
+    struct gemm_job job = {.a = a, .b = b, .c = c};
     job.a_strides[transpose_a] = a.shape[1];
     job.a_strides[!transpose_a] = 1;
     job.b_strides[transpose_b] = b.shape[1];

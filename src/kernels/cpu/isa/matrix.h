@@ -15,6 +15,20 @@ ALWAYS_INLINE const void *matrix_at(const struct matrix *m, int64_t row, int64_t
     return m->data + (stored * m->columns + column) * m->element_bytes;
 }
 
+static inline int64_t at_most(int64_t value, int64_t limit) {
+    return value < limit ? value : limit;
+}
+
+static inline int64_t divide_up(int64_t value, int64_t by) {
+    return (value + by - 1) / by;
+}
+
+/* The size of equal parts of `length`, none above `limit`, in multiples of `grain`. */
+static inline int64_t part_size(int64_t length, int64_t limit, int64_t grain) {
+    int64_t parts = divide_up(length, limit);
+    return parts == 0 ? grain : divide_up(divide_up(length, parts), grain) * grain;
+}
+
 /* A matrix over a tensor [.., columns]. */
 ALWAYS_INLINE struct matrix matrix_of(struct tensor t, int64_t columns, struct tensor rows) {
     return (struct matrix){t.data, columns, (int)dtype_size(t.dtype), rows.data};

@@ -8,8 +8,8 @@
  *      A:  row tiles of TILE_ROWS            B:  column panels of TILE_COLUMNS
  *          [tile][k word][TILE_ROWS]             [panel][k word][TILE_COLUMNS]
  *
- * Packing stores whole vectors, one k word after the other: what a vector has beyond its tile is overwritten by the
- * next one. So a packed block needs VECTOR_LANES words of room after its end.
+ * Packing stores whole vectors: what a vector has beyond its panel falls on the next k word, which is stored later, or
+ * behind the panel, where VECTOR_LANES words are left free. (That also keeps panels from lying on the same cache sets.)
  */
 #pragma once
 
@@ -24,9 +24,21 @@ enum { TILE_ROWS = 4, TILE_STEP = 2 };
 #endif
 enum { TILE_VECTORS = 2, TILE_COLUMNS = TILE_VECTORS * VECTOR_LANES };
 
-/* Rows of packed A that `rows` rows of C take: the last tile may be lower by multiples of TILE_STEP. */
-ALWAYS_INLINE int tile_height(int64_t rows) {
-    return rows >= TILE_ROWS ? TILE_ROWS : (int)((rows + TILE_STEP - 1) / TILE_STEP * TILE_STEP);
+/* Lanes of a panel when `lanes` are left: the last panel of A may be narrower, in steps. */
+ALWAYS_INLINE int panel_width(int64_t lanes, int width) {
+    if (width == TILE_COLUMNS || lanes >= width)
+        return width;
+    return (int)((lanes + TILE_STEP - 1) / TILE_STEP * TILE_STEP);
+}
+
+/* From one panel to the next: room for what the last vector stores beyond its panel. */
+ALWAYS_INLINE int64_t panel_floats(int64_t words, int width) {
+    return words * width + VECTOR_LANES;
+}
+
+/* Floats that a packed block of `lanes` lanes takes. */
+ALWAYS_INLINE int64_t block_floats(int64_t lanes, int64_t words, int width) {
+    return (lanes + width - 1) / width * panel_floats(words, width);
 }
 
 ALWAYS_INLINE int64_t words_of(const struct matrix *m, int64_t elements) {
@@ -64,61 +76,59 @@ ALWAYS_INLINE void pack_rows_lanes(int element_bytes, const struct matrix *m, in
     }
 }
 
-static void pack_rows_tile(const struct matrix *m, int64_t first, int64_t lanes, int64_t k, int64_t count,
-                           int stride, float *out) {
-    if (m->element_bytes == 4)
-        pack_rows_lanes(4, m, first, lanes, k, count, stride, out);
-    else
-        pack_rows_lanes(2, m, first, lanes, k, count, stride, out);
+/* Lanes first..first+lane_count-1 of k..k+count-1 into panels of `width` lanes, the last one maybe narrower. */
+ALWAYS_INLINE void pack_rows(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
+                             int64_t count, int width, float *out) {
+    for (int64_t j = 0; j < lane_count; j += width, out += panel_floats(words_of(m, count), width)) {
+        int stride = panel_width(lane_count - j, width);
+        for (int v = 0; v < stride && j + v < lane_count; v += VECTOR_LANES)
+            pack_rows_lanes(element_bytes, m, first + j + v, lane_count - j - v, k, count, stride, out + v);
+    }
 }
 
 /* ---- lanes are columns of the matrix, k runs down them: blocks are copied ---- */
 
-/* VECTOR_LANES lanes of one k word, of which `lanes` exist: row k, and row k+1 beside it where `pair` says so. */
-ALWAYS_INLINE vector_f32 word_of_columns(int element_bytes, const char *row, const char *next_row, int64_t lanes) {
-    const size_t bytes = (size_t)(VECTOR_LANES * element_bytes);
-    char padded[2][4 * VECTOR_LANES];
+/* A row of VECTOR_LANES elements, of which `lanes` exist, as words; bf16 pairs: in the lower halves. */
+ALWAYS_INLINE vector_u32 row_of_columns(int element_bytes, const void *row, int64_t lanes) {
+    char padded[4 * VECTOR_LANES];
     if (lanes < VECTOR_LANES) {
-        memcpy(padded[0], row, (size_t)lanes * (size_t)element_bytes);
-        memset(padded[0] + lanes * element_bytes, 0, bytes - (size_t)(lanes * element_bytes));
-        row = padded[0];
-        if (next_row) {
-            memcpy(padded[1], next_row, (size_t)lanes * (size_t)element_bytes);
-            memset(padded[1] + lanes * element_bytes, 0, bytes - (size_t)(lanes * element_bytes));
-            next_row = padded[1];
+        memset(padded, 0, sizeof padded);
+        memcpy(padded, row, (size_t)lanes * (size_t)element_bytes);
+        row = padded;
+    }
+    return element_bytes == 4 ? (vector_u32)vector_load(row) : vector_load_u16(row);
+}
+
+/* VECTOR_LANES lanes from column `column` of the k word that begins at row k; `end` is where k ends. */
+ALWAYS_INLINE vector_u32 word_of_columns(int element_bytes, const struct matrix *m, int64_t k, int64_t end,
+                                         int64_t column) {
+    int64_t lanes = m->columns - column;
+    vector_u32 word = row_of_columns(element_bytes, matrix_at(m, k, column), lanes);
+    if (element_bytes == 4)
+        return word;
+    if (!BF16_PAIRS)
+        return word << 16;
+    return k + 1 < end ? word | row_of_columns(element_bytes, matrix_at(m, k + 1, column), lanes) << 16 : word;
+}
+
+enum { COPY_WORDS = 4 }; /* k words at a time: memory is read along rows, panels are written in whole lines */
+
+/* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower. */
+ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count,
+                                int64_t k, int64_t count, int width, float *out) {
+    const int elements = BF16_PAIRS && element_bytes == 2 ? 2 : 1;
+    int64_t words = words_of(m, count), end = k + count;
+    for (int64_t word = 0; word < words; word += COPY_WORDS) {
+        int64_t word_end = word + COPY_WORDS < words ? word + COPY_WORDS : words;
+        for (int64_t j = 0; j < lane_count; j += width) {
+            int stride = panel_width(lane_count - j, width);
+            float *panel = out + j / width * panel_floats(words, width);
+            for (int v = 0; v < stride && j + v < lane_count; v += VECTOR_LANES)
+                for (int64_t i = word; i < word_end; i++)
+                    vector_store(panel + i * stride + v,
+                                 (vector_f32)word_of_columns(element_bytes, m, k + i * elements, end, first + j + v));
         }
     }
-    if (element_bytes == 4)
-        return vector_load(row);
-    if (!BF16_PAIRS)
-        return vector_load_bf16((const uint16_t *)row);
-    vector_u32 word = vector_load_u16((const uint16_t *)row);
-    if (next_row)
-        word |= vector_load_u16((const uint16_t *)next_row) << 16;
-    return (vector_f32)word;
-}
-
-ALWAYS_INLINE void pack_columns_lanes(int element_bytes, const struct matrix *m, int64_t first, int64_t k,
-                                      int64_t count, int stride, float *out) {
-    int64_t lanes = m->columns - first;
-    if (BF16_PAIRS && element_bytes == 2) {
-        int64_t i = 0;
-        for (; i + 2 <= count; i += 2, out += stride)
-            vector_store(out, word_of_columns(2, matrix_at(m, k + i, first), matrix_at(m, k + i + 1, first), lanes));
-        if (i < count)
-            vector_store(out, word_of_columns(2, matrix_at(m, k + i, first), NULL, lanes));
-        return;
-    }
-    for (int64_t i = 0; i < count; i++, out += stride)
-        vector_store(out, word_of_columns(element_bytes, matrix_at(m, k + i, first), NULL, lanes));
-}
-
-static void pack_columns_tile(const struct matrix *m, int64_t first, int64_t k, int64_t count, int stride,
-                              float *out) {
-    if (m->element_bytes == 4)
-        pack_columns_lanes(4, m, first, k, count, stride, out);
-    else
-        pack_columns_lanes(2, m, first, k, count, stride, out);
 }
 
 /* ---- whole blocks ---- */
@@ -126,38 +136,28 @@ static void pack_columns_tile(const struct matrix *m, int64_t first, int64_t k, 
 /* Which side of the stored matrix the lanes are. */
 enum lanes { LANES_ARE_ROWS, LANES_ARE_COLUMNS };
 
-static void pack_tile(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
-                      int64_t count, int stride, float *out) {
-    if (lanes == LANES_ARE_ROWS)
-        pack_rows_tile(m, first, lane_count, k, count, stride, out);
+/* Lanes first..first+lane_count-1 of k..k+count-1 into panels of `width` lanes (a constant): TILE_ROWS for A,
+ * TILE_COLUMNS for B. */
+ALWAYS_INLINE void pack(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
+                        int64_t count, int width, float *out) {
+    if (lanes == LANES_ARE_ROWS && m->element_bytes == 4)
+        pack_rows(4, m, first, lane_count, k, count, width, out);
+    else if (lanes == LANES_ARE_ROWS)
+        pack_rows(2, m, first, lane_count, k, count, width, out);
+    else if (m->element_bytes == 4)
+        pack_columns(4, m, first, lane_count, k, count, width, out);
     else
-        pack_columns_tile(m, first, k, count, stride, out);
+        pack_columns(2, m, first, lane_count, k, count, width, out);
 }
 
-/* Lanes first..first+lane_count-1 as A. */
 static void pack_a(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                    int64_t count, float *out) {
-    int64_t words = words_of(m, count);
-    for (int64_t i = 0; i < lane_count; i += TILE_ROWS) {
-        int64_t rest = lane_count - i;
-        pack_tile(lanes, m, first + i, rest < TILE_ROWS ? rest : TILE_ROWS, k, count, tile_height(rest), out);
-        out += words * TILE_ROWS;
-    }
+    pack(lanes, m, first, lane_count, k, count, TILE_ROWS, out);
 }
 
-/* Lanes first..first+lane_count-1 as B. */
 static void pack_b(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                    int64_t count, float *out) {
-    int64_t words = words_of(m, count);
-    for (int64_t j = 0; j < lane_count; j += TILE_COLUMNS) {
-        for (int v = 0; v < TILE_COLUMNS; v += VECTOR_LANES) {
-            int64_t rest = lane_count - j - v;
-            if (rest > 0)
-                pack_tile(lanes, m, first + j + v, rest < VECTOR_LANES ? rest : VECTOR_LANES, k, count, TILE_COLUMNS,
-                          out + v);
-        }
-        out += words * TILE_COLUMNS;
-    }
+    pack(lanes, m, first, lane_count, k, count, TILE_COLUMNS, out);
 }
 
 /* ---- the register tile ---- */
@@ -170,7 +170,7 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, const f
         vector_f32 right0 = vector_load(b), right1 = vector_load(b + VECTOR_LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
-            vector_f32 left = vector_splat(a[i]);
+            vector_f32 left = vector_splat_word(pairs, a + i);
             sum[i][0] = vector_multiply_add(pairs, left, right0, sum[i][0]);
             sum[i][1] = vector_multiply_add(pairs, left, right1, sum[i][1]);
         }
@@ -195,7 +195,7 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, const f
 
 ALWAYS_INLINE void tile_multiply_any(bool pairs, const float *a, const float *b, int64_t words, float *c,
                                      int64_t c_stride, int64_t rows, int64_t columns, bool add) {
-    switch (tile_height(rows) / TILE_STEP) {
+    switch (panel_width(rows, TILE_ROWS) / TILE_STEP) {
     case 1:
         tile_multiply(TILE_STEP, pairs, a, b, words, c, c_stride, rows, columns, add);
         break;
@@ -213,7 +213,8 @@ ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b,
         int64_t height = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
         for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
             int64_t width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
-            tile_multiply_any(pairs, a + i * words, b + j * words, words, c + i * c_stride + j, c_stride, height,
+            tile_multiply_any(pairs, a + i / TILE_ROWS * panel_floats(words, TILE_ROWS),
+                              b + j / TILE_COLUMNS * panel_floats(words, TILE_COLUMNS), words, c + i * c_stride + j, c_stride, height,
                               width, add);
         }
     }

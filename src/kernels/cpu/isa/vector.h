@@ -29,7 +29,6 @@ enum { BF16_PAIRS = 0 };
 
 typedef float vector_f32 __attribute__((vector_size(4 * VECTOR_LANES)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * VECTOR_LANES)));
-typedef int32_t vector_i32 __attribute__((vector_size(4 * VECTOR_LANES)));
 typedef uint16_t vector_u16 __attribute__((vector_size(2 * VECTOR_LANES)));
 
 ALWAYS_INLINE vector_f32 vector_load(const void *from) {
@@ -42,8 +41,11 @@ ALWAYS_INLINE void vector_store(void *to, vector_f32 v) {
     memcpy(to, &v, sizeof v);
 }
 
-ALWAYS_INLINE vector_f32 vector_splat(float value) {
-    return value - (vector_f32){0};
+/* One word in every lane. As an integer where it is a pair: arithmetic on floats may change the bits of a NaN. */
+ALWAYS_INLINE vector_f32 vector_splat_word(bool pairs, const float *word) {
+    uint32_t bits;
+    memcpy(&bits, word, sizeof bits);
+    return pairs ? (vector_f32)(bits + (vector_u32){0}) : *word - (vector_f32){0};
 }
 
 ALWAYS_INLINE vector_u32 vector_load_u16(const uint16_t *from) {

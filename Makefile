@@ -1,0 +1,25 @@
+# cadre: `make demo` and `make test` need nothing before them.
+BUILD = build
+JOBS ?= $(shell nproc)
+
+.PHONY: all dependencies demo test format clean
+
+all: dependencies
+	@cmake --preset release >$(BUILD)/.configure 2>&1 || (cat $(BUILD)/.configure; exit 1)
+	@cmake --build $(BUILD) -j $(JOBS) --target cadre rdata_text
+
+dependencies:
+	@scripts/dependencies
+	@mkdir -p $(BUILD)
+
+demo: all
+	@scripts/demo
+
+test: dependencies
+	@scripts/test
+
+format:
+	clang-format -i $$(git ls-files '*.c' '*.h')
+
+clean:
+	rm -rf $(BUILD)
