@@ -93,6 +93,47 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
     return status;
 }
 
+/* Fill the buffer unless the file ends before. */
+static enum status read_piece(int descriptor, const char *path, char *buffer, size_t size, size_t *filled) {
+    *filled = 0;
+    while (*filled < size) {
+        ssize_t got = faulted(FILE_READ, path) ? -1 : read(descriptor, buffer + *filled, size - *filled);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return fail_errno("read", path);
+        if (got == 0)
+            break;
+        *filled += (size_t)got;
+    }
+    return STATUS_OK;
+}
+
+static enum status read_pieces(int descriptor, const char *path, char *buffer, size_t piece_bytes,
+                               enum status (*piece)(void *context, const void *data, size_t size), void *context) {
+    for (size_t filled = piece_bytes; filled == piece_bytes;) {
+        TRY(read_piece(descriptor, path, buffer, piece_bytes, &filled));
+        if (filled > 0)
+            TRY(piece(context, buffer, filled));
+    }
+    return STATUS_OK;
+}
+
+enum status file_read_pieces(const char *path, size_t piece_bytes,
+                             enum status (*piece)(void *context, const void *data, size_t size), void *context) {
+    char *buffer;
+    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return fail_errno("open", path);
+    enum status status = memory_alloc(&buffer, piece_bytes, 1);
+    if (status == STATUS_OK) {
+        status = read_pieces(descriptor, path, buffer, piece_bytes, piece, context);
+        free(buffer);
+    }
+    close(descriptor);
+    return status;
+}
+
 enum status file_writer_open(struct file_writer *writer, const char *path, bool append) {
     int flags = O_WRONLY | O_CREAT | O_CLOEXEC | (append ? O_APPEND : O_TRUNC);
     int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, flags, 0644);

@@ -29,6 +29,12 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
  * written beside it, flushed, renamed, directory flushed. */
 enum status file_write(const char *path, const void *data, size_t size) MUST_USE;
 
+/* Read a file from its start to its end in pieces of at most piece_bytes: piece(context, data, size) for each, until it
+ * answers anything but STATUS_OK. Holds one piece in memory. */
+enum status file_read_pieces(const char *path, size_t piece_bytes,
+                             enum status (*piece)(void *context, const void *data, size_t size),
+                             void *context) MUST_USE;
+
 /* A file being written from its start (or, with append, at its end). */
 struct file_writer {
     int descriptor; /* -1 when closed */

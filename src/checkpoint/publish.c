@@ -102,25 +102,33 @@ static enum status list_files(const char *root, const char *below, struct text_l
     return status;
 }
 
-static void chunk_hash(const struct file_map *map, uint64_t first, char out[17]) {
-    uint64_t left = map->size - first;
-    snprintf(out, 17, "%016" PRIx64, hash_bytes(map->data + first, left < CHUNK_BYTES ? left : CHUNK_BYTES, first));
+/* Hash of a chunk; its place in the file is part of it. */
+static void chunk_hash(const void *data, size_t size, uint64_t first, char out[17]) {
+    snprintf(out, 17, "%016" PRIx64, hash_bytes(data, size, first));
+}
+
+struct description {
+    json_t *hashes;
+    uint64_t size;
+};
+
+static enum status describe_chunk(void *context, const void *data, size_t size) {
+    struct description *d = context;
+    char hash[17];
+    chunk_hash(data, size, d->size, hash);
+    json_array_append_new(d->hashes, json_string(hash));
+    d->size += size;
+    return STATUS_OK;
 }
 
 static enum status describe_file(const char *root, const char *name, json_t *files) {
-    struct file_map map;
-    char *path = path_join(root, name), hash[17];
-    enum status status = file_map_open(&map, path);
+    struct description d = {.hashes = json_array()};
+    char *path = path_join(root, name);
+    enum status status = file_read_pieces(path, CHUNK_BYTES, describe_chunk, &d);
     free(path);
-    TRY(status);
-    json_t *hashes = json_array();
-    for (uint64_t first = 0; first < map.size; first += CHUNK_BYTES) {
-        chunk_hash(&map, first, hash);
-        json_array_append_new(hashes, json_string(hash));
-    }
-    json_object_set_new(files, name, json_pack("{s:I,s:o}", "bytes", (json_int_t)map.size, "xxh3_64", hashes));
-    file_map_close(&map);
-    return STATUS_OK;
+    json_t *described = json_pack("{s:I,s:o}", "bytes", (json_int_t)d.size, "xxh3_64", d.hashes);
+    json_object_set_new(files, name, described);
+    return status;
 }
 
 /* The manifest also carries a hash of its own list, so that a flipped bit in it is damage too, not another truth. */
@@ -202,35 +210,41 @@ enum status checkpoint_commit(struct checkpoint_draft *draft) {
 
 /* ---- verifying --------------------------------------------------------------------------------------------------------- */
 
-static enum status verify_map(const char *path, const struct file_map *map, const json_t *described) {
-    const json_t *hashes = json_object_get(described, "xxh3_64");
-    uint64_t expected = (uint64_t)json_integer_value(json_object_get(described, "bytes"));
-    if (map->size != expected)
-        return status_fail(STATUS_FORMAT, "%s: is damaged: it has %llu bytes, its checkpoint wrote %llu", path,
-                           (unsigned long long)map->size, (unsigned long long)expected);
-    if (json_array_size(hashes) != (map->size + CHUNK_BYTES - 1) / CHUNK_BYTES)
-        return status_fail(STATUS_FORMAT, "%s: the manifest does not cover it", path);
-    for (uint64_t first = 0; first < map->size; first += CHUNK_BYTES) {
-        char hash[17];
-        const char *known = json_string_value(json_array_get(hashes, (size_t)(first / CHUNK_BYTES)));
-        chunk_hash(map, first, hash);
-        if (!known || strcmp(known, hash) != 0)
-            return status_fail(STATUS_FORMAT, "%s: is damaged within 4 MiB of byte %llu", path,
-                               (unsigned long long)first);
-    }
+struct verification {
+    const char *path;
+    const json_t *hashes;
+    uint64_t size;
+};
+
+static enum status verify_chunk(void *context, const void *data, size_t size) {
+    struct verification *v = context;
+    char hash[17];
+    const char *known = json_string_value(json_array_get(v->hashes, (size_t)(v->size / CHUNK_BYTES)));
+    chunk_hash(data, size, v->size, hash);
+    if (!known || strcmp(known, hash) != 0)
+        return status_fail(STATUS_FORMAT, "%s: is damaged within 4 MiB of byte %llu", v->path,
+                           (unsigned long long)v->size);
+    v->size += size;
     return STATUS_OK;
+}
+
+static enum status verify_contents(const char *path, const json_t *described) {
+    struct verification v = {path, json_object_get(described, "xxh3_64"), 0};
+    uint64_t expected = (uint64_t)json_integer_value(json_object_get(described, "bytes")), size;
+    TRY(file_size(path, &size));
+    if (size != expected)
+        return status_fail(STATUS_FORMAT, "%s: is damaged: it has %llu bytes, its checkpoint wrote %llu", path,
+                           (unsigned long long)size, (unsigned long long)expected);
+    if (json_array_size(v.hashes) != (size + CHUNK_BYTES - 1) / CHUNK_BYTES)
+        return status_fail(STATUS_FORMAT, "%s: the manifest does not cover it", path);
+    return file_read_pieces(path, CHUNK_BYTES, verify_chunk, &v);
 }
 
 static enum status verify_file(const char *root, const char *name, const json_t *described) {
     if (*name == '/' || strstr(name, ".."))
         return status_fail(STATUS_FORMAT, "%s: the manifest names a file outside", root);
     char *path = path_join(root, name);
-    struct file_map map;
-    enum status status = file_map_open(&map, path);
-    if (status == STATUS_OK) {
-        status = verify_map(path, &map, described);
-        file_map_close(&map);
-    }
+    enum status status = verify_contents(path, described);
     free(path);
     return status;
 }

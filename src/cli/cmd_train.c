@@ -3,6 +3,7 @@
 #include "base/log.h"
 #include "cli/arguments.h"
 #include "infer/generate.h"
+#include "metrics/metrics_file.h"
 #include "metrics/progress.h"
 #include "train/trainer.h"
 #include <math.h>
@@ -49,7 +50,21 @@ static void print_summary(const struct train_summary *s) {
         log_info("held out: loss %.4f nats a token, %.4f bits per byte", s->valid_loss, s->valid_bits_per_byte);
 }
 
-static enum status finish(const struct run_config *config, const struct train_summary *summary, int argc, char **argv) {
+static void print_json(const struct run_config *config, const struct train_summary *s) {
+    json_t *object = json_pack("{s:s,s:I,s:I,s:I,s:f,s:f,s:f,s:f,s:f}", "directory", config->run.directory, "step",
+                               (json_int_t)s->step, "steps", (json_int_t)s->step_count, "tokens",
+                               (json_int_t)s->tokens, "seconds", s->seconds, "tokens_per_s", s->tokens_per_s,
+                               "roof_share", s->roof_share, "peak_bytes", s->peak_bytes, "planned_bytes",
+                               s->planned_bytes);
+    json_object_set_new(object, "valid_loss", metrics_number(s->valid_loss));
+    json_object_set_new(object, "valid_bits_per_byte", metrics_number(s->valid_bits_per_byte));
+    json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);
+    putchar('\n');
+    json_decref(object);
+}
+
+static enum status finish(const struct run_config *config, const struct train_summary *summary, bool json, int argc,
+                          char **argv) {
     if (summary->interrupted) {
         log_info("stopped and saved at step %lld of %lld; the same command goes on:", (long long)summary->step,
                  (long long)summary->step_count);
@@ -60,7 +75,10 @@ static enum status finish(const struct run_config *config, const struct train_su
         print_summary(summary);
     else
         log_info("%s is complete: %lld steps", config->run.directory, (long long)summary->step);
-    printf("%s\n", config->run.directory);
+    if (json)
+        print_json(config, summary);
+    else
+        printf("%s\n", config->run.directory);
     return STATUS_OK;
 }
 
@@ -84,18 +102,20 @@ static void print_help(const struct argument *known, int count) {
 
 enum status cmd_train(int argc, char **argv) {
     const char *config_path = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX];
-    bool help, quiet = false, verbose = false, dry = false;
+    bool help, quiet = false, verbose = false, dry = false, json = false;
     int pair_count = 0;
     const struct argument known[] = {
         {"config", ARGUMENT_STRING, &config_path, "settings from an INI file; the command line wins"},
         {"dry-run", ARGUMENT_SWITCH, &dry, "print the schedule of a step and do nothing"},
         {"quiet", ARGUMENT_SWITCH, &quiet, "only warnings and errors"},
         {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
+        {"json", ARGUMENT_SWITCH, &json, "how the run ended as one JSON object, instead of its directory"},
     };
-    struct arguments arguments = {known, 4, pairs, &pair_count, NULL};
+    enum { COUNT = sizeof known / sizeof *known };
+    struct arguments arguments = {known, COUNT, pairs, &pair_count, NULL};
     TRY(arguments_parse(arguments, argc, argv, &help));
     if (help) {
-        print_help(known, 4);
+        print_help(known, COUNT);
         return STATUS_OK;
     }
     log_set_level(quiet ? LOG_QUIET : verbose ? LOG_VERBOSE : LOG_NORMAL);
@@ -105,5 +125,5 @@ enum status cmd_train(int argc, char **argv) {
     if (dry)
         return dry_run(&config);
     TRY(train_run(&config, (struct train_hooks){write_sample, NULL}, &summary));
-    return finish(&config, &summary, argc, argv);
+    return finish(&config, &summary, json, argc, argv);
 }

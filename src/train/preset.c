@@ -3,7 +3,7 @@
 #include "base/text.h"
 #include <string.h>
 
-enum { PRESET_PAIRS_MAX = 32 };
+enum { PRESET_PAIRS_MAX = 48 };
 
 struct preset {
     const char *name;
@@ -17,7 +17,9 @@ static const struct preset named_presets[] = {
      {"model.hidden_size", "256", "model.num_hidden_layers", "4", "model.num_attention_heads", "4",
       "model.num_key_value_heads", "2", "model.num_experts", "8", "model.num_experts_per_tok", "2",
       "model.moe_intermediate_size", "256", "model.max_position_embeddings", "1024", "data.vocab_size", "4096",
-      "train.sequence_length", "256", "train.batch_sequences", "16", "optim.lr", "3e-3", NULL}},
+      "train.sequence_length", "256", "train.batch_sequences", "8", "train.steps", "0", "train.target_minutes", "2.5",
+      "train.eval_every_steps", "100", "train.eval_tokens", "16384", "train.sample_every_steps", "200", "optim.lr",
+      "4e-3", "optim.warmup_steps", "40", NULL}},
     {"bench",
      {"model.hidden_size", "512", "model.num_hidden_layers", "8", "model.num_attention_heads", "8",
       "model.num_key_value_heads", "8", "model.num_experts", "8", "model.num_experts_per_tok", "2",

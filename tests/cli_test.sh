@@ -1,0 +1,96 @@
+#!/bin/sh
+# The program as a user meets it: exit statuses, one clear line for each mistake, and a small run from text to text.
+#   tests/cli_test.sh PATH_TO_CADRE
+set -u
+cadre=$1
+[ -x "$cadre" ] || { echo "usage: $0 PATH_TO_CADRE"; exit 2; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=0
+
+complain() {
+    echo "FAILED: $1"
+    failures=$((failures + 1))
+}
+
+# expect STATUS TEXT -- COMMAND...: the exit status, and on stderr one line that holds TEXT.
+expect() {
+    wanted=$1 text=$2
+    shift 3
+    "$@" >"$work/out" 2>"$work/err" </dev/null
+    got=$?
+    [ $got -eq "$wanted" ] || complain "$* ended with $got instead of $wanted: $(cat "$work/err")"
+    [ -z "$text" ] || grep -qiF -- "$text" "$work/err" || complain "$* did not say \"$text\" but: $(cat "$work/err")"
+    if [ "$wanted" -ne 0 ]; then
+        lines=$(grep -c '^cadre' "$work/err")
+        [ "$lines" -eq 1 ] || complain "$* said $lines error lines: $(cat "$work/err")"
+    fi
+}
+
+i=0
+while [ $i -lt 1500 ]; do
+    echo "The keeper of lamp number $i walks along the harbour, and the river waits."
+    [ $((i % 6)) -ne 5 ] || echo
+    i=$((i + 1))
+done >"$work/text.txt"
+
+expect 2 'the nearest known one is train' -- "$cadre" trian
+expect 2 'the nearest known one is --temperature' -- "$cadre" generate --temprature 1
+expect 2 'the nearest known one is train.steps' -- "$cadre" train --train.step 3
+expect 2 'unknown preset "demos"; the nearest known one is demo' -- "$cadre" train --model.preset demos
+expect 2 'num_experts_per_tok 9 is more than num_experts 8' -- "$cadre" train --model.num_experts_per_tok 9
+expect 2 'not a multiple of num_key_value_heads' -- "$cadre" train --model.num_key_value_heads 3
+expect 2 'not a multiple of num_attention_heads' -- "$cadre" train --model.hidden_size 100
+expect 2 'data.train is not set' -- "$cadre" train --run.directory "$work/none"
+expect 2 'must be a whole number' -- "$cadre" train --train.steps 1.5
+expect 2 'wants a value' -- "$cadre" train --train.steps
+expect 1 'no such file' -- "$cadre" train --data.train "$work/absent.txt" --run.directory "$work/none"
+expect 1 'no such file' -- "$cadre" train --config "$work/absent.ini"
+expect 1 'no such directory' -- "$cadre" generate --model "$work/absent" --prompt x
+expect 2 '--model DIR is missing' -- "$cadre" eval
+expect 2 'name a directory' -- "$cadre" inspect
+: >"$work/empty.txt"
+expect 1 'is empty' -- "$cadre" train --data.train "$work/empty.txt" --run.directory "$work/none"
+head -c 3000 "$cadre" >"$work/binary.txt"
+expect 1 'is not' -- "$cadre" train --data.train "$work/binary.txt" --run.directory "$work/none"
+echo "too short" >"$work/short.txt"
+expect 1 'one sequence needs' -- "$cadre" train --model.preset tiny --data.train "$work/short.txt" --run.directory "$work/none"
+printf '[train]\nstpes = 3\n' >"$work/bad.ini"
+expect 2 'unknown key train.stpes; the nearest known one is train.steps' -- "$cadre" train --config "$work/bad.ini"
+
+run="$work/run"
+expect 0 '' -- "$cadre" train --model.preset tiny --data.train "$work/text.txt" --run.directory "$run" \
+    --data.vocab_size 300 --train.steps 8 --train.sample_every_steps 8
+[ "$(cat "$work/out")" = "$run" ] || complain "train printed $(cat "$work/out")"
+for file in config.ini metrics.jsonl samples.txt checkpoints/step-000008/config.json \
+    checkpoints/step-000008/model.safetensors checkpoints/step-000008/tokenizer.json \
+    checkpoints/step-000008/training/state.json; do
+    [ -s "$run/$file" ] || complain "$file was not written"
+done
+[ "$(ls "$run/tensorboard" | wc -l)" -eq 1 ] || complain "no TensorBoard events"
+expect 0 'is complete' -- "$cadre" train --config "$run/config.ini"
+expect 2 'model.hidden_size' -- "$cadre" train --config "$run/config.ini" --model.hidden_size 128
+
+expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3
+cp "$work/out" "$work/first"
+grep -q '^The keeper' "$work/first" || complain "generate did not begin with its prompt"
+expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3
+cmp -s "$work/out" "$work/first" || complain "the same seed wrote another text"
+expect 0 '' -- "$cadre" eval --model "$run" --json
+grep -q '"bits_per_byte":' "$work/out" || complain "eval --json printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" eval --model "$run" --data "$work/text.txt" --experts
+grep -q 'rows of each expert' "$work/out" || complain "eval --experts printed no table"
+expect 0 '' -- "$cadre" inspect "$run"
+grep -q 'verified' "$work/out" || complain "inspect did not verify"
+expect 0 '' -- "$cadre" inspect --preset 4b-moe --json
+grep -q '"parameters":' "$work/out" || complain "inspect --preset printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" tokenize --model "$run" --text 'The keeper' --json
+expect 0 '' -- "$cadre" train --model.preset tiny --dry-run
+grep -q 'exchange back grad' "$work/out" || complain "--dry-run printed no schedule"
+
+# A damaged checkpoint is one line, and nothing is written with it.
+printf 'x' | dd of="$run/checkpoints/step-000008/model.safetensors" bs=1 seek=5000 conv=notrunc 2>/dev/null
+expect 1 'is damaged' -- "$cadre" generate --model "$run/checkpoints/step-000008" --prompt x
+
+[ $failures -eq 0 ] && echo "cli: all as expected"
+exit $failures
