@@ -36,7 +36,7 @@ static struct product products[PRIMITIVES_MAX];
 static int64_t use_count;
 static pthread_mutex_t products_lock = PTHREAD_MUTEX_INITIALIZER;
 static dnnl_engine_t engine;
-static bool has_bf16;
+static bool has_bf16, has_amx;
 
 /* ---- primitives ---- */
 
@@ -112,8 +112,15 @@ static void release_all(void) {
 static void start(void) {
     must(dnnl_engine_create(&engine, dnnl_cpu, 0));
     must(dnnl_set_primitive_cache_capacity(0)); /* ours knows when a primitive may go */
-    struct product probe = {.key = {.m = 64, .n = 64, .k = 64, .a_strides = {64, 1}, .b_strides = {64, 1},
-                                    .c_stride = 64, .in_dtype = DTYPE_BF16, .out_dtype = DTYPE_BF16}};
+    struct product probe = {.key = {.m = 64,
+                                    .n = 64,
+                                    .k = 64,
+                                    .a_strides = {64, 1},
+                                    .b_strides = {64, 1},
+                                    .c_stride = 64,
+                                    .in_dtype = DTYPE_BF16,
+                                    .out_dtype = DTYPE_BF16}};
+    has_amx = (dnnl_get_effective_cpu_isa() & dnnl_cpu_isa_avx512_core_amx) == dnnl_cpu_isa_avx512_core_amx;
     has_bf16 = product_create(&probe);
     product_release(&probe);
     atexit(release_all);
@@ -331,6 +338,14 @@ static void gemm_widened(struct gemm_job *job, int64_t k, bool accumulate) {
         convert(job->c, c);
 }
 
+/* On AMX oneDNN goes wrong where K leaves a part of a tile: an illegal instruction at K = 63, M > 128 (its issue 1661,
+ * seen here with 2.6.3), a NaN that spreads to other rows (issue 5717). Such products go through f32. */
+enum { AMX_K_GRAIN = 32 };
+
+static bool bf16_is_sound(int64_t k) {
+    return has_bf16 && (!has_amx || k % AMX_K_GRAIN == 0);
+}
+
 void gemm_onednn(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,
                  bool accumulate) {
     static pthread_once_t started = PTHREAD_ONCE_INIT;
@@ -348,7 +363,7 @@ void gemm_onednn(struct tensor a, bool transpose_a, struct tensor b, bool transp
     job.a_strides[!transpose_a] = 1;
     job.b_strides[transpose_b] = b.shape[1];
     job.b_strides[!transpose_b] = 1;
-    if (a.dtype == DTYPE_BF16 && !has_bf16)
+    if (a.dtype == DTYPE_BF16 && !bf16_is_sound(k))
         gemm_widened(&job, k, accumulate);
     else
         gemm_tiled(&job, k, accumulate);

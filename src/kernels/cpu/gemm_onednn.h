@@ -5,6 +5,8 @@
 
 /* kernel_ops.gemm for operands of f32 and bf16 whose shapes were checked; M, N and K may be 0.
  *
- * Where oneDNN has no bf16 product (processors without AVX-512), operands become f32 in scratch memory of the call.
+ * Where oneDNN has no bf16 product (processors without AVX-512) or an unsound one (AMX, K not a multiple of 32),
+ * operands become f32 in scratch memory of the call.
  */
-void gemm_onednn(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c, bool accumulate);
+void gemm_onednn(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,
+                 bool accumulate);

@@ -1,8 +1,8 @@
 /* Products of a few rows with weights in their natural layout: y[r][o] = dot(x row r, w row o), nothing packed. Private
  * to kernels/cpu/isa/.
  *
- * Both operands are contiguous along k, so lanes run along k. VECTOR_LANES dot products are kept at a time, as a tile of
- * 4, 2 or 1 rows of x; their sums over lanes come out of one vector.
+ * Both operands are contiguous along k, so lanes run along k. VECTOR_LANES dot products are kept at a time, as a tile
+ * of 4, 2 or 1 rows of x; their sums over lanes come out of one vector.
  */
 #pragma once
 
@@ -29,7 +29,8 @@ static inline void dot_store(const struct dot_result *y, int64_t row, int64_t co
     }
 }
 
-/* `rows` (a constant) rows of x from `row`, VECTOR_LANES / rows rows of w from `column`, of which column_count exist. */
+/* `rows` (a constant) rows of x from `row`, VECTOR_LANES / rows rows of w from `column`, of which column_count exist.
+ */
 ALWAYS_INLINE void dot_tile(int rows, int element_bytes, const struct matrix *x, int64_t row, const struct matrix *w,
                             int64_t column, int64_t column_count, const struct dot_result *y) {
     const int columns = VECTOR_LANES / rows;
@@ -72,8 +73,8 @@ ALWAYS_INLINE void dot_tile(int rows, int element_bytes, const struct matrix *x,
             dot_store(y, row + r, column + c, sums[r * columns + c]);
 }
 
-ALWAYS_INLINE void dot_columns(int rows, int element_bytes, const struct matrix *x, int64_t row,
-                               const struct matrix *w, int64_t column, int64_t end, const struct dot_result *y) {
+ALWAYS_INLINE void dot_columns(int rows, int element_bytes, const struct matrix *x, int64_t row, const struct matrix *w,
+                               int64_t column, int64_t end, const struct dot_result *y) {
     for (; column < end; column += VECTOR_LANES / rows)
         dot_tile(rows, element_bytes, x, row, w, column, end - column, y);
 }
@@ -88,8 +89,8 @@ ALWAYS_INLINE void dot_rows(int element_bytes, const struct matrix *x, int64_t r
         dot_columns(1, element_bytes, x, row, w, column, column_end, y);
 }
 
-/* y[row..row_end)[column..column_end) (+)= x w^T; x and w have one number of columns and one dtype. All rows are done for
- * a few columns at a time, whose weights stay in the first cache meanwhile. */
+/* y[row..row_end)[column..column_end) (+)= x w^T; x and w have one number of columns and one dtype. All rows are done
+ * for a few columns at a time, whose weights stay in the first cache meanwhile. */
 static void dot_block(const struct matrix *x, int64_t row, int64_t row_end, const struct matrix *w, int64_t column,
                       int64_t column_end, const struct dot_result *y) {
     for (; column < column_end; column += VECTOR_LANES) {

@@ -1,6 +1,7 @@
 /* Dense products. Two forms are ours, everything else is oneDNN's:
  *  - a few rows with weights in their natural layout (decoding), where oneDNN would pack the weights for every call;
- *  - gradients of weights, A^T B: tiles of A and B are parts of wider matrices, which oneDNN's fast product does not take.
+ *  - gradients of weights, A^T B: tiles of A and B are parts of wider matrices, which oneDNN's fast product does not
+ * take.
  */
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"

@@ -6,7 +6,8 @@
  *  3. A task is (expert, rows, columns). It packs its share of the weights once for all its rows, block by block of k,
  *     and its rows once for all its columns, so both are kept large: ROWS_MAX rows, COLUMNS_MAX columns.
  *  4. A packed block of B and one of A fit the second cache together (1 MiB).
- *  5. An expert with few rows does not repay packing: its products run on the weights as they lie (dot.h), forward only.
+ *  5. An expert with few rows does not repay packing: its products run on the weights as they lie (dot.h), forward
+ * only.
  */
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"
@@ -17,11 +18,11 @@
 #include "kernels/cpu/scratch.h"
 
 enum {
-    K_WORDS_MAX = 512,     /* of a packed block */
-    ROWS_MAX = 384,        /* of a task */
-    BLOCK_ROWS = 96,       /* packed at a time, a multiple of TILE_ROWS */
-    COLUMNS_MAX = 256,     /* of a task */
-    COLUMNS_MIN = 64,      /* where there would be too few tasks */
+    K_WORDS_MAX = 512, /* of a packed block */
+    ROWS_MAX = 384,    /* of a task */
+    BLOCK_ROWS = 96,   /* packed at a time, a multiple of TILE_ROWS */
+    COLUMNS_MAX = 256, /* of a task */
+    COLUMNS_MIN = 64,  /* where there would be too few tasks */
     TASKS_WANTED = 64,
     DOT_GROUP_ROWS_MAX = 16, /* experts with at most as many rows go unpacked */
 };

@@ -114,8 +114,8 @@ ALWAYS_INLINE vector_u32 word_of_columns(int element_bytes, const struct matrix 
 enum { COPY_WORDS = 4 }; /* k words at a time: memory is read along rows, panels are written in whole lines */
 
 /* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower. */
-ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count,
-                                int64_t k, int64_t count, int width, float *out) {
+ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
+                                int64_t count, int width, float *out) {
     const int elements = BF16_PAIRS && element_bytes == 2 ? 2 : 1;
     int64_t words = words_of(m, count), end = k + count;
     for (int64_t word = 0; word < words; word += COPY_WORDS) {
@@ -214,8 +214,8 @@ ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b,
         for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
             int64_t width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
             tile_multiply_any(pairs, a + i / TILE_ROWS * panel_floats(words, TILE_ROWS),
-                              b + j / TILE_COLUMNS * panel_floats(words, TILE_COLUMNS), words, c + i * c_stride + j, c_stride, height,
-                              width, add);
+                              b + j / TILE_COLUMNS * panel_floats(words, TILE_COLUMNS), words, c + i * c_stride + j,
+                              c_stride, height, width, add);
         }
     }
 }

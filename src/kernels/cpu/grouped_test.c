@@ -1,0 +1,184 @@
+/* Products large enough to cross every cut: several blocks of k, of rows and of columns, several tasks and tiles.
+ * kernels_test.c has the small and odd shapes; here one call of each kind is compared with the reference in double.
+ */
+#include "base/threads.h"
+#include "kernels/kernels_testing.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <cmocka.h>
+
+enum { EXPERTS = 4, ROWS = 430, WIDE = 1100, NARROW = 290, THREADS_MAX = 4, OPERANDS_MAX = 5 };
+
+static const enum dtype input_dtypes[] = {DTYPE_F32, DTYPE_BF16, DTYPE_BF16};
+static const enum dtype output_dtypes[] = {DTYPE_F32, DTYPE_F32, DTYPE_BF16};
+enum { DTYPES = 3 };
+
+/* A call: its operands, the last of them is the result. */
+struct product {
+    struct tensor t[OPERANDS_MAX];
+    int count;
+    bool transpose_a, transpose_b, accumulate;
+    void (*make)(const struct kernel_ops *ops, const struct product *product, const struct tensor *t);
+};
+
+/* One expert with more rows than a task takes, one with none, a middle one, one with few. */
+static struct tensor make_offsets(void) {
+    static const int32_t offset[EXPERTS + 1] = {0, 395, 395, 425, ROWS};
+    struct tensor t = test_filled(tensor_1d(NULL, DTYPE_I32, EXPERTS + 1), 0);
+    memcpy(t.data, offset, sizeof offset);
+    return t;
+}
+
+static struct tensor in_f64(struct tensor t) {
+    return tensor_exists(t) ? test_copy(t, DTYPE_F64) : t;
+}
+
+static void check_close(struct tensor found, struct tensor expected, double bound) {
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < tensor_elements(found); i++) {
+        double difference = test_get(found, i) - test_get(expected, i);
+        error += difference * difference;
+        norm += test_get(expected, i) * test_get(expected, i);
+    }
+    if (!(error <= bound * bound * norm))
+        fail_msg("relative error %g, allowed %g", sqrt(error / norm), bound);
+}
+
+/* The result of one call on a fresh copy of the result's first numbers. */
+static struct tensor make_product(const struct kernel_ops *ops, const struct product *product, int threads) {
+    int last = product->count - 1;
+    struct tensor t[OPERANDS_MAX];
+    memcpy(t, product->t, sizeof t);
+    t[last] = test_copy(t[last], t[last].dtype);
+    threads_set_count(threads);
+    product->make(ops, product, t);
+    return t[last];
+}
+
+static void run_backend(const struct kernel_ops *ops, const struct product *product, struct tensor expected) {
+    struct tensor first = make_product(ops, product, 1);
+    check_close(first, expected, first.dtype == DTYPE_BF16 ? 4e-3 : 2e-6);
+    size_t scratch_bytes = kernels_scratch_bytes();
+    for (int threads = 1; threads <= THREADS_MAX; threads++) {
+        struct tensor again = make_product(ops, product, threads);
+        assert_memory_equal(first.data, again.data, tensor_bytes(first));
+        if (threads == 1)
+            assert_int_equal(kernels_scratch_bytes(), scratch_bytes);
+    }
+    assert_true(test_guards_hold());
+}
+
+/* Every backend against the reference in double; gives all memory back. */
+static void run(struct product *product) {
+    struct product exact = *product;
+    for (int i = 0; i < product->count; i++)
+        exact.t[i] = in_f64(product->t[i]);
+    struct tensor expected = make_product(kernels_ref(), &exact, THREADS_MAX);
+    for (const char *const *name = kernels_available(); *name; name++) {
+        const struct kernel_ops *ops;
+        assert_int_equal(kernels_choose(*name, &ops), STATUS_OK);
+        if (strcmp(*name, "ref") != 0)
+            run_backend(ops, product, expected);
+    }
+    test_release();
+}
+
+static struct tensor random_2d(enum dtype dtype, int64_t rows, int64_t columns) {
+    return test_random(tensor_2d(NULL, dtype, rows, columns), 1);
+}
+
+/* ---- cases ---- */
+
+static void make_forward(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
+    (void)product;
+    ops->grouped_forward(t[0], t[1], t[2], t[3], t[4]);
+}
+
+static void make_backward_input(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
+    ops->grouped_backward_input(t[0], t[1], t[2], t[3], t[4], product->accumulate);
+}
+
+static void make_backward_weight(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
+    (void)product;
+    ops->grouped_backward_weight(t[0], tensor_none(), t[1], t[2], t[3], t[4]);
+}
+
+static void make_gemm(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
+    ops->gemm(t[0], product->transpose_a, t[1], product->transpose_b, t[2], product->accumulate);
+}
+
+/* k above the longest packed block, rows and columns above those of one task. */
+static void test_forward(void **state) {
+    (void)state;
+    for (int d = 0; d < DTYPES; d++) {
+        enum dtype in = input_dtypes[d];
+        run(&(struct product){{random_2d(in, ROWS / 2, WIDE), test_indices(tensor_1d(NULL, DTYPE_I32, ROWS), ROWS / 2),
+                               make_offsets(), test_random(tensor_3d(NULL, in, EXPERTS, NARROW, WIDE), 1),
+                               random_2d(output_dtypes[d], ROWS, NARROW)},
+                              .count = 5,
+                              .make = make_forward});
+    }
+}
+
+static void test_backward_input(void **state) {
+    (void)state;
+    for (int d = 0; d < DTYPES; d++) {
+        enum dtype in = input_dtypes[d];
+        run(&(struct product){{random_2d(in, ROWS, WIDE), tensor_none(), make_offsets(),
+                               test_random(tensor_3d(NULL, in, EXPERTS, WIDE, NARROW), 1),
+                               random_2d(output_dtypes[d], ROWS, NARROW)},
+                              .count = 5,
+                              .accumulate = d != 1,
+                              .make = make_backward_input});
+    }
+}
+
+/* More rows than one packed block sums over. */
+static void test_backward_weight(void **state) {
+    (void)state;
+    for (int d = 0; d < 2; d++) {
+        enum dtype in = input_dtypes[d];
+        run(&(struct product){{random_2d(in, ROWS, NARROW), random_2d(in, ROWS / 2, NARROW + 9),
+                               test_indices(tensor_1d(NULL, DTYPE_I32, ROWS), ROWS / 2), make_offsets(),
+                               test_random(tensor_3d(NULL, DTYPE_F32, EXPERTS, NARROW, NARROW + 9), 1)},
+                              .count = 5,
+                              .make = make_backward_weight});
+    }
+}
+
+static void case_gemm(int64_t m, int64_t n, int64_t k, int form, int d) {
+    enum dtype in = input_dtypes[d];
+    run(&(struct product){{form & 1 ? random_2d(in, k, m) : random_2d(in, m, k),
+                           form & 2 ? random_2d(in, n, k) : random_2d(in, k, n), random_2d(output_dtypes[d], m, n)},
+                          .count = 3,
+                          .transpose_a = form & 1,
+                          .transpose_b = form & 2,
+                          .accumulate = form & 4,
+                          .make = make_gemm});
+}
+
+/* Tiles of rows and of columns, with short ones at the ends; a single tile, which parallel_for runs outside of a
+ * parallel region, with a long k that oneDNN could divide; k that fits the processor's tiles, and 63, which does not. */
+static void test_gemm(void **state) {
+    (void)state;
+    for (int d = 0; d < DTYPES; d++)
+        for (int form = 0; form < 8; form++) {
+            case_gemm(530, 203, 63, form, d);
+            case_gemm(19, 1100, 64, form, d);
+            case_gemm(33, 50, 2080, form, d);
+        }
+}
+
+int main(void) {
+    static const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_forward),
+        cmocka_unit_test(test_backward_input),
+        cmocka_unit_test(test_backward_weight),
+        cmocka_unit_test(test_gemm),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
