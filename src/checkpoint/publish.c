@@ -1,3 +1,9 @@
+/* Invariants
+ *  1. A directory gets a plain name (step-NNNNNN) only by a rename, after all in it was flushed: a plain name is whole.
+ *  2. A checkpoint that is replaced or deleted leaves its plain name by a rename too. While it is replaced it is called
+ *     .old-PID, and counts as the checkpoint of its step as long as nothing has the plain name.
+ *  3. What is called .tmp-PID is worth nothing: a draft that was not committed, or a deletion that was not finished.
+ */
 #include "checkpoint/publish.h"
 
 #include "base/file.h"
@@ -5,45 +11,58 @@
 #include "base/json.h"
 #include "base/log.h"
 #include "base/memory.h"
-#include <ctype.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { CHUNK_BYTES = 4 << 20, MANIFEST_BYTES_MAX = 64 << 20 };
+enum { CHUNK_BYTES = 4 << 20, MANIFEST_BYTES_MAX = 64 << 20, MANIFEST_VERSION = 2, STEP_DIGITS_MAX = 15 };
+enum { HASH_DIGITS = 16 };
 
 static const char MANIFEST[] = "training/manifest.json";
+static const char STEP_PREFIX[] = "step-", DRAFT[] = ".tmp-", ASIDE[] = ".old-";
 
-/* ---- names ----------------------------------------------------------------------------------------------------------- */
+/* ---- names ------------------------------------------------------------------------------------------------------- */
 
-/* Step of "step-000100"; -1 for any other name. */
-static int64_t parse_step(const char *name) {
-    static const char prefix[] = "step-";
-    size_t size = strlen(name), prefix_size = sizeof prefix - 1;
-    if (strncmp(name, prefix, prefix_size) != 0 || size <= prefix_size || size > prefix_size + 15)
-        return -1;
-    for (size_t i = prefix_size; i < size; i++)
-        if (!isdigit((unsigned char)name[i]))
-            return -1;
-    return strtoll(name + prefix_size, NULL, 10);
+/* Number of digits that follow the "step-" of a name; 0 for any other name. */
+static size_t step_digits(const char *name) {
+    if (strncmp(name, STEP_PREFIX, sizeof STEP_PREFIX - 1) != 0)
+        return 0;
+    size_t digits = strspn(name + sizeof STEP_PREFIX - 1, "0123456789");
+    return digits <= STEP_DIGITS_MAX ? digits : 0;
 }
 
-static bool is_leftover(const char *name) {
-    return strncmp(name, "step-", 5) == 0 && (strstr(name, ".tmp-") || strstr(name, ".old-"));
+/* What follows the digits in the name of a step: "" for a checkpoint; NULL where the name is not one of ours. */
+static const char *step_suffix(const char *name) {
+    size_t digits = step_digits(name);
+    return digits ? name + sizeof STEP_PREFIX - 1 + digits : NULL;
 }
 
-static enum status remove_leftovers(const char *directory) {
+static bool has_prefix(const char *text, const char *prefix) {
+    return text && strncmp(text, prefix, strlen(prefix)) == 0;
+}
+
+/* A checkpoint whose replacement did not come takes its name back; other leftovers go. */
+static enum status settle_leftover(const char *directory, const char *name) {
+    const char *suffix = step_suffix(name);
+    if (!has_prefix(suffix, ASIDE) && !has_prefix(suffix, DRAFT))
+        return STATUS_OK;
+    char *path = path_join(directory, name);
+    char *plain = text_format("%s/%.*s", directory, (int)(suffix - name), name);
+    enum status status =
+        has_prefix(suffix, ASIDE) && !directory_exists(plain) ? file_rename(path, plain) : directory_remove(path);
+    free(plain);
+    free(path);
+    return status;
+}
+
+static enum status settle_leftovers(const char *directory) {
     struct text_list names;
     TRY(directory_list(directory, &names));
     enum status status = STATUS_OK;
     for (size_t i = 0; i < names.count && status == STATUS_OK; i++)
-        if (is_leftover(names.items[i])) {
-            char *path = path_join(directory, names.items[i]);
-            status = directory_remove(path);
-            free(path);
-        }
+        status = settle_leftover(directory, names.items[i]);
     text_list_release(&names);
     return status;
 }
@@ -56,12 +75,13 @@ static void draft_release(struct checkpoint_draft *draft) {
 }
 
 enum status checkpoint_begin(struct checkpoint_draft *draft, const char *directory, int64_t step) {
+    CHECK_OP(step, >=, 0);
     TRY(directory_make(directory));
-    TRY(remove_leftovers(directory));
+    TRY(settle_leftovers(directory));
     *draft = (struct checkpoint_draft){
         memory_copy_string(directory),
-        text_format("%s/step-%06" PRId64 ".tmp-%d", directory, step, (int)getpid()),
-        text_format("%s/step-%06" PRId64, directory, step),
+        text_format("%s/%s%06" PRId64 "%s%d", directory, STEP_PREFIX, step, DRAFT, (int)getpid()),
+        text_format("%s/%s%06" PRId64, directory, STEP_PREFIX, step),
     };
     char *training = path_join(draft->path, "training");
     enum status status = directory_make(training);
@@ -81,19 +101,30 @@ void checkpoint_abandon(struct checkpoint_draft *draft) {
     draft_release(draft);
 }
 
-/* ---- the manifest ---------------------------------------------------------------------------------------------------- */
+/* ---- the manifest ------------------------------------------------------------------------------------------------ */
 
-static enum status list_files(const char *root, const char *below, struct text_list *files) {
+struct contents {
+    struct text_list files;       /* all but the manifest; paths below the root */
+    struct text_list directories; /* a directory stands before those inside it; the root is "." */
+};
+
+static void contents_release(struct contents *contents) {
+    text_list_release(&contents->files);
+    text_list_release(&contents->directories);
+}
+
+static enum status list_contents(const char *root, const char *below, struct contents *contents) {
     char *path = *below ? path_join(root, below) : memory_copy_string(root);
     struct text_list names = {0};
+    text_list_add(&contents->directories, *below ? below : ".");
     enum status status = directory_list(path, &names);
     for (size_t i = 0; i < names.count && status == STATUS_OK; i++) {
         char *child = *below ? path_join(below, names.items[i]) : memory_copy_string(names.items[i]);
         char *full = path_join(root, child);
         if (directory_exists(full))
-            status = list_files(root, child, files);
+            status = list_contents(root, child, contents);
         else if (strcmp(child, MANIFEST) != 0)
-            text_list_add(files, child);
+            text_list_add(&contents->files, child);
         free(full);
         free(child);
     }
@@ -103,8 +134,8 @@ static enum status list_files(const char *root, const char *below, struct text_l
 }
 
 /* Hash of a chunk; its place in the file is part of it. */
-static void chunk_hash(const void *data, size_t size, uint64_t first, char out[17]) {
-    snprintf(out, 17, "%016" PRIx64, hash_bytes(data, size, first));
+static void chunk_hash(const void *data, size_t size, uint64_t first, char out[HASH_DIGITS + 1]) {
+    snprintf(out, HASH_DIGITS + 1, "%016" PRIx64, hash_bytes(data, size, first));
 }
 
 struct description {
@@ -114,7 +145,7 @@ struct description {
 
 static enum status describe_chunk(void *context, const void *data, size_t size) {
     struct description *d = context;
-    char hash[17];
+    char hash[HASH_DIGITS + 1];
     chunk_hash(data, size, d->size, hash);
     json_array_append_new(d->hashes, json_string(hash));
     d->size += size;
@@ -131,12 +162,35 @@ static enum status describe_file(const char *root, const char *name, json_t *fil
     return status;
 }
 
-/* The manifest also carries a hash of its own list, so that a flipped bit in it is damage too, not another truth. */
-static void hash_list(const json_t *files, char out[17]) {
-    char *text = json_dumps(files, JSON_COMPACT | JSON_SORT_KEYS);
-    CHECK(text != NULL);
-    snprintf(out, 17, "%016" PRIx64, hash_bytes(text, strlen(text), 0));
+/* The manifest carries a hash of its own text, taken while the digits of that hash are zeros, so that any flipped bit
+ * in it is damage and never another truth. The text is hashed, not what it says: no JSON writer needs to write the same
+ * way for ever. The seal's key comes first in the file, before any name that somebody else chose. */
+static const char SEAL_KEY[] = "\"manifest_xxh3_64\": \"", SEAL_ZEROS[] = "0000000000000000";
+
+/* The digits of the seal inside the text, which is followed by a zero byte; NULL where there is none. */
+static char *find_seal(char *text) {
+    char *key = strstr(text, SEAL_KEY), *digits = key ? key + sizeof SEAL_KEY - 1 : NULL;
+    return digits && strlen(digits) >= HASH_DIGITS ? digits : NULL;
+}
+
+/* Leaves zeros in the place of the digits. */
+static void seal_hash(char *text, size_t size, char *digits, char out[HASH_DIGITS + 1]) {
+    memcpy(digits, SEAL_ZEROS, HASH_DIGITS);
+    snprintf(out, HASH_DIGITS + 1, "%016" PRIx64, hash_bytes(text, size, 0));
+}
+
+static enum status write_sealed(const char *path, const json_t *manifest) {
+    char hash[HASH_DIGITS + 1], *text = json_dumps(manifest, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
+    if (!text)
+        return status_fail(STATUS_MEMORY, "%s: no memory to write it", path);
+    size_t size = strlen(text);
+    char *digits = find_seal(text);
+    CHECK(digits != NULL);
+    seal_hash(text, size, digits, hash);
+    memcpy(digits, hash, HASH_DIGITS);
+    enum status status = file_write(path, text, size);
     free(text);
+    return status;
 }
 
 static enum status write_manifest(const char *root, const struct text_list *names) {
@@ -145,11 +199,11 @@ static enum status write_manifest(const char *root, const struct text_list *name
     for (size_t i = 0; i < names->count && status == STATUS_OK; i++)
         status = describe_file(root, names->items[i], files);
     if (status == STATUS_OK) {
-        char hash[17], *path = path_join(root, MANIFEST);
-        hash_list(files, hash);
-        json_t *manifest = json_pack("{s:i,s:i,s:s,s:O}", "version", 1, "chunk_bytes", CHUNK_BYTES, "list_xxh3_64", hash,
-                                     "files", files);
-        status = json_write_file(path, manifest);
+        char *path = path_join(root, MANIFEST);
+        json_t *manifest = json_pack("{s:s,s:i,s:i,s:O}", "manifest_xxh3_64", SEAL_ZEROS, "version", MANIFEST_VERSION,
+                                     "chunk_bytes", CHUNK_BYTES, "files", files);
+        CHECK(manifest != NULL);
+        status = write_sealed(path, manifest);
         json_decref(manifest);
         free(path);
     }
@@ -168,9 +222,20 @@ static enum status flush_file(const char *root, const char *name) {
     return status == STATUS_OK ? closed : status;
 }
 
-/* An older directory of the same step steps aside first: a directory cannot be renamed over a full one. */
+static enum status flush_directories(const char *root, const struct text_list *names) {
+    enum status status = STATUS_OK;
+    for (size_t i = names->count; i > 0 && status == STATUS_OK; i--) {
+        char *path = path_join(root, names->items[i - 1]);
+        status = directory_flush(path);
+        free(path);
+    }
+    return status;
+}
+
+/* A directory cannot be renamed over a full one: an older one of the same step steps aside, and whoever looks in
+ * between finds it there (invariant 2). */
 static enum status rename_draft(const struct checkpoint_draft *draft) {
-    char *aside = text_format("%s.old-%d", draft->final_path, (int)getpid());
+    char *aside = text_format("%s%s%d", draft->final_path, ASIDE, (int)getpid());
     enum status status = STATUS_OK;
     bool replaces = directory_exists(draft->final_path);
     if (replaces)
@@ -178,7 +243,7 @@ static enum status rename_draft(const struct checkpoint_draft *draft) {
     if (status == STATUS_OK) {
         status = file_rename(draft->path, draft->final_path);
         if (status != STATUS_OK && replaces && rename(aside, draft->final_path) != 0)
-            log_warn("%s: the checkpoint that stood here is now %s", draft->final_path, aside);
+            log_verbose("%s: stays under this name until the next save", aside);
     }
     if (status == STATUS_OK)
         status = directory_flush(draft->directory);
@@ -188,19 +253,19 @@ static enum status rename_draft(const struct checkpoint_draft *draft) {
     return status;
 }
 
-static enum status commit(struct checkpoint_draft *draft, struct text_list *names) {
-    TRY(list_files(draft->path, "", names));
-    for (size_t i = 0; i < names->count; i++)
-        TRY(flush_file(draft->path, names->items[i]));
-    TRY(write_manifest(draft->path, names));
-    TRY(directory_flush(draft->path));
+static enum status commit(struct checkpoint_draft *draft, struct contents *contents) {
+    TRY(list_contents(draft->path, "", contents));
+    for (size_t i = 0; i < contents->files.count; i++)
+        TRY(flush_file(draft->path, contents->files.items[i]));
+    TRY(write_manifest(draft->path, &contents->files));
+    TRY(flush_directories(draft->path, &contents->directories));
     return rename_draft(draft);
 }
 
 enum status checkpoint_commit(struct checkpoint_draft *draft) {
-    struct text_list names = {0};
-    enum status status = commit(draft, &names);
-    text_list_release(&names);
+    struct contents contents = {0};
+    enum status status = commit(draft, &contents);
+    contents_release(&contents);
     if (status != STATUS_OK)
         checkpoint_abandon(draft);
     else
@@ -208,7 +273,7 @@ enum status checkpoint_commit(struct checkpoint_draft *draft) {
     return status;
 }
 
-/* ---- verifying --------------------------------------------------------------------------------------------------------- */
+/* ---- verifying --------------------------------------------------------------------------------------------------- */
 
 struct verification {
     const char *path;
@@ -218,7 +283,7 @@ struct verification {
 
 static enum status verify_chunk(void *context, const void *data, size_t size) {
     struct verification *v = context;
-    char hash[17];
+    char hash[HASH_DIGITS + 1];
     const char *known = json_string_value(json_array_get(v->hashes, (size_t)(v->size / CHUNK_BYTES)));
     chunk_hash(data, size, v->size, hash);
     if (!known || strcmp(known, hash) != 0)
@@ -231,6 +296,8 @@ static enum status verify_chunk(void *context, const void *data, size_t size) {
 static enum status verify_contents(const char *path, const json_t *described) {
     struct verification v = {path, json_object_get(described, "xxh3_64"), 0};
     uint64_t expected = (uint64_t)json_integer_value(json_object_get(described, "bytes")), size;
+    if (!file_exists(path))
+        return status_fail(STATUS_FORMAT, "%s: is missing, its checkpoint wrote it", path);
     TRY(file_size(path, &size));
     if (size != expected)
         return status_fail(STATUS_FORMAT, "%s: is damaged: it has %llu bytes, its checkpoint wrote %llu", path,
@@ -249,89 +316,151 @@ static enum status verify_file(const char *root, const char *name, const json_t 
     return status;
 }
 
-static enum status verify_manifest(const char *root, const char *path, const json_t *manifest) {
+static enum status verify_files(const char *root, const char *path, const json_t *manifest) {
     json_t *files = json_object_get(manifest, "files"), *described;
-    const char *name, *known = json_string_value(json_object_get(manifest, "list_xxh3_64"));
-    char hash[17];
-    if (json_integer_value(json_object_get(manifest, "version")) != 1 || !json_is_object(files) ||
+    const char *name;
+    json_int_t version = json_integer_value(json_object_get(manifest, "version"));
+    if (version != MANIFEST_VERSION || !json_is_object(files) ||
         json_integer_value(json_object_get(manifest, "chunk_bytes")) != CHUNK_BYTES)
-        return status_fail(STATUS_FORMAT, "%s: is not a manifest of version 1", path);
-    hash_list(files, hash);
-    if (!known || strcmp(known, hash) != 0)
-        return status_fail(STATUS_FORMAT, "%s: is damaged", path);
+        return status_fail(STATUS_FORMAT, "%s: is a manifest of version %lld, this program reads version %d", path,
+                           (long long)version, MANIFEST_VERSION);
     json_object_foreach(files, name, described) {
         TRY(verify_file(root, name, described));
     }
     return STATUS_OK;
 }
 
-enum status checkpoint_verify(const char *root) {
-    char *path = path_join(root, MANIFEST);
+static enum status verify_manifest(const char *root, const char *path, char *text, size_t size) {
+    char known[HASH_DIGITS], hash[HASH_DIGITS + 1], *digits = find_seal(text);
+    if (!digits)
+        return status_fail(STATUS_FORMAT, "%s: is damaged or of an older version: it has no hash of its own", path);
+    memcpy(known, digits, HASH_DIGITS);
+    seal_hash(text, size, digits, hash);
+    if (memcmp(known, hash, HASH_DIGITS) != 0)
+        return status_fail(STATUS_FORMAT, "%s: is damaged: its text does not have the hash that it names", path);
     json_t *manifest;
-    enum status status = json_read_file(path, MANIFEST_BYTES_MAX, &manifest);
+    TRY(json_parse(path, text, size, &manifest));
+    enum status status = verify_files(root, path, manifest);
+    json_decref(manifest);
+    return status;
+}
+
+enum status checkpoint_verify(const char *root) {
+    char *path = path_join(root, MANIFEST), *text;
+    size_t size;
+    enum status status = file_read(path, MANIFEST_BYTES_MAX, &text, &size);
     if (status == STATUS_OK) {
-        status = verify_manifest(root, path, manifest);
-        json_decref(manifest);
+        status = verify_manifest(root, path, text, size);
+        free(text);
     }
     free(path);
     return status;
 }
 
-/* ---- choosing ------------------------------------------------------------------------------------------------------------ */
+/* ---- choosing ---------------------------------------------------------------------------------------------------- */
 
-static int compare_steps_down(const void *a, const void *b) {
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return x > y ? -1 : x < y;
+struct candidate {
+    int64_t step;
+    bool aside; /* replaced, or about to be: invariant 2 */
+    char *path; /* owned */
+};
+
+struct candidate_list {
+    struct candidate *items;
+    size_t count;
+};
+
+static void candidates_release(struct candidate_list *list) {
+    for (size_t i = 0; i < list->count; i++)
+        free(list->items[i].path);
+    free(list->items);
+    *list = (struct candidate_list){0};
 }
 
-/* Steps that have a directory, newest first. */
-static enum status list_steps(const char *directory, int64_t **steps, size_t *count) {
+/* Newest first; of one step the plain name first. */
+static int compare_candidates(const void *a, const void *b) {
+    const struct candidate *x = a, *y = b;
+    if (x->step != y->step)
+        return x->step > y->step ? -1 : 1;
+    if (x->aside != y->aside)
+        return x->aside ? 1 : -1;
+    return strcmp(x->path, y->path);
+}
+
+static void add_candidate(struct candidate_list *list, const char *directory, const char *name) {
+    const char *suffix = step_suffix(name);
+    if (!suffix || (*suffix && !has_prefix(suffix, ASIDE)))
+        return;
+    list->items[list->count++] = (struct candidate){strtoll(name + sizeof STEP_PREFIX - 1, NULL, 10), *suffix != '\0',
+                                                    path_join(directory, name)};
+}
+
+static enum status list_candidates(const char *directory, struct candidate_list *list) {
     struct text_list names;
-    *count = 0;
+    *list = (struct candidate_list){0};
     TRY(directory_list(directory, &names));
-    enum status status = memory_alloc(steps, names.count, sizeof **steps);
+    enum status status = memory_alloc(&list->items, names.count, sizeof *list->items);
     for (size_t i = 0; i < names.count && status == STATUS_OK; i++)
-        if (parse_step(names.items[i]) >= 0)
-            (*steps)[(*count)++] = parse_step(names.items[i]);
+        add_candidate(list, directory, names.items[i]);
     text_list_release(&names);
-    if (*count)
-        qsort(*steps, *count, sizeof **steps, compare_steps_down);
+    if (list->count)
+        qsort(list->items, list->count, sizeof *list->items, compare_candidates);
     return status;
 }
 
+/* Index of the first that verifies; count where none does. Too little memory says nothing about a checkpoint. */
+static enum status find_good(const struct candidate_list *list, size_t *index) {
+    for (*index = 0; *index < list->count; ++*index) {
+        enum status status = checkpoint_verify(list->items[*index].path);
+        if (status == STATUS_OK || status == STATUS_MEMORY)
+            return status;
+        log_warn("%s; this checkpoint is passed over", status_text());
+    }
+    return STATUS_OK;
+}
+
 enum status checkpoint_latest(const char *directory, char **path, int64_t *step) {
-    int64_t *steps;
-    size_t count;
+    struct candidate_list list;
+    size_t good;
     if (!directory_exists(directory))
         return status_fail(STATUS_NOT_FOUND, "%s: no checkpoint", directory);
-    TRY(list_steps(directory, &steps, &count));
-    bool found = false;
-    for (size_t i = 0; i < count && !found; i++) {
-        char *candidate = text_format("%s/step-%06" PRId64, directory, steps[i]);
-        found = checkpoint_verify(candidate) == STATUS_OK;
-        if (found) {
-            *path = candidate;
-            *step = steps[i];
-        } else {
-            log_warn("%s; this checkpoint is passed over", status_text());
-            free(candidate);
-        }
+    TRY(list_candidates(directory, &list));
+    enum status status = find_good(&list, &good);
+    if (status == STATUS_OK && good == list.count)
+        status = status_fail(STATUS_NOT_FOUND, "%s: no good checkpoint", directory);
+    if (status == STATUS_OK) {
+        *path = memory_copy_string(list.items[good].path);
+        *step = list.items[good].step;
     }
-    free(steps);
-    return found ? STATUS_OK : status_fail(STATUS_NOT_FOUND, "%s: no good checkpoint", directory);
+    candidates_release(&list);
+    return status;
+}
+
+/* Out of sight first, so that a deletion cut short leaves no half of a checkpoint under a plain name. */
+static enum status retire(const char *path) {
+    char *hidden = text_format("%s%s%d", path, DRAFT, (int)getpid());
+    enum status status = file_rename(path, hidden);
+    if (status == STATUS_OK)
+        status = directory_remove(hidden);
+    free(hidden);
+    return status;
+}
+
+static enum status retire_beyond(const struct candidate_list *list, size_t keep_count) {
+    size_t good, plain_count = 0;
+    TRY(find_good(list, &good));
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < list->count && good < list->count && status == STATUS_OK; i++)
+        if (!list->items[i].aside && plain_count++ >= keep_count && i != good)
+            status = retire(list->items[i].path);
+    return status;
 }
 
 enum status checkpoint_keep(const char *directory, int64_t keep_count) {
-    int64_t *steps;
-    size_t count;
+    struct candidate_list list;
     CHECK_OP(keep_count, >=, 1);
-    TRY(list_steps(directory, &steps, &count));
-    enum status status = STATUS_OK;
-    for (size_t i = (size_t)keep_count; i < count && status == STATUS_OK; i++) {
-        char *path = text_format("%s/step-%06" PRId64, directory, steps[i]);
-        status = directory_remove(path);
-        free(path);
-    }
-    free(steps);
+    TRY(list_candidates(directory, &list));
+    enum status status = (int64_t)list.count > keep_count ? retire_beyond(&list, (size_t)keep_count) : STATUS_OK;
+    candidates_release(&list);
     return status;
 }

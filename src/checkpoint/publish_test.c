@@ -31,7 +31,8 @@ static enum status write_files(struct checkpoint_draft *draft, int64_t step) {
     static const char *const names[] = {"config.json", "model.safetensors", "training/state.json"};
     enum status status = STATUS_OK;
     for (int i = 0; i < 3 && status == STATUS_OK; i++) {
-        char *path = path_join(draft->path, names[i]), *text = text_format("%s of step %lld", names[i], (long long)step);
+        char *path = path_join(draft->path, names[i]),
+             *text = text_format("%s of step %lld", names[i], (long long)step);
         struct file_writer writer;
         status = file_writer_open(&writer, path, false);
         if (status == STATUS_OK) {
@@ -45,10 +46,11 @@ static enum status write_files(struct checkpoint_draft *draft, int64_t step) {
     return status;
 }
 
-static enum status save(int64_t step) {
+/* Step `step`, its files filled with another number. */
+static enum status save_version(int64_t step, int64_t version) {
     struct checkpoint_draft draft;
     TRY(checkpoint_begin(&draft, directory, step));
-    enum status status = write_files(&draft, step);
+    enum status status = write_files(&draft, version);
     if (status != STATUS_OK) {
         checkpoint_abandon(&draft);
         return status;
@@ -56,19 +58,56 @@ static enum status save(int64_t step) {
     return checkpoint_commit(&draft);
 }
 
-static int64_t latest(void) {
-    char *path, *model, *data;
-    int64_t step;
+static enum status save(int64_t step) {
+    return save_version(step, step);
+}
+
+static enum status verify_step(int64_t step) {
+    char *path = text_format("%s/step-%06lld", directory, (long long)step);
+    enum status status = checkpoint_verify(path);
+    free(path);
+    return status;
+}
+
+static void damage_model(int64_t step) {
+    char *path = text_format("%s/step-%06lld/model.safetensors", directory, (long long)step);
+    FILE *file = fopen(path, "r+b");
+    assert_non_null(file);
+    assert_int_equal(fputc('X', file), 'X');
+    fclose(file);
+    free(path);
+}
+
+/* The names in the directory of checkpoints are these, separated by spaces. */
+static void assert_names(const char *expected) {
+    struct text_list names;
+    struct text found = {0};
+    assert_int_equal(directory_list(directory, &names), STATUS_OK);
+    for (size_t i = 0; i < names.count; i++)
+        text_printf(&found, "%s%s", i ? " " : "", names.items[i]);
+    assert_string_equal(text_string(&found), expected);
+    text_list_release(&names);
+    text_release(&found);
+}
+
+/* Number inside the model file of a checkpoint. */
+static int64_t read_version(const char *checkpoint) {
+    char *model = path_join(checkpoint, "model.safetensors"), *data;
     size_t size;
-    if (checkpoint_latest(directory, &path, &step) != STATUS_OK)
-        return -1;
-    char *expected = text_format("model.safetensors of step %lld", (long long)step);
-    model = path_join(path, "model.safetensors");
+    long long version;
     assert_int_equal(file_read(model, 1000, &data, &size), STATUS_OK);
-    assert_string_equal(data, expected);
+    assert_int_equal(sscanf(data, "model.safetensors of step %lld", &version), 1);
     free(data);
     free(model);
-    free(expected);
+    return version;
+}
+
+static int64_t latest(void) {
+    char *path;
+    int64_t step;
+    if (checkpoint_latest(directory, &path, &step) != STATUS_OK)
+        return -1;
+    assert_int_equal(read_version(path), step);
     free(path);
     return step;
 }
@@ -87,10 +126,112 @@ static void test_newest_and_retention(void **state) {
     assert_int_equal(save(500), STATUS_OK); /* again: replaces */
     assert_int_equal(latest(), 500);
     assert_int_equal(checkpoint_keep(directory, 2), STATUS_OK);
+    assert_names("step-000400 step-000500");
+}
+
+/* However few are kept, and however many damaged ones are newer: the newest good one stays. */
+static void test_the_last_good_one_is_kept(void **state) {
+    (void)state;
+    empty_directory();
+    for (int64_t step = 1; step <= 5; step++)
+        assert_int_equal(save(step), STATUS_OK);
+    damage_model(4);
+    damage_model(5);
+    assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+    assert_names("step-000003 step-000005");
+    assert_int_equal(latest(), 3);
+    damage_model(3); /* none is good: nothing is deleted */
+    assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+    assert_names("step-000003 step-000005");
+    assert_int_equal(latest(), -1);
+}
+
+/* What a kill leaves between the two renames of a replacement. */
+static void test_cut_short_between_two_renames(void **state) {
+    (void)state;
+    empty_directory();
+    assert_int_equal(save(7), STATUS_OK);
+    char *plain = path_join(directory, "step-000007"), *aside = path_join(directory, "step-000007.old-1");
+    assert_int_equal(file_rename(plain, aside), STATUS_OK);
+    assert_int_equal(latest(), 7);
+    assert_int_equal(save(6), STATUS_OK);
+    assert_names("step-000006 step-000007");
+    assert_int_equal(latest(), 7);
+    assert_int_equal(verify_step(7), STATUS_OK);
+    free(plain);
+    free(aside);
+}
+
+static void test_leftovers(void **state) {
+    (void)state;
+    static const char *const made[] = {"step-000001.tmp-99/training",
+                                       "step-000009.tmp-1",
+                                       "step-000002.old-5/x",
+                                       "step-000002",
+                                       "step-",
+                                       "step-12x",
+                                       "notes.tmp-1",
+                                       "other"};
+    empty_directory();
+    for (size_t i = 0; i < sizeof made / sizeof *made; i++) {
+        char *path = path_join(directory, made[i]);
+        assert_int_equal(directory_make(path), STATUS_OK);
+        free(path);
+    }
+    assert_int_equal(save(3), STATUS_OK);
+    assert_names("notes.tmp-1 other step- step-000002 step-000003 step-12x");
+    assert_int_equal(latest(), 3);
+    struct checkpoint_draft draft;
+    assert_int_equal(checkpoint_begin(&draft, directory, 4), STATUS_OK);
+    checkpoint_abandon(&draft);
+    assert_names("notes.tmp-1 other step- step-000002 step-000003 step-12x");
+}
+
+static int record(void *context, enum file_operation operation, const char *path) {
+    if (operation == FILE_FLUSH || operation == FILE_RENAME)
+        text_printf(context, "%s %s\n", operation == FILE_FLUSH ? "flush" : "rename", path_name(path));
+    return 0;
+}
+
+/* Every file and directory is flushed before the name is given, and that name afterwards. */
+static void test_flushes(void **state) {
+    (void)state;
+    static const char *const before[] = {"flush deep.txt\n",   "flush config.json\n",       "flush model.safetensors\n",
+                                         "flush state.json\n", "flush manifest.json.tmp\n", "flush b\n",
+                                         "flush a\n",          "flush training\n",          "flush .\n"};
+    struct checkpoint_draft draft;
+    struct text log = {0};
+    empty_directory();
+    assert_int_equal(checkpoint_begin(&draft, directory, 1), STATUS_OK);
+    assert_int_equal(write_files(&draft, 1), STATUS_OK);
+    char *deep = path_join(draft.path, "a/b"), *file = path_join(deep, "deep.txt"), *after;
+    assert_int_equal(directory_make(deep), STATUS_OK);
+    assert_int_equal(file_write(file, "deep", 4), STATUS_OK);
+    file_set_fault(record, &log);
+    assert_int_equal(checkpoint_commit(&draft), STATUS_OK);
+    file_set_fault(NULL, NULL);
+    char *renamed = strstr(log.data, "rename step-000001\n");
+    assert_non_null(renamed);
+    for (size_t i = 0; i < sizeof before / sizeof *before; i++) {
+        char *found = strstr(log.data, before[i]);
+        if (!found || found > renamed)
+            fail_msg("not before the rename: %s", before[i]);
+    }
+    after = text_format("flush %s\n", path_name(directory));
+    assert_non_null(strstr(renamed, after));
+    damage_model(1);
+    assert_int_equal(verify_step(1), STATUS_FORMAT);
+    text_release(&log);
+    free(after);
+    free(file);
+    free(deep);
+}
+
+static void assert_no_draft(void) {
     struct text_list names;
     assert_int_equal(directory_list(directory, &names), STATUS_OK);
-    assert_int_equal(names.count, 2);
-    assert_string_equal(names.items[0], "step-000400");
+    for (size_t i = 0; i < names.count; i++)
+        assert_null(strstr(names.items[i], ".tmp-"));
     text_list_release(&names);
 }
 
@@ -107,28 +248,46 @@ static int fail_at(void *context, enum file_operation operation, const char *pat
     return fault->countdown == -1 || (fault->all_later && fault->countdown < 0) ? fault->error : 0;
 }
 
-/* Whichever operation of a save fails, once or from then on: the checkpoint before it is the latest and whole. */
+/* Save 1, then step `step` with a failure point; whether the failure point was reached. */
+static bool fail_one_save(int64_t step, struct fault fault, int *failures) {
+    empty_directory();
+    assert_int_equal(save_version(1, 1), STATUS_OK);
+    struct fault running = fault;
+    file_set_fault(fail_at, &running);
+    enum status status = save_version(step, 2);
+    file_set_fault(NULL, NULL);
+    char *path;
+    int64_t found;
+    assert_int_equal(checkpoint_latest(directory, &path, &found), STATUS_OK);
+    int64_t version = read_version(path);
+    free(path);
+    assert_true(version == 1 || version == 2);
+    assert_true(status != STATUS_OK || version == 2);
+    if (step != 1) {
+        assert_int_equal(found, version);
+        assert_int_equal(verify_step(1), STATUS_OK);
+    }
+    if (status != STATUS_OK && !fault.all_later)
+        assert_no_draft();
+    *failures += status != STATUS_OK;
+    assert_int_equal(save(3), STATUS_OK);
+    assert_int_equal(latest(), 3);
+    assert_int_equal(verify_step(1), STATUS_OK);
+    assert_names(step != 1 && verify_step(2) == STATUS_OK ? "step-000001 step-000002 step-000003"
+                                                          : "step-000001 step-000003");
+    return running.countdown < 0;
+}
+
+/* Whichever operation of a save fails, once or from then on: the checkpoint before it is the latest and whole, also
+ * when the save was to replace that one; the next save cleans up. */
 static void test_every_operation_failing(void **state) {
     (void)state;
     const int errors[] = {EIO, ENOSPC};
-    for (int mode = 0; mode < 4; mode++) {
+    for (int mode = 0; mode < 8; mode++) {
+        struct fault fault = {0, errors[mode % 2], mode % 4 >= 2};
         int failures = 0;
-        for (int at = 0;; at++) {
-            empty_directory();
-            assert_int_equal(save(1), STATUS_OK);
-            struct fault fault = {at, errors[mode % 2], mode >= 2};
-            file_set_fault(fail_at, &fault);
-            enum status status = save(2);
-            file_set_fault(NULL, NULL);
-            int64_t newest = latest();
-            assert_true(newest == 1 || newest == 2);
-            assert_true(status != STATUS_OK || newest == 2);
-            assert_int_equal(save(3), STATUS_OK);
-            assert_int_equal(latest(), 3);
-            if (fault.countdown >= 0)
-                break; /* the save ended before the failure point */
-            failures += status != STATUS_OK;
-        }
+        while (fail_one_save(mode < 4 ? 2 : 1, fault, &failures))
+            fault.countdown++;
         assert_true(failures > 15);
     }
 }
@@ -150,16 +309,17 @@ static void damage_everywhere(const char *name) {
         write_bytes(path, data, size);
         enum status status = checkpoint_verify(checkpoint);
         data[bit / 8] ^= (char)(1 << bit % 8);
-        /* Inside a manifest a changed space is no damage: what it says is the same. */
-        if (status == STATUS_OK && strcmp(name, "training/manifest.json") != 0)
+        if (status != STATUS_FORMAT)
             fail_msg("%s: bit %zu flipped and not found", name, bit);
-        if (status == STATUS_OK)
-            assert_true(data[bit / 8] == ' ' || data[bit / 8] == '\n');
+        if (strcmp(name, "training/manifest.json") != 0)
+            assert_non_null(strstr(status_text(), name));
     }
-    for (size_t cut = 0; cut + 2 < size; cut++) {
+    for (size_t cut = 0; cut < size; cut++) {
         write_bytes(path, data, cut);
         assert_int_not_equal(checkpoint_verify(checkpoint), STATUS_OK);
     }
+    assert_int_equal(file_remove(path), STATUS_OK);
+    assert_int_not_equal(checkpoint_verify(checkpoint), STATUS_OK);
     write_bytes(path, data, size);
     assert_int_equal(checkpoint_verify(checkpoint), STATUS_OK);
     free(checkpoint);
@@ -176,36 +336,96 @@ static void test_damage_is_found(void **state) {
     damage_everywhere("training/manifest.json");
 }
 
-/* A process that saves as fast as it can, killed at a random moment: the latest is always whole. */
+enum { LARGE_BYTES = (9 << 20) + 12345, CHUNK_BYTES = 4 << 20 };
+
+static void flip_bit(FILE *file, uint64_t bit) {
+    assert_int_equal(fseek(file, (long)(bit / 8), SEEK_SET), 0);
+    int byte = fgetc(file);
+    assert_int_equal(fseek(file, (long)(bit / 8), SEEK_SET), 0);
+    assert_true(fputc(byte ^ 1 << bit % 8, file) != EOF);
+    assert_int_equal(fflush(file), 0);
+}
+
+/* Three chunks: the message says in which one the damage is; a file cut at a chunk is found by its size. */
+static void test_damage_in_a_large_file(void **state) {
+    (void)state;
+    struct checkpoint_draft draft;
+    char *data = calloc(1, LARGE_BYTES);
+    assert_non_null(data);
+    for (uint64_t i = 0; i < LARGE_BYTES / 8; i++) {
+        uint64_t bits = i * 0x9E3779B97F4A7C15u;
+        memcpy(data + 8 * i, &bits, 8);
+    }
+    empty_directory();
+    assert_int_equal(checkpoint_begin(&draft, directory, 1), STATUS_OK);
+    char *large = path_join(draft.path, "large");
+    write_bytes(large, data, LARGE_BYTES);
+    free(large);
+    assert_int_equal(checkpoint_commit(&draft), STATUS_OK);
+    large = path_join(directory, "step-000001/large");
+    FILE *file = fopen(large, "r+b");
+    assert_non_null(file);
+    for (uint64_t round = 0; round < 40; round++) {
+        uint64_t bit = random_bits(3, 1, round) % (8u * (uint64_t)LARGE_BYTES);
+        flip_bit(file, bit);
+        assert_int_equal(verify_step(1), STATUS_FORMAT);
+        char *place = text_format("byte %llu", (unsigned long long)(bit / 8 / CHUNK_BYTES * CHUNK_BYTES));
+        assert_non_null(strstr(status_text(), place));
+        free(place);
+        flip_bit(file, bit);
+    }
+    assert_int_equal(verify_step(1), STATUS_OK);
+    for (long cut = LARGE_BYTES - 1; cut > 0; cut -= CHUNK_BYTES / 2 + 1) {
+        assert_int_equal(truncate(large, cut), 0);
+        assert_int_equal(verify_step(1), STATUS_FORMAT);
+    }
+    fclose(file);
+    free(large);
+    free(data);
+}
+
+/* A process that saves as fast as it can, killed at a random moment: the latest is always whole. In every second round
+ * it replaces one step over and over. */
 static void test_killed_while_saving(void **state) {
     (void)state;
     empty_directory();
     assert_int_equal(save(1), STATUS_OK);
     int64_t before = 1;
-    for (uint64_t round = 0; round < 40; round++) {
+    for (uint64_t round = 0; round < 60; round++) {
         pid_t child = fork();
         assert_true(child >= 0);
         if (child == 0) {
-            for (int64_t step = before + 1;; step++)
-                if (save(step) != STATUS_OK)
+            for (int64_t step = before + 1;; step += round % 2)
+                if (save(step) != STATUS_OK || checkpoint_keep(directory, 1) != STATUS_OK)
                     _exit(1);
         }
         usleep((useconds_t)(random_bits(1, 1, round) % 20000));
-        kill(child, SIGKILL);
-        waitpid(child, NULL, 0);
+        assert_int_equal(kill(child, SIGKILL), 0);
+        int status;
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
         int64_t newest = latest();
         assert_true(newest >= before);
         before = newest;
-        assert_int_equal(checkpoint_keep(directory, 2), STATUS_OK);
     }
-    assert_true(before > 1);
+    assert_true(before > 30);
+    assert_int_equal(save(before + 1), STATUS_OK);
+    assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+    char *only = text_format("step-%06lld", (long long)before + 1);
+    assert_names(only);
+    free(only);
 }
 
 int main(void) {
     log_set_level(LOG_SILENT);
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_newest_and_retention),
+                                       cmocka_unit_test(test_the_last_good_one_is_kept),
+                                       cmocka_unit_test(test_cut_short_between_two_renames),
+                                       cmocka_unit_test(test_leftovers),
+                                       cmocka_unit_test(test_flushes),
                                        cmocka_unit_test(test_every_operation_failing),
                                        cmocka_unit_test(test_damage_is_found),
+                                       cmocka_unit_test(test_damage_in_a_large_file),
                                        cmocka_unit_test(test_killed_while_saving)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

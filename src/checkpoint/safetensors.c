@@ -1,23 +1,59 @@
 #include "checkpoint/safetensors.h"
 
 #include "base/json.h"
+#include "base/log.h"
 #include "base/memory.h"
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { LENGTH_BYTES = 8, HEADER_BYTES_MAX = 100000000, WRITE_CHUNK_BYTES = 4 << 20 };
 
+static const char METADATA[] = "__metadata__";
+
 static const struct {
     const char *name;
-    int bytes;
+    int bits;
 } dtypes[SAFETENSORS_DTYPE_COUNT] = {
-    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},  {"I32", 4},     {"I16", 2},    {"I8", 1},
-    {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1},   {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1},
+    [SAFETENSORS_F64] = {"F64", 64},
+    [SAFETENSORS_F32] = {"F32", 32},
+    [SAFETENSORS_F16] = {"F16", 16},
+    [SAFETENSORS_BF16] = {"BF16", 16},
+    [SAFETENSORS_I64] = {"I64", 64},
+    [SAFETENSORS_I32] = {"I32", 32},
+    [SAFETENSORS_I16] = {"I16", 16},
+    [SAFETENSORS_I8] = {"I8", 8},
+    [SAFETENSORS_U64] = {"U64", 64},
+    [SAFETENSORS_U32] = {"U32", 32},
+    [SAFETENSORS_U16] = {"U16", 16},
+    [SAFETENSORS_U8] = {"U8", 8},
+    [SAFETENSORS_BOOL] = {"BOOL", 8},
+    [SAFETENSORS_F8_E4M3] = {"F8_E4M3", 8},
+    [SAFETENSORS_F8_E5M2] = {"F8_E5M2", 8},
+    [SAFETENSORS_F8_E8M0] = {"F8_E8M0", 8},
+    [SAFETENSORS_F8_E4M3FNUZ] = {"F8_E4M3FNUZ", 8},
+    [SAFETENSORS_F8_E5M2FNUZ] = {"F8_E5M2FNUZ", 8},
+    [SAFETENSORS_C64] = {"C64", 64},
+    [SAFETENSORS_F6_E2M3] = {"F6_E2M3", 6},
+    [SAFETENSORS_F6_E3M2] = {"F6_E3M2", 6},
+    [SAFETENSORS_F4] = {"F4", 4},
 };
 
 const char *safetensors_dtype_name(enum safetensors_dtype dtype) {
     return dtypes[dtype].name;
+}
+
+int safetensors_dtype_bits(enum safetensors_dtype dtype) {
+    return dtypes[dtype].bits;
+}
+
+enum safetensors_dtype safetensors_dtype_of(enum dtype dtype) {
+    static const enum safetensors_dtype map[DTYPE_COUNT] = {
+        [DTYPE_F32] = SAFETENSORS_F32,
+        [DTYPE_BF16] = SAFETENSORS_BF16,
+        [DTYPE_F64] = SAFETENSORS_F64,
+        [DTYPE_I32] = SAFETENSORS_I32,
+    };
+    return map[dtype];
 }
 
 int64_t safetensors_elements(const struct safetensors_entry *entry) {
@@ -50,15 +86,18 @@ static enum status read_shape(const char *path, struct safetensors_entry *entry,
     if (!json_is_array(shape) || json_array_size(shape) > SAFETENSORS_DIMS_MAX)
         return fail(path, entry->name, "\"shape\" is not a list of at most 8 sizes");
     entry->dim_count = (int)json_array_size(shape);
-    *bytes = (uint64_t)dtypes[entry->dtype].bytes;
+    uint64_t bits = (uint64_t)dtypes[entry->dtype].bits;
     for (int i = 0; i < entry->dim_count; i++) {
         const json_t *dim = json_array_get(shape, (size_t)i);
         if (!json_is_integer(dim) || json_integer_value(dim) < 0)
             return fail(path, entry->name, "a size in \"shape\" is not a whole number of at least 0");
         entry->shape[i] = json_integer_value(dim);
-        if (__builtin_mul_overflow(*bytes, (uint64_t)entry->shape[i], bytes) || *bytes > INT64_MAX)
+        if (__builtin_mul_overflow(bits, (uint64_t)entry->shape[i], &bits) || bits > INT64_MAX)
             return fail(path, entry->name, "\"shape\" is too large");
     }
+    if (bits % 8 != 0)
+        return fail(path, entry->name, "\"shape\" and \"dtype\" do not fill whole bytes");
+    *bytes = bits / 8;
     return STATUS_OK;
 }
 
@@ -75,12 +114,39 @@ static enum status read_offsets(const char *path, struct safetensors_entry *entr
     return STATUS_OK;
 }
 
+/* A name ends up in messages and logs: nothing in it may move the cursor of a terminal or begin a line. */
+static enum status check_name(const char *path, const char *name) {
+    for (const char *c = name; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7F)
+            return status_fail(STATUS_FORMAT, "%s: the name of a tensor holds the control character 0x%02x", path,
+                               (unsigned char)*c);
+    return STATUS_OK;
+}
+
+static enum status read_metadata(struct safetensors *file, json_t *metadata) {
+    const char *key;
+    json_t *value;
+    if (!json_is_object(metadata))
+        return status_fail(STATUS_FORMAT, "%s: \"__metadata__\" is not an object", file->path);
+    TRY(memory_alloc(&file->metadata, json_object_size(metadata), sizeof *file->metadata));
+    json_object_foreach(metadata, key, value) {
+        if (!json_is_string(value))
+            return status_fail(STATUS_FORMAT, "%s: a member of \"__metadata__\" is not a string", file->path);
+        file->metadata[file->metadata_count++] =
+            (struct safetensors_metadata){memory_copy_string(key), memory_copy_string(json_string_value(value))};
+    }
+    return STATUS_OK;
+}
+
 static enum status read_entry(struct safetensors *file, const char *name, const json_t *value) {
     struct safetensors_entry *entry = &file->entries[file->entry_count++];
     entry->name = memory_copy_string(name);
     uint64_t bytes = 0;
+    TRY(check_name(file->path, name));
     if (!json_is_object(value))
         return fail(file->path, name, "is not an object");
+    if (json_object_size(value) > 3)
+        return fail(file->path, name, "has more than \"dtype\", \"shape\" and \"data_offsets\"");
     TRY(read_dtype(file->path, name, json_object_get(value, "dtype"), &entry->dtype));
     TRY(read_shape(file->path, entry, json_object_get(value, "shape"), &bytes));
     return read_offsets(file->path, entry, json_object_get(value, "data_offsets"), bytes);
@@ -118,12 +184,9 @@ static enum status check_cover(struct safetensors *file, uint64_t data_bytes) {
 static enum status read_entries(struct safetensors *file, json_t *header) {
     const char *name;
     json_t *value;
-    if (!json_is_object(header))
-        return status_fail(STATUS_FORMAT, "%s: the header is not a JSON object", file->path);
     TRY(memory_alloc(&file->entries, json_object_size(header), sizeof *file->entries));
     json_object_foreach(header, name, value) {
-        if (strcmp(name, "__metadata__") != 0)
-            TRY(read_entry(file, name, value));
+        TRY(strcmp(name, METADATA) == 0 ? read_metadata(file, value) : read_entry(file, name, value));
     }
     return STATUS_OK;
 }
@@ -138,6 +201,8 @@ static enum status read_header(struct safetensors *file) {
     if (header_bytes > HEADER_BYTES_MAX || header_bytes > size - LENGTH_BYTES)
         return status_fail(STATUS_FORMAT, "%s: not a safetensors file, or cut short: its header would have %llu bytes",
                            file->path, (unsigned long long)header_bytes);
+    if (header_bytes == 0 || file->map.data[LENGTH_BYTES] != '{')
+        return status_fail(STATUS_FORMAT, "%s: not a safetensors file: its header does not begin with {", file->path);
     json_t *header;
     TRY(json_parse(file->path, (const char *)file->map.data + LENGTH_BYTES, header_bytes, &header));
     enum status status = read_entries(file, header);
@@ -160,7 +225,12 @@ enum status safetensors_open(struct safetensors *file, const char *path) {
 void safetensors_close(struct safetensors *file) {
     for (int i = 0; i < file->entry_count; i++)
         free(file->entries[i].name);
+    for (int i = 0; i < file->metadata_count; i++) {
+        free(file->metadata[i].key);
+        free(file->metadata[i].value);
+    }
     free(file->entries);
+    free(file->metadata);
     free(file->path);
     file_map_close(&file->map);
     *file = (struct safetensors){0};
@@ -180,14 +250,27 @@ struct safetensors_entry *safetensors_find(const struct safetensors *file, const
     return NULL;
 }
 
-/* ---- reading data -------------------------------------------------------------------------------------------------- */
+const char *safetensors_metadata_find(const struct safetensors *file, const char *key) {
+    for (int i = 0; i < file->metadata_count; i++)
+        if (strcmp(file->metadata[i].key, key) == 0)
+            return file->metadata[i].value;
+    return NULL;
+}
 
-static double half_to_double(uint16_t bits) {
-    int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    double value = exponent == 0    ? ldexp(fraction, -24)
-                   : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                    : ldexp(1024 + fraction, exponent - 25);
-    return bits & 0x8000 ? -value : value;
+/* ---- reading data ------------------------------------------------------------------------------------------------ */
+
+static float half_to_float(uint16_t bits) {
+    uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+    union {
+        uint32_t u;
+        float f;
+    } v;
+    if (exponent == 0)
+        v.f = (float)fraction * 0x1p-24f;
+    else
+        v.u = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    v.u |= (uint32_t)(bits & 0x8000) << 16;
+    return v.f;
 }
 
 /* Tensors in a file need not be aligned, so values are copied out. */
@@ -195,6 +278,7 @@ static double load_value(enum safetensors_dtype dtype, const unsigned char *at) 
     double wide;
     float single;
     uint16_t half;
+    int64_t whole;
     switch (dtype) {
     case SAFETENSORS_F64:
         memcpy(&wide, at, sizeof wide);
@@ -202,9 +286,12 @@ static double load_value(enum safetensors_dtype dtype, const unsigned char *at) 
     case SAFETENSORS_F32:
         memcpy(&single, at, sizeof single);
         return single;
+    case SAFETENSORS_I64:
+        memcpy(&whole, at, sizeof whole);
+        return (double)whole;
     case SAFETENSORS_F16:
         memcpy(&half, at, sizeof half);
-        return half_to_double(half);
+        return half_to_float(half);
     default:
         memcpy(&half, at, sizeof half);
         return bf16_to_float(half);
@@ -220,35 +307,40 @@ static void store_value(enum dtype dtype, void *host, int64_t index, double valu
         ((uint16_t *)host)[index] = float_to_bf16((float)value);
 }
 
-static bool same_dtype(enum safetensors_dtype file, enum dtype tensor) {
-    return (file == SAFETENSORS_F32 && tensor == DTYPE_F32) || (file == SAFETENSORS_BF16 && tensor == DTYPE_BF16) ||
-           (file == SAFETENSORS_F64 && tensor == DTYPE_F64) || (file == SAFETENSORS_I32 && tensor == DTYPE_I32);
+/* The pair that most published models need: worth a loop without questions inside. */
+static void widen_bf16(const unsigned char *from, int64_t count, float *host) {
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t bits;
+        memcpy(&bits, from + 2 * i, sizeof bits);
+        host[i] = bf16_to_float(bits);
+    }
+}
+
+static bool is_number(enum safetensors_dtype dtype) {
+    return dtype == SAFETENSORS_F64 || dtype == SAFETENSORS_F32 || dtype == SAFETENSORS_F16 ||
+           dtype == SAFETENSORS_BF16 || dtype == SAFETENSORS_I64;
 }
 
 enum status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry, int64_t first,
                              int64_t count, enum dtype to, void *host) {
-    CHECK(first >= 0 && count >= 0 && first + count <= safetensors_elements(entry));
-    int bytes = dtypes[entry->dtype].bytes;
-    const unsigned char *from = file->data + entry->begin + (uint64_t)first * (uint64_t)bytes;
-    if (same_dtype(entry->dtype, to)) {
-        memcpy(host, from, (size_t)count * (size_t)bytes);
-        return STATUS_OK;
-    }
-    if (entry->dtype > SAFETENSORS_BF16 || to == DTYPE_I32)
+    CHECK(first >= 0 && count >= 0 && first <= safetensors_elements(entry) - count);
+    bool same = entry->dtype == safetensors_dtype_of(to);
+    if (!same && (!is_number(entry->dtype) || to == DTYPE_I32))
         return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is %s and cannot be read as %s", file->path, entry->name,
                            dtypes[entry->dtype].name, dtype_name(to));
-    for (int64_t i = 0; i < count; i++)
-        store_value(to, host, i, load_value(entry->dtype, from + i * bytes));
+    int bytes = dtypes[entry->dtype].bits / 8; /* whole ones, for all that get here */
+    const unsigned char *from = file->data + entry->begin + (uint64_t)first * (uint64_t)bytes;
+    if (same && count > 0)
+        memcpy(host, from, (size_t)count * (size_t)bytes);
+    else if (entry->dtype == SAFETENSORS_BF16 && to == DTYPE_F32)
+        widen_bf16(from, count, host);
+    else
+        for (int64_t i = 0; i < count; i++)
+            store_value(to, host, i, load_value(entry->dtype, from + i * bytes));
     return STATUS_OK;
 }
 
-/* ---- writing --------------------------------------------------------------------------------------------------------- */
-
-static enum safetensors_dtype file_dtype(enum dtype dtype) {
-    static const enum safetensors_dtype map[DTYPE_COUNT] = {SAFETENSORS_F32, SAFETENSORS_BF16, SAFETENSORS_F64,
-                                                            SAFETENSORS_I32};
-    return map[dtype];
-}
+/* ---- writing ----------------------------------------------------------------------------------------------------- */
 
 /* Widest dtype first, then by name: the order of the reference writer, which keeps every tensor aligned. */
 static int compare_items(const void *a, const void *b) {
@@ -259,9 +351,20 @@ static int compare_items(const void *a, const void *b) {
     return strcmp(x->name, y->name);
 }
 
-static char *make_header(const struct named_tensor *const *order, int count) {
+/* transformers asks for the format. */
+static json_t *make_metadata(const struct safetensors_metadata *metadata, int count) {
+    json_t *object = json_pack("{s:s}", "format", "pt");
+    for (int i = 0; i < count; i++) {
+        CHECK(json_object_get(object, metadata[i].key) == NULL);
+        json_object_set_new(object, metadata[i].key, json_string(metadata[i].value));
+    }
+    return object;
+}
+
+/* Takes `metadata`. */
+static char *make_header(const struct named_tensor *const *order, int count, json_t *metadata) {
     json_t *header = json_object();
-    json_object_set_new(header, "__metadata__", json_pack("{s:s}", "format", "pt"));
+    json_object_set_new(header, METADATA, metadata);
     json_int_t position = 0;
     for (int i = 0; i < count; i++) {
         const struct tensor *t = &order[i]->tensor;
@@ -271,8 +374,8 @@ static char *make_header(const struct named_tensor *const *order, int count) {
         json_int_t end = position + (json_int_t)tensor_bytes(*t);
         CHECK(json_object_get(header, order[i]->name) == NULL);
         json_object_set_new(header, order[i]->name,
-                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtypes[file_dtype(t->dtype)].name, "shape", shape,
-                                      "data_offsets", position, end));
+                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtypes[safetensors_dtype_of(t->dtype)].name,
+                                      "shape", shape, "data_offsets", position, end));
         position = end;
     }
     char *text = json_dumps(header, JSON_COMPACT | JSON_PRESERVE_ORDER);
@@ -294,46 +397,83 @@ static enum status write_header(struct file_writer *writer, const char *json) {
     return status;
 }
 
-static enum status write_tensor(struct file_writer *writer, struct tensor t, const struct device *device,
-                                char *buffer) {
-    size_t bytes = tensor_bytes(t);
-    for (size_t done = 0; done < bytes; done += WRITE_CHUNK_BYTES) {
-        size_t part = bytes - done < WRITE_CHUNK_BYTES ? bytes - done : WRITE_CHUNK_BYTES;
-        device->copy_to_host(buffer, (const char *)t.data + done, part);
-        TRY(file_writer_add(writer, buffer, part));
-    }
+static enum status order_items(struct safetensors_writer *writer, const struct named_tensor *items, int count) {
+    TRY(memory_alloc(&writer->order, (size_t)count, sizeof *writer->order));
+    for (int i = 0; i < count; i++)
+        writer->order[i] = &items[i];
+    if (count)
+        qsort(writer->order, (size_t)count, sizeof *writer->order, compare_items);
+    writer->count = count;
     return STATUS_OK;
 }
 
-static enum status write_all(struct file_writer *writer, const struct named_tensor *const *order, int count,
-                             const struct device *device) {
-    char *json = make_header(order, count), *buffer;
-    enum status status = write_header(writer, json);
-    free(json);
-    TRY(status);
-    TRY(memory_alloc(&buffer, WRITE_CHUNK_BYTES, 1));
-    for (int i = 0; i < count && status == STATUS_OK; i++)
-        status = write_tensor(writer, order[i]->tensor, device, buffer);
-    free(buffer);
-    TRY(status);
-    return file_writer_flush(writer);
+enum status safetensors_writer_open(struct safetensors_writer *writer, const char *path,
+                                    const struct named_tensor *items, int count,
+                                    const struct safetensors_metadata *metadata, int metadata_count) {
+    *writer = (struct safetensors_writer){.file.descriptor = -1};
+    enum status status = order_items(writer, items, count);
+    if (status == STATUS_OK)
+        status = file_writer_open(&writer->file, path, false);
+    if (status == STATUS_OK) {
+        char *header = make_header(writer->order, count, make_metadata(metadata, metadata_count));
+        status = write_header(&writer->file, header);
+        free(header);
+    }
+    if (status != STATUS_OK)
+        safetensors_writer_close(writer);
+    return status;
+}
+
+const struct named_tensor *safetensors_writer_next(struct safetensors_writer *writer) {
+    while (writer->position < writer->count &&
+           writer->added_bytes == tensor_bytes(writer->order[writer->position]->tensor)) {
+        writer->position++;
+        writer->added_bytes = 0;
+    }
+    return writer->position < writer->count ? writer->order[writer->position] : NULL;
+}
+
+enum status safetensors_writer_add(struct safetensors_writer *writer, const void *host, size_t bytes) {
+    const struct named_tensor *item = safetensors_writer_next(writer);
+    CHECK(item != NULL);
+    CHECK_OP(bytes, <=, tensor_bytes(item->tensor) - writer->added_bytes);
+    TRY(file_writer_add(&writer->file, host, bytes));
+    writer->added_bytes += bytes;
+    return STATUS_OK;
+}
+
+enum status safetensors_writer_finish(struct safetensors_writer *writer) {
+    CHECK(safetensors_writer_next(writer) == NULL);
+    return file_writer_flush(&writer->file);
+}
+
+void safetensors_writer_close(struct safetensors_writer *writer) {
+    if (writer->file.path && file_writer_close(&writer->file) != STATUS_OK)
+        log_verbose("%s", status_text()); /* what was flushed is on the disk, what was not is an error already */
+    free(writer->order);
+    *writer = (struct safetensors_writer){.file.descriptor = -1};
+}
+
+static enum status write_all(struct safetensors_writer *writer, const struct device *device, char *buffer) {
+    for (const struct named_tensor *item; (item = safetensors_writer_next(writer));) {
+        size_t left = tensor_bytes(item->tensor) - writer->added_bytes;
+        size_t part = left < WRITE_CHUNK_BYTES ? left : WRITE_CHUNK_BYTES;
+        device->copy_to_host(buffer, (const char *)item->tensor.data + writer->added_bytes, part);
+        TRY(safetensors_writer_add(writer, buffer, part));
+    }
+    return safetensors_writer_finish(writer);
 }
 
 enum status safetensors_write(const char *path, const struct named_tensor *items, int count,
                               const struct device *device) {
-    const struct named_tensor **order;
-    TRY(memory_alloc(&order, (size_t)count, sizeof *order));
-    for (int i = 0; i < count; i++)
-        order[i] = &items[i];
-    if (count)
-        qsort(order, (size_t)count, sizeof *order, compare_items);
-    struct file_writer writer;
-    enum status status = file_writer_open(&writer, path, false);
+    struct safetensors_writer writer;
+    char *buffer;
+    TRY(memory_alloc(&buffer, WRITE_CHUNK_BYTES, 1));
+    enum status status = safetensors_writer_open(&writer, path, items, count, NULL, 0);
     if (status == STATUS_OK) {
-        status = write_all(&writer, order, count, device);
-        enum status closed = file_writer_close(&writer);
-        status = status == STATUS_OK ? closed : status;
+        status = write_all(&writer, device, buffer);
+        safetensors_writer_close(&writer);
     }
-    free(order);
+    free(buffer);
     return status;
 }

@@ -1,7 +1,7 @@
 /* safetensors files: reading with every check before any use, and writing.
  *
- * Layout: u64 little-endian header size N; N bytes of JSON {name: {dtype, shape, data_offsets}}; the data, little-endian,
- * row-major, without holes. Source: github.com/huggingface/safetensors, safetensors/src/tensor.rs.
+ * Layout: u64 little-endian header size N; N bytes of JSON {name: {dtype, shape, data_offsets}}; the data,
+ * little-endian, row-major, without holes. Source: github.com/huggingface/safetensors, safetensors/src/tensor.rs.
  */
 #pragma once
 
@@ -16,6 +16,8 @@ enum safetensors_dtype {
     SAFETENSORS_I64, SAFETENSORS_I32, SAFETENSORS_I16, SAFETENSORS_I8,
     SAFETENSORS_U64, SAFETENSORS_U32, SAFETENSORS_U16, SAFETENSORS_U8,
     SAFETENSORS_BOOL, SAFETENSORS_F8_E4M3, SAFETENSORS_F8_E5M2,
+    SAFETENSORS_F8_E8M0, SAFETENSORS_F8_E4M3FNUZ, SAFETENSORS_F8_E5M2FNUZ,
+    SAFETENSORS_C64, SAFETENSORS_F6_E2M3, SAFETENSORS_F6_E3M2, SAFETENSORS_F4,
     SAFETENSORS_DTYPE_COUNT,
 };
 
@@ -28,6 +30,11 @@ struct safetensors_entry {
     bool used;           /* a reader marks what it took; see weights.h */
 };
 
+/* One string of the header's "__metadata__". */
+struct safetensors_metadata {
+    char *key, *value;
+};
+
 /* An open file; entries sorted by name. */
 struct safetensors {
     char *path;
@@ -35,24 +42,64 @@ struct safetensors {
     const unsigned char *data; /* start of the data; inside the map */
     struct safetensors_entry *entries;
     int entry_count;
+    struct safetensors_metadata *metadata; /* in the order of the file */
+    int metadata_count;
 };
 
-/* Map and check a file. STATUS_FORMAT with one line that says what is wrong where. Release with safetensors_close. */
+/* Map and check a file. STATUS_FORMAT with one line that says what is wrong where; stricter than the reference reader:
+ * duplicate names, unknown members and control characters in names are refused too. Release with safetensors_close. */
 enum status safetensors_open(struct safetensors *file, const char *path) MUST_USE;
 void safetensors_close(struct safetensors *file);
 
 /* NULL where no tensor has this name. */
 struct safetensors_entry *safetensors_find(const struct safetensors *file, const char *name);
 
+/* A string of the metadata; NULL where there is none of this key. Borrowed until close. */
+const char *safetensors_metadata_find(const struct safetensors *file, const char *key);
+
 const char *safetensors_dtype_name(enum safetensors_dtype dtype);
+int safetensors_dtype_bits(enum safetensors_dtype dtype);      /* of one element */
+enum safetensors_dtype safetensors_dtype_of(enum dtype dtype); /* how a file names ours */
 int64_t safetensors_elements(const struct safetensors_entry *entry);
 
-/* Elements first .. first+count-1 of an entry of F64, F32, F16 or BF16 as f32, bf16 or f64 into host memory; I32 as i32.
- * Other pairs: STATUS_FORMAT. */
+/* Elements first .. first+count-1 of an entry of F64, F32, F16, BF16 or I64 as f32, bf16 or f64 into host memory,
+ * rounded to nearest even (to bf16 by way of f32); I32 as i32. Other pairs: STATUS_FORMAT. Reads no other byte of the
+ * file. */
 enum status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry, int64_t first,
                              int64_t count, enum dtype to, void *host) MUST_USE;
 
+/* A file being written: declared whole, then filled front to back in the order that the writer prescribes (widest dtype
+ * first, then by name, as the reference writer does). Holds no data. Not atomic: write into a checkpoint draft.
+ *
+ *     TRY(safetensors_writer_open(&writer, path, items, count, NULL, 0));
+ *     while (status == STATUS_OK && (item = safetensors_writer_next(&writer)))
+ *         status = safetensors_writer_add(&writer, ...some of the bytes of *item that are missing...);
+ *     if (status == STATUS_OK)
+ *         status = safetensors_writer_finish(&writer);
+ *     safetensors_writer_close(&writer);
+ */
+struct safetensors_writer {
+    struct file_writer file;
+    const struct named_tensor **order; /* owned; the items are the caller's */
+    int count, position;               /* order[position] is being filled */
+    size_t added_bytes;                /* of order[position] */
+};
+
+/* Declare name, dtype and shape of `count` items (their data is not looked at; names must differ) and write the header.
+ * Metadata is {"format": "pt"} and the given pairs, with other keys. Items are borrowed until close. After a failure
+ * nothing is to be closed. */
+enum status safetensors_writer_open(struct safetensors_writer *writer, const char *path,
+                                    const struct named_tensor *items, int count,
+                                    const struct safetensors_metadata *metadata, int metadata_count) MUST_USE;
+/* The item that the next bytes belong to; NULL when all are there. Items without bytes are passed over. */
+const struct named_tensor *safetensors_writer_next(struct safetensors_writer *writer);
+/* The next bytes of that item, and not more than it has left. */
+enum status safetensors_writer_add(struct safetensors_writer *writer, const void *host, size_t bytes) MUST_USE;
+/* Flush to the disk. All bytes must be there. */
+enum status safetensors_writer_finish(struct safetensors_writer *writer) MUST_USE;
+void safetensors_writer_close(struct safetensors_writer *writer); /* also after an error, or to give up */
+
 /* Write tensors of a device (f32, bf16, f64, i32) into a new file and flush it to the disk. Names must differ. Copies
- * through a buffer of at most 4 MiB. Not atomic: write into a checkpoint draft. */
+ * through a buffer of at most 4 MiB. Not atomic: write into a checkpoint draft. Read back by safetensors_fill. */
 enum status safetensors_write(const char *path, const struct named_tensor *items, int count,
                               const struct device *device) MUST_USE;

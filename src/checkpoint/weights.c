@@ -17,6 +17,29 @@ static enum status add_file(struct weights *w, const char *name) {
     return status;
 }
 
+static int compare_names(const void *a, const void *b) {
+    return strcmp(((const struct weights_name *)a)->name, ((const struct weights_name *)b)->name);
+}
+
+/* One list over all files. Where two files hold the same tensor nobody can say which is meant. */
+static enum status list_names(struct weights *w) {
+    size_t count = 0;
+    for (int i = 0; i < w->file_count; i++)
+        count += (size_t)w->files[i].entry_count;
+    TRY(memory_alloc(&w->names, count, sizeof *w->names));
+    for (int i = 0; i < w->file_count; i++)
+        for (int k = 0; k < w->files[i].entry_count; k++)
+            w->names[w->name_count++] = (struct weights_name){w->files[i].entries[k].name, i, k};
+    if (count)
+        qsort(w->names, count, sizeof *w->names, compare_names);
+    for (int i = 1; i < w->name_count; i++)
+        if (strcmp(w->names[i - 1].name, w->names[i].name) == 0)
+            return status_fail(STATUS_FORMAT, "%s: tensor \"%.100s\" stands in %s and in %s", w->directory,
+                               w->names[i].name, path_name(w->files[w->names[i - 1].file].path),
+                               path_name(w->files[w->names[i].file].path));
+    return STATUS_OK;
+}
+
 static const struct safetensors *find_file(const struct weights *w, const char *name) {
     for (int i = 0; i < w->file_count; i++)
         if (strcmp(path_name(w->files[i].path), name) == 0)
@@ -40,27 +63,37 @@ static enum status add_index_entry(struct weights *w, const char *index, const c
     return STATUS_OK;
 }
 
-static enum status open_index(struct weights *w, const char *path) {
-    json_t *index, *value;
+static enum status open_shards(struct weights *w, const char *path, json_t *map) {
     const char *tensor;
-    TRY(json_read_file(path, INDEX_BYTES_MAX, &index));
-    const json_t *map = json_object_get(index, "weight_map");
-    enum status status = STATUS_OK;
+    json_t *value;
     if (!json_is_object(map))
-        status = status_fail(STATUS_FORMAT, "%s: \"weight_map\" is missing", path);
-    json_object_foreach((json_t *)map, tensor, value) {
-        if (status == STATUS_OK)
-            status = add_index_entry(w, path, tensor, value);
+        return status_fail(STATUS_FORMAT, "%s: \"weight_map\" is missing", path);
+    json_object_foreach(map, tensor, value) {
+        TRY(add_index_entry(w, path, tensor, value));
     }
+    return STATUS_OK;
+}
+
+static enum status open_index(struct weights *w, const char *path) {
+    json_t *index;
+    if (!file_exists(path))
+        return status_fail(STATUS_NOT_FOUND, "%s: holds neither model.safetensors nor %s", w->directory,
+                           path_name(path));
+    TRY(json_read_file(path, INDEX_BYTES_MAX, &index));
+    enum status status = open_shards(w, path, json_object_get(index, "weight_map"));
     json_decref(index);
     return status;
 }
 
 enum status weights_open(struct weights *w, const char *directory) {
     *w = (struct weights){.directory = memory_copy_string(directory)};
+    char *single = path_join(directory, "model.safetensors");
     char *index = path_join(directory, "model.safetensors.index.json");
-    enum status status = file_exists(index) ? open_index(w, index) : add_file(w, "model.safetensors");
+    enum status status = file_exists(single) ? add_file(w, path_name(single)) : open_index(w, index);
+    free(single);
     free(index);
+    if (status == STATUS_OK)
+        status = list_names(w);
     if (status != STATUS_OK)
         weights_close(w);
     return status;
@@ -70,19 +103,19 @@ void weights_close(struct weights *w) {
     for (int i = 0; i < w->file_count; i++)
         safetensors_close(&w->files[i]);
     free(w->files);
+    free(w->names);
     free(w->directory);
     *w = (struct weights){0};
 }
 
 struct safetensors_entry *weights_find(const struct weights *w, const char *name, const struct safetensors **file) {
-    for (int i = 0; i < w->file_count; i++) {
-        struct safetensors_entry *entry = safetensors_find(&w->files[i], name);
-        if (entry) {
-            *file = &w->files[i];
-            return entry;
-        }
-    }
-    return NULL;
+    struct weights_name key = {.name = name};
+    const struct weights_name *found =
+        w->name_count ? bsearch(&key, w->names, (size_t)w->name_count, sizeof *w->names, compare_names) : NULL;
+    if (!found)
+        return NULL;
+    *file = &w->files[found->file];
+    return &w->files[found->file].entries[found->entry];
 }
 
 static void print_shape(struct text *out, const int64_t *shape, int dim_count) {
@@ -146,19 +179,42 @@ const char *weights_first_unused(const struct weights *w) {
     return NULL;
 }
 
+static enum status open_one(struct weights *w, const char *path) {
+    TRY(memory_alloc(&w->files, 1, sizeof *w->files));
+    TRY(safetensors_open(&w->files[0], path));
+    w->file_count = 1;
+    return list_names(w);
+}
+
+static enum status check_dtypes(const struct weights *w, const struct named_tensor *items, int count) {
+    for (int i = 0; i < count; i++) {
+        const struct safetensors *file;
+        const struct safetensors_entry *entry = weights_find(w, items[i].name, &file);
+        enum dtype needed = items[i].tensor.dtype;
+        if (entry && entry->dtype != safetensors_dtype_of(needed))
+            return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is %s, %s is needed: nothing is converted here",
+                               file->path, entry->name, safetensors_dtype_name(entry->dtype),
+                               safetensors_dtype_name(safetensors_dtype_of(needed)));
+    }
+    return STATUS_OK;
+}
+
+static enum status fill_exactly(struct weights *w, const struct named_tensor *items, int count,
+                                const struct device *device) {
+    TRY(check_dtypes(w, items, count));
+    TRY(weights_fill(w, items, count, device));
+    const char *unused = weights_first_unused(w);
+    if (unused)
+        return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" belongs to no part of this model", w->directory, unused);
+    return STATUS_OK;
+}
+
 enum status safetensors_fill(const char *path, const struct named_tensor *items, int count,
                              const struct device *device) {
-    struct weights w = {.directory = memory_copy_string(path)};
-    enum status status = memory_alloc(&w.files, 1, sizeof *w.files);
+    struct weights w = {.directory = memory_copy_string(path)}; /* messages name the file */
+    enum status status = open_one(&w, path);
     if (status == STATUS_OK)
-        status = safetensors_open(&w.files[0], path);
-    if (status == STATUS_OK) {
-        w.file_count = 1;
-        status = weights_fill(&w, items, count, device);
-    }
-    const char *unused = status == STATUS_OK ? weights_first_unused(&w) : NULL;
-    if (unused)
-        status = status_fail(STATUS_FORMAT, "%s: tensor \"%s\" belongs to no part of this model", path, unused);
+        status = fill_exactly(&w, items, count, device);
     weights_close(&w);
     return status;
 }

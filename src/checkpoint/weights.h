@@ -1,19 +1,28 @@
-/* The tensors of a model directory: model.safetensors, or shards with model.safetensors.index.json. */
+/* The tensors of a model directory: model.safetensors, or, where that is not there, the shards that
+ * model.safetensors.index.json names (the order in which transformers looks too). */
 #pragma once
 
 #include "checkpoint/safetensors.h"
 
+struct weights_name {
+    const char *name; /* the entry's */
+    int file, entry;
+};
+
 struct weights {
     struct safetensors *files;
     int file_count;
+    struct weights_name *names; /* of all files, sorted */
+    int name_count;
     char *directory;
 };
 
-/* Open all files of a directory. An index must name plain files beside it and each tensor where it is. */
+/* Open all files of a directory. An index must name plain files beside it and each tensor where it is; a tensor that
+ * stands in two of them is refused. STATUS_NOT_FOUND where there is neither file nor index. */
 enum status weights_open(struct weights *weights, const char *directory) MUST_USE;
 void weights_close(struct weights *weights);
 
-/* The file and entry of a name; NULL where there is none. */
+/* The file and entry of a name; NULL where there is none. A caller that reads it by itself sets the entry's `used`. */
 struct safetensors_entry *weights_find(const struct weights *weights, const char *name,
                                        const struct safetensors **file);
 
@@ -26,6 +35,7 @@ enum status weights_fill(struct weights *weights, const struct named_tensor *ite
  * count. */
 const char *weights_first_unused(const struct weights *weights);
 
-/* All of the above for one file that holds exactly these items: optimizer moments. */
+/* Fill from one file that holds exactly these items in exactly these dtypes, as safetensors_write left it: what a run
+ * resumes from bit by bit. */
 enum status safetensors_fill(const char *path, const struct named_tensor *items, int count,
                              const struct device *device) MUST_USE;

@@ -67,7 +67,7 @@ static void run_backend(const struct kernel_ops *ops, const struct product *prod
         struct tensor again = make_product(ops, product, threads);
         assert_memory_equal(first.data, again.data, tensor_bytes(first));
         if (threads == 1)
-            assert_int_equal(kernels_scratch_bytes(), scratch_bytes);
+            assert_true(kernels_scratch_bytes() <= scratch_bytes); /* less: threads of an earlier pool have ended */
     }
     assert_true(test_guards_hold());
 }
@@ -162,12 +162,14 @@ static void case_gemm(int64_t m, int64_t n, int64_t k, int form, int d) {
 }
 
 /* Tiles of rows and of columns, with short ones at the ends; a single tile, which parallel_for runs outside of a
- * parallel region, with a long k that oneDNN could divide; k that fits the processor's tiles, and 63, which does not. */
+ * parallel region, with a long k that oneDNN could divide; k that fits the processor's tiles, and 63, which does not.
+ */
 static void test_gemm(void **state) {
     (void)state;
     for (int d = 0; d < DTYPES; d++)
         for (int form = 0; form < 8; form++) {
-            case_gemm(530, 203, 63, form, d);
+            case_gemm(530, 203, 96, form, d);
+            case_gemm(129, 129, 63, form, d);
             case_gemm(19, 1100, 64, form, d);
             case_gemm(33, 50, 2080, form, d);
         }
