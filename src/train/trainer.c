@@ -223,26 +223,38 @@ static enum status save(struct trainer *t) {
     return status;
 }
 
-/* Documents spread evenly over the held-out text, until token_limit tokens (0: all of it). */
+/* Bytes of the text that `count` tokens from the document's beginning stand for. */
+static int64_t bytes_of_tokens(const struct trainer *t, const struct corpus_document *document, const int32_t *tokens,
+                               int64_t count) {
+    if (count == document->token_count)
+        return document->byte_count;
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (!tokenizer_is_special(t->tokenizer, tokens[i]))
+            bytes += (int64_t)tokenizer_token(t->tokenizer, tokens[i]).size;
+    return bytes;
+}
+
+/* The beginning of every held-out document, in the same share, together about token_limit tokens (0: all of it): a
+ * short evaluation meets every kind of text as often as a whole one does. */
 static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, struct train_summary *summary) {
     const struct corpus_split *split = &t->corpus.valid;
     struct evaluation evaluation = {0};
-    int64_t wanted = token_limit > 0 && token_limit < split->token_count ? token_limit : split->token_count;
-    int64_t passed = 0, bytes = 0;
+    double share = token_limit > 0 && token_limit < split->token_count
+                       ? (double)token_limit / (double)split->token_count
+                       : 1;
+    int64_t bytes = 0;
     enum status status = STATUS_OK;
     for (int64_t i = 0; i < split->document_count && status == STATUS_OK; i++) {
         const struct corpus_document *document = &split->documents[i];
-        bool chosen = (double)evaluation.token_count <= (double)passed / (double)split->token_count * (double)wanted;
-        passed += document->token_count;
-        if (!chosen)
-            continue;
+        int64_t count = (int64_t)ceil(share * (double)document->token_count);
         int32_t *tokens;
-        status = memory_alloc(&tokens, (size_t)document->token_count, sizeof *tokens);
+        status = memory_alloc(&tokens, (size_t)count, sizeof *tokens);
         if (status != STATUS_OK)
             break;
-        token_shard_copy(&split->shard, document->first_token, document->token_count, tokens);
-        status = evaluate_tokens(t->model, t->workspace, tokens, document->token_count, &evaluation);
-        bytes += document->byte_count;
+        token_shard_copy(&split->shard, document->first_token, count, tokens);
+        status = evaluate_tokens(t->model, t->workspace, tokens, count, &evaluation);
+        bytes += bytes_of_tokens(t, document, tokens, count);
         free(tokens);
     }
     summary->valid_loss = evaluation_loss(&evaluation);

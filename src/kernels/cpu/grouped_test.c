@@ -66,8 +66,8 @@ static void run_backend(const struct kernel_ops *ops, const struct product *prod
     for (int threads = 1; threads <= THREADS_MAX; threads++) {
         struct tensor again = make_product(ops, product, threads);
         assert_memory_equal(first.data, again.data, tensor_bytes(first));
-        if (threads == 1)
-            assert_true(kernels_scratch_bytes() <= scratch_bytes); /* less: threads of an earlier pool have ended */
+        if (threads == 1) /* less, where threads of an earlier pool have ended meanwhile */
+            assert_true(kernels_scratch_bytes() <= scratch_bytes);
     }
     assert_true(test_guards_hold());
 }
