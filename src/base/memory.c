@@ -3,6 +3,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <sys/resource.h>
 
 enum status memory_alloc(void *out, size_t count, size_t size) {
@@ -42,4 +45,10 @@ size_t memory_peak_bytes(void) {
     if (getrusage(RUSAGE_SELF, &usage) != 0)
         return 0;
     return (size_t)usage.ru_maxrss * 1024; /* Linux counts kilobytes */
+}
+
+void memory_return_freed(void) {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }

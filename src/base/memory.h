@@ -19,3 +19,6 @@ char *memory_copy_string(const char *text);
 
 /* Peak resident size of this process so far, bytes; 0 where the system does not tell. */
 size_t memory_peak_bytes(void);
+
+/* Give freed memory back to the system where the C library can: after a stage that needed much and is over. */
+void memory_return_freed(void);

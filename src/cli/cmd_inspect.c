@@ -9,6 +9,7 @@
 #include "infer/load.h"
 #include "model/workspace.h"
 #include "train/run_config.h"
+#include "train/trainer.h"
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -44,18 +45,18 @@ static enum status price(const struct run_config *c, struct cost *cost) {
 
 static double total_bytes(const struct run_config *c, const struct cost *cost) {
     const struct workspace_memory *w = c->train.recompute == RECOMPUTE_BLOCK ? &cost->recomputed : &cost->kept;
-    return (double)(cost->model.total + w->total);
+    return (double)(cost->model.total + w->total + TRAIN_PROCESS_BYTES);
 }
 
 static void print_cost_json(const struct run_config *c, const struct cost *k) {
     json_t *object = json_pack(
-        "{s:s,s:I,s:I,s:I,s:f,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f}", "preset", c->preset, "parameters",
+        "{s:s,s:I,s:I,s:I,s:f,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f}", "preset", c->preset, "parameters",
         (json_int_t)k->counts.total, "active_parameters", (json_int_t)k->counts.active, "embedding_parameters",
         (json_int_t)k->counts.embedding, "operations_per_token", k->operations_per_token, "weight_bytes",
         (json_int_t)k->model.weights, "copy_bytes", (json_int_t)k->model.copies, "gradient_bytes",
         (json_int_t)k->model.gradients, "optimizer_bytes", (json_int_t)k->model.moments, "activation_bytes",
         (json_int_t)k->kept.activations, "activation_bytes_recomputed", (json_int_t)k->recomputed.activations,
-        "scratch_bytes", (json_int_t)k->kept.scratch, "total_bytes", total_bytes(c, k));
+        "scratch_bytes", (json_int_t)k->kept.scratch, "process_bytes", (json_int_t)TRAIN_PROCESS_BYTES, "total_bytes", total_bytes(c, k));
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);
     putchar('\n');
     json_decref(object);
@@ -100,6 +101,7 @@ static void print_cost(const struct run_config *c, const struct cost *k) {
     print_line("activations", (double)k->kept.activations, sequences);
     print_line("", (double)k->recomputed.activations, "with train.recompute = block");
     print_line("scratch", (double)k->kept.scratch, "");
+    print_line("process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
     print_line("total", total_bytes(c, k), "");
 }
 

@@ -43,7 +43,7 @@ static void print_command(int argc, char **argv) {
 
 static void print_summary(const struct train_summary *s) {
     char time[32], tokens[32], peak[32], planned[32];
-    log_info("trained %s tokens in %s at %.0f tokens/s, %.0f%% of this machine's roof; peak memory %s, tensors %s",
+    log_info("trained %s tokens in %s at %.0f tokens/s, %.0f%% of this machine's roof; peak memory %s, planned %s",
              text_count(tokens, s->tokens), progress_duration(time, s->seconds), s->tokens_per_s, 100 * s->roof_share,
              text_bytes(peak, s->peak_bytes), text_bytes(planned, s->planned_bytes));
     if (isfinite(s->valid_bits_per_byte))

@@ -73,6 +73,7 @@ static enum status open_data(struct trainer *t) {
                                      .seed = (uint64_t)c->train.seed};
     bool reused;
     enum status status = corpus_prepare(&options, &reused);
+    memory_return_freed();
     if (status == STATUS_OK)
         status = corpus_open(&t->corpus, directory);
     free(directory);
@@ -340,7 +341,7 @@ static void finish_summary(const struct trainer *t, double seconds, int64_t firs
                           model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
                           t->roof_operations_per_s;
     summary->peak_bytes = (double)memory_peak_bytes();
-    summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total);
+    summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total + TRAIN_PROCESS_BYTES);
     summary->interrupted = stop_requested && t->state.step < t->config->train.steps;
 }
 
