@@ -56,7 +56,8 @@ static void print_cost_json(const struct run_config *c, const struct cost *k) {
         (json_int_t)k->model.weights, "copy_bytes", (json_int_t)k->model.copies, "gradient_bytes",
         (json_int_t)k->model.gradients, "optimizer_bytes", (json_int_t)k->model.moments, "activation_bytes",
         (json_int_t)k->kept.activations, "activation_bytes_recomputed", (json_int_t)k->recomputed.activations,
-        "scratch_bytes", (json_int_t)k->kept.scratch, "process_bytes", (json_int_t)TRAIN_PROCESS_BYTES, "total_bytes", total_bytes(c, k));
+        "scratch_bytes", (json_int_t)k->kept.scratch, "process_bytes", (json_int_t)TRAIN_PROCESS_BYTES, "total_bytes",
+        total_bytes(c, k));
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);
     putchar('\n');
     json_decref(object);
