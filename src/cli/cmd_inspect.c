@@ -53,7 +53,7 @@ static void print_cost_json(const struct run_config *c, const struct cost *k) {
         "{s:s,s:I,s:I,s:I,s:f,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f}", "preset", c->preset, "parameters",
         (json_int_t)k->counts.total, "active_parameters", (json_int_t)k->counts.active, "embedding_parameters",
         (json_int_t)k->counts.embedding, "operations_per_token", k->operations_per_token, "weight_bytes",
-        (json_int_t)k->model.weights, "copy_bytes", (json_int_t)k->model.copies, "gradient_bytes",
+        (json_int_t)k->model.weights, "packed_bytes", (json_int_t)k->model.packed, "gradient_bytes",
         (json_int_t)k->model.gradients, "optimizer_bytes", (json_int_t)k->model.moments, "activation_bytes",
         (json_int_t)k->kept.activations, "activation_bytes_recomputed", (json_int_t)k->recomputed.activations,
         "scratch_bytes", (json_int_t)k->kept.scratch, "process_bytes", (json_int_t)TRAIN_PROCESS_BYTES, "total_bytes",
@@ -95,7 +95,7 @@ static void print_cost(const struct run_config *c, const struct cost *k) {
            (long long)c->train.sequence_length);
     printf("memory to train\n");
     print_line("weights", (double)k->model.weights, "fp32");
-    print_line("copies", (double)k->model.copies, "bf16, read by the products");
+    print_line("packed", (double)k->model.packed, "as the products read the weights, for forward and backward");
     print_line("gradients", (double)k->model.gradients, "fp32");
     print_line("optimizer", (double)k->model.moments, "AdamW's two moments, fp32");
     snprintf(sequences, sizeof sequences, "%lld sequences at a time", (long long)c->train.micro_batch_sequences);

@@ -96,7 +96,7 @@ static enum status read_weights(struct model *model, const char *directory) {
         free(items);
     }
     weights_close(&weights);
-    model_refresh_copies(model);
+    model_repack(model);
     return status;
 }
 

@@ -28,6 +28,15 @@ struct attention_shape {
     double scale; /* of the scores, 1/sqrt(P) */
 };
 
+/* Weights as the products of one backend read them: a matrix [out,in], or `groups` of them. What lies at `data` is known
+ * to the backend that packed it only; the memory is the caller's. */
+struct packed {
+    void *data;       /* NULL: absent */
+    enum dtype dtype; /* of the products' operands */
+    int64_t groups, out, in;
+    bool backward; /* arranged for product_backward_input, too */
+};
+
 struct adamw_settings {
     double lr, beta1, beta2, epsilon, weight_decay;
     int64_t step;      /* 1 for the first update: bias correction */
@@ -50,19 +59,25 @@ struct kernel_ops {
     void (*gemm)(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,
                  bool accumulate);
 
+    /* Weights [O,I] or [E,O,I], float, into the arrangements that the products read; packed_bytes says how much memory
+     * that takes. `to` is filled but for its contents. */
+    size_t (*packed_bytes)(struct packed shape);
+    void (*pack)(struct tensor w, struct packed to);
+
     /* Grouped products over ragged groups. Group e is rows offsets[e] .. offsets[e+1]-1 of the routed rows; offsets is
-     * i32 [E+1], ascending from 0 to N; groups may be empty, one may hold everything. `rows`, i32 [N] or none, says
-     * which row of the operand stands for routed row r (gathered in place, no copy); none means row r itself.
+     * i32 [E+1], ascending from 0 to N; groups may be empty, one may hold everything. No offsets: one group, a dense
+     * product. `rows`, i32 [N] or none, says which row of the operand stands for routed row r (gathered in place, no
+     * copy); none means row r itself.
      *
-     * forward:          y [N,O] = x[rows] w_e^T             x [any,I], w [E,O,I]
-     * backward_input:   dx [N,I] = dy[rows] w_e, or +=      dy [any,O], w [E,O,I]
-     * backward_weight:  dw [E,O,I] += dy[dy_rows]^T x[x_rows] over each group    dy [any,O], x [any,I]; dw real
+     * forward:          y [N,O] = x[rows] w_e^T, or +=      x [any,I]
+     * backward_input:   dx [N,I] = dy[rows] w_e, or +=      dy [any,O]; w.backward
+     * backward_weight:  dw [O,I] or [E,O,I] += dy[dy_rows]^T x[x_rows] over each group    dy [any,O], x [any,I]; dw real
      * x, dy and w of a call have one dtype; y and dx have it too or are real. */
-    void (*grouped_forward)(struct tensor x, struct tensor rows, struct tensor offsets, struct tensor w,
-                            struct tensor y);
-    void (*grouped_backward_input)(struct tensor dy, struct tensor rows, struct tensor offsets, struct tensor w,
+    void (*product_forward)(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w,
+                            struct tensor y, bool accumulate);
+    void (*product_backward_input)(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
                                    struct tensor dx, bool accumulate);
-    void (*grouped_backward_weight)(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
+    void (*product_backward_weight)(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
                                     struct tensor offsets, struct tensor dw);
 
     /* ---- simple -------------------------------------------------------------------------------------------------- */
@@ -151,17 +166,17 @@ struct kernel_ops {
 
     /* ---- optimizer ----------------------------------------------------------------------------------------------- */
 
-    /* AdamW, decoupled decay, one pass: param, grad, m, v real, same number of elements; `copy`, float or none, gets
-     * the new parameters in its dtype. Source: arXiv 1711.05101. */
+    /* AdamW, decoupled decay, one pass: param, grad, m, v real, same number of elements; `packed`, with data or without,
+     * gets the new parameters as `pack` would. Source: arXiv 1711.05101. */
     void (*adamw)(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
-                  struct adamw_settings settings, struct tensor copy);
+                  struct adamw_settings settings, struct packed packed);
 };
 
 /* The specification: plain C, runs anywhere, slow. */
 const struct kernel_ops *kernels_ref(void);
 
 /* The fastest table that this processor can run, or the one named: "auto", "ref", "portable", "avx2", "avx512",
- * "avx512bf16". Fails with STATUS_USAGE for a name that is unknown or that this processor cannot run. */
+ * "avx512bf16", "amx". Fails with STATUS_USAGE for a name that is unknown or that this processor cannot run. */
 enum status kernels_choose(const char *name, const struct kernel_ops **out) MUST_USE;
 
 /* Names that kernels_choose accepts and this processor runs, NULL at the end; "auto" is not among them. */

@@ -145,9 +145,14 @@ static void test_gemm(void **state) {
     }
 }
 
+/* The reference packs weights as they are. */
+static struct packed as_packed(struct tensor w) {
+    return (struct packed){w.data, w.dtype, w.shape[0], w.shape[1], w.shape[2], true};
+}
+
 static double grouped_loss(const struct problem *p) {
     struct tensor y = test_tensor(p->coefficient);
-    ref->grouped_forward(p->in[0], p->rows, p->offsets, p->in[1], y);
+    ref->product_forward(p->in[0], p->rows, p->offsets, as_packed(p->in[1]), y, false);
     return weighted_sum(y, p->coefficient);
 }
 
@@ -172,8 +177,8 @@ static void check_grouped(enum test_spread spread, int64_t experts, int64_t row_
     p.offsets = test_offsets(spread, row_count, experts);
     p.coefficient = test_random(f64_2d(row_count, out), 1);
     struct tensor dw = sum_like(p.in[1]), dx = test_tensor(f64_2d(row_count, in));
-    ref->grouped_backward_weight(p.coefficient, tensor_none(), p.in[0], p.rows, p.offsets, dw);
-    ref->grouped_backward_input(p.coefficient, tensor_none(), p.offsets, p.in[1], dx, false);
+    ref->product_backward_weight(p.coefficient, tensor_none(), p.in[0], p.rows, p.offsets, dw);
+    ref->product_backward_input(p.coefficient, tensor_none(), p.offsets, as_packed(p.in[1]), dx, false);
     check_gradient(&p, "w", p.in[1], dw, SUM_START);
     if (gathered)
         dx = scatter_rows(dx, p.rows, p.in[0]);
@@ -192,8 +197,8 @@ static void check_grouped_from_tokens(void) {
     for (int64_t i = 0; i < 45; i++)
         test_set(p.coefficient, i, test_get(dtoken, (int64_t)test_get(row_token, i / 5) * 5 + i % 5));
     struct tensor dw = sum_like(p.in[1]), dx = sum_like(p.in[0]);
-    ref->grouped_backward_weight(dtoken, row_token, p.in[0], tensor_none(), p.offsets, dw);
-    ref->grouped_backward_input(dtoken, row_token, p.offsets, p.in[1], dx, true);
+    ref->product_backward_weight(dtoken, row_token, p.in[0], tensor_none(), p.offsets, dw);
+    ref->product_backward_input(dtoken, row_token, p.offsets, as_packed(p.in[1]), dx, true);
     check_gradient(&p, "w", p.in[1], dw, SUM_START);
     check_gradient(&p, "x", p.in[0], dx, SUM_START);
 }
@@ -597,7 +602,7 @@ static void test_adamw(void **state) {
     for (; settings.step <= 2; settings.step++) {
         ref->adamw(tensor_1d(&param, DTYPE_F64, 1), tensor_1d(&grad, DTYPE_F64, 1),
                    tensor_1d(&m, DTYPE_F64, 1), tensor_1d(&v, DTYPE_F64, 1), settings,
-                   tensor_1d(&copy, DTYPE_F64, 1));
+                   (struct packed){&copy, DTYPE_F64, 1, 1, 1, true});
         double g = 0.25 * grad, steps = (double)settings.step;
         first = 0.9 * first + 0.1 * g;
         second = 0.99 * second + 0.01 * g * g;
@@ -707,19 +712,19 @@ static void moe_layer(const struct problem *p, int64_t choices, struct moe *m) {
     struct tensor rows = test_tensor(f64_2d(row_count, MOE_WIDTH)), dact = test_tensor(gate);
     struct tensor drow_weight = test_tensor(r.row_weight), dweight = test_tensor(r.weight);
 
-    ref->grouped_forward(x, r.row_token, r.offsets, gate_w, gate);
-    ref->grouped_forward(x, r.row_token, r.offsets, up_w, up);
+    ref->product_forward(x, r.row_token, r.offsets, as_packed(gate_w), gate, false);
+    ref->product_forward(x, r.row_token, r.offsets, as_packed(up_w), up, false);
     ref->swiglu_forward(gate, up, r.row_weight, act);
-    ref->grouped_forward(act, none, r.offsets, down_w, rows);
+    ref->product_forward(act, none, r.offsets, as_packed(down_w), rows, false);
     ref->combine_rows(rows, r.slot_row, m->y, false);
 
-    ref->grouped_backward_weight(dy, r.row_token, act, none, r.offsets, m->ddown);
-    ref->grouped_backward_input(dy, r.row_token, r.offsets, down_w, dact, false);
+    ref->product_backward_weight(dy, r.row_token, act, none, r.offsets, m->ddown);
+    ref->product_backward_input(dy, r.row_token, r.offsets, as_packed(down_w), dact, false);
     ref->swiglu_backward(dact, gate, up, r.row_weight, gate, up, drow_weight); /* in place */
-    ref->grouped_backward_weight(gate, none, x, r.row_token, r.offsets, m->dgate);
-    ref->grouped_backward_weight(up, none, x, r.row_token, r.offsets, m->dup);
-    ref->grouped_backward_input(gate, none, r.offsets, gate_w, rows, false);
-    ref->grouped_backward_input(up, none, r.offsets, up_w, rows, true);
+    ref->product_backward_weight(gate, none, x, r.row_token, r.offsets, m->dgate);
+    ref->product_backward_weight(up, none, x, r.row_token, r.offsets, m->dup);
+    ref->product_backward_input(gate, none, r.offsets, as_packed(gate_w), rows, false);
+    ref->product_backward_input(up, none, r.offsets, as_packed(up_w), rows, true);
     ref->combine_rows(rows, r.slot_row, m->dx, false);
     ref->gather_scalars(drow_weight, r.slot_row, dweight);
     ref->router_topk_backward(dweight, p->in[4], r.prob, r.expert, r.weight, p->normalize, r.count, p->scales,

@@ -298,7 +298,7 @@ static void test_gemm(void **state) {
     expect_no_failures();
 }
 
-/* E, N, O, I */
+/* E (0: dense, no offsets), N, O, I */
 struct groups {
     int64_t experts, rows, out, in;
 };
@@ -306,6 +306,7 @@ static const struct groups group_shapes[] = {
     {1, 1, 1, 1},      {2, 3, 5, 7},      {4, 17, 33, 15},   {8, 127, 65, 31}, {8, 129, 16, 64},
     {64, 100, 24, 40}, {3, 255, 129, 63}, {5, 0, 8, 8},      {4, 33, 127, 17}, {2, 63, 255, 3},
     {4, 16, 1, 129},   {4, 64, 32, 1},    {2, 300, 96, 144}, {7, 31, 48, 130}, {8, 65, 2, 5},
+    {0, 1, 70, 200},   {0, 300, 33, 1100}, {0, 65, 1060, 97},
 };
 enum { GROUP_SHAPES = sizeof group_shapes / sizeof *group_shapes };
 
@@ -320,52 +321,59 @@ static void add_gathered(struct call *call, const char *name, enum dtype dtype, 
         add_absent(call);
 }
 
-static void make_grouped_forward(const struct kernel_ops *ops, const struct call *call,
-                                 const struct tensor *t) {
-    (void)call;
-    ops->grouped_forward(t[0], t[1], t[2], t[3], t[4]);
+static void make_product_forward(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->product_forward(t[0], t[1], t[2], test_packed(ops, t[3], false), t[4], call->accumulate);
 }
 
-static void make_grouped_backward_input(const struct kernel_ops *ops, const struct call *call,
+static void make_product_backward_input(const struct kernel_ops *ops, const struct call *call,
                                         const struct tensor *t) {
-    ops->grouped_backward_input(t[0], t[1], t[2], t[3], t[4], call->accumulate);
+    ops->product_backward_input(t[0], t[1], t[2], test_packed(ops, t[3], true), t[4], call->accumulate);
 }
 
-static void make_grouped_backward_weight(const struct kernel_ops *ops, const struct call *call,
+static void make_product_backward_weight(const struct kernel_ops *ops, const struct call *call,
                                          const struct tensor *t) {
     (void)call;
-    ops->grouped_backward_weight(t[0], t[1], t[2], t[3], t[4], t[5]);
+    ops->product_backward_weight(t[0], t[1], t[2], t[3], t[4], t[5]);
+}
+
+static void add_offsets(struct call *call, enum test_spread spread, struct groups g) {
+    if (g.experts > 0)
+        add_in(call, "offsets", test_offsets(spread, g.rows, g.experts));
+    else
+        add_absent(call);
 }
 
 static void case_grouped_rows(struct groups g, enum test_spread spread, bool gathered,
                               struct dtype_pair dtypes, bool backward, bool accumulate) {
-    struct call call = {.operation = backward ? "grouped_backward_input" : "grouped_forward",
+    struct call call = {.operation = backward ? "product_backward_input" : "product_forward",
                         .label = gathered ? "gathered" : "in order",
-                        .make = backward ? make_grouped_backward_input : make_grouped_forward,
+                        .make = backward ? make_product_backward_input : make_product_forward,
                         .accumulate = accumulate};
     int64_t inner = backward ? g.out : g.in;
     call.magnitude = sqrt((double)inner);
     add_gathered(&call, backward ? "dy" : "x", dtypes.in, g.rows, inner, gathered);
-    add_in(&call, "offsets", test_offsets(spread, g.rows, g.experts));
-    add_in(&call, "w", test_random(make_3d(dtypes.in, g.experts, g.out, g.in), 1));
+    add_offsets(&call, spread, g);
+    add_in(&call, "w", test_random(g.experts > 0 ? make_3d(dtypes.in, g.experts, g.out, g.in)
+                                                 : make_2d(dtypes.in, g.out, g.in), 1));
     add_out_or_sum(&call, backward ? "dx" : "y", make_2d(dtypes.out, g.rows, backward ? g.in : g.out), 1);
     run(&call);
 }
 
 static void case_grouped_weight(struct groups g, enum test_spread spread, bool dy_gathered, bool x_gathered,
                                 enum dtype dtype) {
-    struct call call = {.operation = "grouped_backward_weight",
+    struct call call = {.operation = "product_backward_weight",
                         .label = x_gathered ? "x gathered" : "x in order",
-                        .make = make_grouped_backward_weight,
+                        .make = make_product_backward_weight,
                         .magnitude = 1};
     add_gathered(&call, "dy", dtype, g.rows, g.out, dy_gathered);
     add_gathered(&call, "x", dtype, g.rows, g.in, x_gathered);
-    add_in(&call, "offsets", test_offsets(spread, g.rows, g.experts));
-    add_sum(&call, "dw", test_random(make_3d(real_of[dtype], g.experts, g.out, g.in), 1));
+    add_offsets(&call, spread, g);
+    add_sum(&call, "dw", test_random(g.experts > 0 ? make_3d(real_of[dtype], g.experts, g.out, g.in)
+                                                   : make_2d(real_of[dtype], g.out, g.in), 1));
     run(&call);
 }
 
-static void test_grouped_forward(void **state) {
+static void test_product_forward(void **state) {
     (void)state;
     for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * PRODUCT_DTYPES; i++)
         case_grouped_rows(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
@@ -373,7 +381,7 @@ static void test_grouped_forward(void **state) {
     expect_no_failures();
 }
 
-static void test_grouped_backward_input(void **state) {
+static void test_product_backward_input(void **state) {
     (void)state;
     for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * PRODUCT_DTYPES; i++)
         case_grouped_rows(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
@@ -381,7 +389,7 @@ static void test_grouped_backward_input(void **state) {
     expect_no_failures();
 }
 
-static void test_grouped_backward_weight(void **state) {
+static void test_product_backward_weight(void **state) {
     (void)state;
     for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * FLOAT_DTYPES; i++)
         case_grouped_weight(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
@@ -1090,37 +1098,59 @@ static void test_cross_entropy(void **state) {
 
 /* ---- optimizer ---- */
 
+/* What was packed is read back by a product with the identity. */
 static void make_adamw(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
-    ops->adamw(t[0], t[1], t[2], t[3], call->adamw, t[4]);
+    if (!tensor_exists(t[4])) {
+        ops->adamw(t[0], t[1], t[2], t[3], call->adamw, (struct packed){0});
+        return;
+    }
+    struct packed packed = test_packed(ops, t[5], true); /* of other weights: all must be written anew */
+    ops->adamw(t[0], t[1], t[2], t[3], call->adamw, packed);
+    ops->product_forward(t[4], tensor_none(), tensor_none(), packed, t[6], false);
+    ops->product_backward_input(t[7], tensor_none(), tensor_none(), packed, t[8], false);
 }
 
-static void case_adamw(int64_t count, enum dtype real, enum dtype copy, double grad_scale, int64_t step) {
+static struct tensor identity(enum dtype dtype, int64_t n) {
+    struct tensor t = test_filled(make_2d(dtype, n, n), 0);
+    for (int64_t i = 0; i < n; i++)
+        test_set(t, i * n + i, 1);
+    return t;
+}
+
+static void case_adamw(int64_t out, int64_t in, enum dtype real, enum dtype copy, double grad_scale, int64_t step) {
     struct call call = {.operation = "adamw",
                         .label = "random",
                         .make = make_adamw,
                         .adamw = {1e-2, 0.9, 0.95, 1e-8, 0.1, step, 0.5}};
-    struct tensor second = test_random(make_1d(real, count), grad_scale);
-    for (int64_t i = 0; i < count; i++)
+    struct tensor second = test_random(make_2d(real, out, in), grad_scale);
+    for (int64_t i = 0; i < tensor_elements(second); i++)
         test_set(second, i, test_get(second, i) * test_get(second, i));
-    add_sum(&call, "param", test_random(make_1d(real, count), 1));
-    add_in(&call, "grad", test_random(make_1d(real, count), grad_scale));
-    add_sum(&call, "m", test_random(make_1d(real, count), grad_scale));
+    add_sum(&call, "param", test_random(make_2d(real, out, in), 1));
+    add_in(&call, "grad", test_random(make_2d(real, out, in), grad_scale));
+    add_sum(&call, "m", test_random(make_2d(real, out, in), grad_scale));
     add_sum(&call, "v", second);
-    if (copy == DTYPE_COUNT)
+    if (copy == DTYPE_COUNT) {
         add_absent(&call);
-    else
-        add_out(&call, "copy", make_1d(copy, count));
+    } else {
+        add_in(&call, "identity of in", identity(copy, in));
+        add_in(&call, "packed before", test_random(make_2d(copy, out, in), 1));
+        add_out(&call, "packed forward", make_2d(copy, in, out));
+        add_in(&call, "identity of out", identity(copy, out));
+        add_out(&call, "packed backward", make_2d(copy, out, in));
+    }
     run(&call);
 }
 
 static void test_adamw(void **state) {
     (void)state;
-    for (int i = 0; i < ELEMENT_COUNTS; i++) {
-        case_adamw(element_counts[i], DTYPE_F32, DTYPE_COUNT, 1, 1 + i);
-        case_adamw(element_counts[i], DTYPE_F32, DTYPE_BF16, 1, 1);
-        case_adamw(element_counts[i], DTYPE_F32, DTYPE_F32, 1e-10, 1000);
-        case_adamw(element_counts[i], DTYPE_F32, DTYPE_BF16, 0, 5);
-        case_adamw(element_counts[i], DTYPE_F64, DTYPE_F64, 1, 3);
+    for (int i = 0; i < ELEMENT_COUNTS; i++)
+        case_adamw(1, element_counts[i], DTYPE_F32, DTYPE_COUNT, i % 2 ? 1e-10 : 1, i % 2 ? 1000 : 1 + i);
+    static const int64_t sides[][2] = {{1, 1}, {3, 70}, {64, 32}, {65, 31}, {130, 17}, {200, 96}};
+    for (size_t i = 0; i < sizeof sides / sizeof *sides; i++) {
+        case_adamw(sides[i][0], sides[i][1], DTYPE_F32, DTYPE_BF16, 1, 1);
+        case_adamw(sides[i][0], sides[i][1], DTYPE_F32, DTYPE_F32, 1e-10, 1000);
+        case_adamw(sides[i][0], sides[i][1], DTYPE_F32, DTYPE_BF16, 0, 5);
+        case_adamw(sides[i][0], sides[i][1], DTYPE_F64, DTYPE_F64, 1, 3);
     }
     expect_no_failures();
 }
@@ -1174,9 +1204,9 @@ int main(void) {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_choose),
         cmocka_unit_test(test_gemm),
-        cmocka_unit_test(test_grouped_forward),
-        cmocka_unit_test(test_grouped_backward_input),
-        cmocka_unit_test(test_grouped_backward_weight),
+        cmocka_unit_test(test_product_forward),
+        cmocka_unit_test(test_product_backward_input),
+        cmocka_unit_test(test_product_backward_weight),
         cmocka_unit_test(test_simple),
         cmocka_unit_test(test_special_numbers),
         cmocka_unit_test(test_rmsnorm),

@@ -18,8 +18,8 @@ static struct tensor weight(const struct model *m, enum parameter_role role, int
     return model_tensor(m, m->weight, role, block);
 }
 
-static struct tensor copy(const struct model *m, enum parameter_role role, int block) {
-    return model_tensor(m, m->copy, role, block);
+static struct packed packed(const struct model *m, enum parameter_role role, int block) {
+    return model_packed(m, role, block);
 }
 
 static struct tensor gradient(const struct model *m, enum parameter_role role, int block) {
@@ -29,9 +29,9 @@ static struct tensor gradient(const struct model *m, enum parameter_role role, i
 static struct attention_weights attention_weights(const struct model *m, int block) {
     return (struct attention_weights){
         weight(m, PARAMETER_ATTENTION_NORM, block), weight(m, PARAMETER_QUERY_NORM, block),
-        weight(m, PARAMETER_KEY_NORM, block),       copy(m, PARAMETER_QUERY, block),
-        copy(m, PARAMETER_KEY, block),              copy(m, PARAMETER_VALUE, block),
-        copy(m, PARAMETER_OUTPUT, block),
+        weight(m, PARAMETER_KEY_NORM, block),       packed(m, PARAMETER_QUERY, block),
+        packed(m, PARAMETER_KEY, block),              packed(m, PARAMETER_VALUE, block),
+        packed(m, PARAMETER_OUTPUT, block),
     };
 }
 
@@ -45,8 +45,8 @@ static struct attention_gradients attention_gradients(const struct model *m, int
 }
 
 static struct expert_weights expert_weights(const struct model *m, int block) {
-    return (struct expert_weights){copy(m, PARAMETER_GATE, block), copy(m, PARAMETER_UP, block),
-                                   copy(m, PARAMETER_DOWN, block)};
+    return (struct expert_weights){packed(m, PARAMETER_GATE, block), packed(m, PARAMETER_UP, block),
+                                   packed(m, PARAMETER_DOWN, block)};
 }
 
 static struct expert_gradients expert_gradients(const struct model *m, int block) {
@@ -60,7 +60,7 @@ static enum parameter_role head_role(const struct model *m) {
 }
 
 static struct head_weights head_weights(const struct model *m) {
-    return (struct head_weights){weight(m, PARAMETER_FINAL_NORM, -1), copy(m, head_role(m), -1)};
+    return (struct head_weights){weight(m, PARAMETER_FINAL_NORM, -1), packed(m, head_role(m), -1)};
 }
 
 static int64_t row_count(const struct workspace *w) {

@@ -12,19 +12,15 @@ static int64_t padded_elements(const struct parameter *row) {
     return (parameter_elements(row) + ROW_ALIGNMENT_ELEMENTS - 1) / ROW_ALIGNMENT_ELEMENTS * ROW_ALIGNMENT_ELEMENTS;
 }
 
-/* One flat tensor for all rows (or only those read by products), and views into it. */
-static struct tensor take_rows(struct model *model, struct arena *arena, enum dtype dtype, bool copies_only,
-                               struct tensor *views) {
+/* One flat tensor for all rows, and views into it. */
+static struct tensor take_rows(struct model *model, struct arena *arena, enum dtype dtype, struct tensor *views) {
     int64_t total = 0;
     for (int i = 0; i < model->table.count; i++)
-        if (!copies_only || model->table.rows[i].needs_copy)
-            total += padded_elements(&model->table.rows[i]);
+        total += padded_elements(&model->table.rows[i]);
     struct tensor flat = layer_take(arena, dtype, total, 1);
     char *next = flat.data;
     for (int i = 0; i < model->table.count; i++) {
         const struct parameter *row = &model->table.rows[i];
-        if (copies_only && !row->needs_copy)
-            continue;
         views[i] = parameter_tensor(row, next, dtype);
         if (next)
             next += (size_t)padded_elements(row) * dtype_size(dtype);
@@ -32,30 +28,42 @@ static struct tensor take_rows(struct model *model, struct arena *arena, enum dt
     return flat;
 }
 
+static void take_packed(struct model *model, const struct model_options *options, struct arena *arena) {
+    for (int i = 0; i < model->table.count; i++) {
+        const struct parameter *row = &model->table.rows[i];
+        if (!row->is_packed)
+            continue;
+        const int64_t *matrix = row->shape + row->dim_count - 2;
+        struct packed *packed = &model->packed[i];
+        *packed = (struct packed){.dtype = options->compute,
+                                  .groups = row->dim_count == 3 ? row->shape[0] : 1,
+                                  .out = matrix[0],
+                                  .in = matrix[1],
+                                  .backward = options->training};
+        packed->data = arena_take(arena, options->ops->packed_bytes(*packed));
+    }
+}
+
 /* The one place that says what a model takes; run over a counting arena it is the plan. */
 static void take_all(struct model *model, const struct model_options *options, struct arena *arena) {
     enum dtype real = options->real;
     struct model_memory *memory = &model->memory;
     size_t mark = arena->used;
-    take_rows(model, arena, real, false, model->weight);
+    take_rows(model, arena, real, model->weight);
     memory->weights = arena->used - mark, mark = arena->used;
-    if (options->compute != real)
-        take_rows(model, arena, options->compute, true, model->copy);
-    memory->copies = arena->used - mark, mark = arena->used;
+    take_packed(model, options, arena);
+    memory->packed = arena->used - mark, mark = arena->used;
     if (options->training)
-        model->all_gradients = take_rows(model, arena, real, false, model->gradient);
+        model->all_gradients = take_rows(model, arena, real, model->gradient);
     memory->gradients = arena->used - mark, mark = arena->used;
     if (options->training) {
-        take_rows(model, arena, real, false, model->moment1);
-        take_rows(model, arena, real, false, model->moment2);
+        take_rows(model, arena, real, model->moment1);
+        take_rows(model, arena, real, model->moment2);
     }
     memory->moments = arena->used - mark, mark = arena->used;
     model->rope = layer_take(arena, real, options->position_count, model->config.head_dim);
     memory->tables = arena->used - mark;
     memory->total = arena->used;
-    if (options->compute == real)
-        for (int i = 0; i < model->table.count; i++)
-            model->copy[i] = model->weight[i];
 }
 
 static enum status take_views(struct tensor **views, int count) {
@@ -72,7 +80,7 @@ static enum status model_prepare(struct model *model, const struct model_config 
     model->device = options->device;
     TRY(parameter_table_init(&model->table, config));
     TRY(take_views(&model->weight, model->table.count));
-    TRY(take_views(&model->copy, model->table.count));
+    TRY(memory_alloc(&model->packed, (size_t)model->table.count, sizeof *model->packed));
     TRY(take_views(&model->gradient, model->table.count));
     TRY(take_views(&model->moment1, model->table.count));
     TRY(take_views(&model->moment2, model->table.count));
@@ -140,7 +148,7 @@ void model_destroy(struct model *model) {
     arena_release(&model->arena);
     parameter_table_release(&model->table);
     free(model->weight);
-    free(model->copy);
+    free(model->packed);
     free(model->gradient);
     free(model->moment1);
     free(model->moment2);
@@ -179,19 +187,22 @@ enum status model_initialize(struct model *model, uint64_t seed) {
         model->device->copy_from_host(model->weight[i].data, host, tensor_bytes(model->weight[i]));
     }
     free(host);
-    model_refresh_copies(model);
+    model_repack(model);
     return STATUS_OK;
 }
 
-void model_refresh_copies(struct model *model) {
-    if (model->context.compute == model->context.real)
-        return;
+void model_repack(struct model *model) {
     for (int i = 0; i < model->table.count; i++)
-        if (tensor_exists(model->copy[i]))
-            model->context.ops->cast(model->weight[i], model->copy[i]);
+        if (model->packed[i].data)
+            model->context.ops->pack(model->weight[i], model->packed[i]);
 }
 
 struct tensor model_tensor(const struct model *model, const struct tensor *array, enum parameter_role role, int block) {
     int row = parameter_find(&model->table, role, block);
     return row < 0 ? tensor_none() : array[row];
+}
+
+struct packed model_packed(const struct model *model, enum parameter_role role, int block) {
+    int row = parameter_find(&model->table, role, block);
+    return row < 0 ? (struct packed){0} : model->packed[row];
 }

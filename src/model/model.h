@@ -1,4 +1,4 @@
-/* A model's tensors in a device's memory: weights, their copies in the compute precision, gradients, AdamW's moments.
+/* A model's tensors in a device's memory: weights, what the products read of them (packed), gradients, AdamW's moments.
  * One entry of each array stands for one row of the parameter table. */
 #pragma once
 
@@ -15,7 +15,7 @@ struct model_options {
 
 /* Bytes by purpose. */
 struct model_memory {
-    size_t weights, copies, gradients, moments, tables;
+    size_t weights, packed, gradients, moments, tables;
     size_t total;
 };
 
@@ -26,10 +26,11 @@ struct model {
     const struct device *device;
     struct model_memory memory;
     struct tensor rope; /* real [position_count, P] */
-    /* Flat over all rows, and one view a row. copy[i] is weight[i] where compute is real; views are none where a row or
-     * a kind of tensor does not exist. */
+    /* One view a row of the table; none (packed: no data) where a row has no such thing. Gradients are flat over all
+     * rows, too. */
     struct tensor all_gradients;
-    struct tensor *weight, *copy, *gradient, *moment1, *moment2;
+    struct tensor *weight, *gradient, *moment1, *moment2;
+    struct packed *packed; /* in the compute dtype, of the rows that products read */
     struct arena arena;
 };
 
@@ -44,8 +45,9 @@ void model_destroy(struct model *model);
 /* Fresh weights: each depends on the seed, the parameter's name and its index only. */
 enum status model_initialize(struct model *model, uint64_t seed) MUST_USE;
 
-/* Bring the copies up to date after the weights were written by anything but the optimizer. */
-void model_refresh_copies(struct model *model);
+/* Pack the weights again after they were written by anything but the optimizer. */
+void model_repack(struct model *model);
 
 /* The view of a role in a block in one of the arrays above; none where the model has no such parameter. */
 struct tensor model_tensor(const struct model *model, const struct tensor *array, enum parameter_role role, int block);
+struct packed model_packed(const struct model *model, enum parameter_role role, int block);

@@ -41,7 +41,7 @@ static struct parameter *add_matrix(struct parameter_table *table, enum paramete
     row->shape[0] = rows;
     row->shape[1] = columns;
     row->is_matrix = true;
-    row->needs_copy = role != PARAMETER_ROUTER; /* the router is multiplied in full precision */
+    row->is_packed = role != PARAMETER_ROUTER; /* the router is multiplied in full precision */
     row->init_deviation = deviation;
     row->layout = make_layout(false);
     return row;
@@ -96,7 +96,7 @@ enum status parameter_table_init(struct parameter_table *table, const struct mod
     TRY(memory_alloc(&table->rows, rows, sizeof *table->rows));
     struct parameter *embedding = add_matrix(table, PARAMETER_EMBEDDING, -1, "model.embed_tokens.weight", c->vocab_size,
                                              c->hidden_size, c->initializer_range);
-    embedding->needs_copy = c->tie_word_embeddings; /* only looked up otherwise */
+    embedding->is_packed = c->tie_word_embeddings; /* only looked up otherwise */
     for (int block = 0; block < table->block_count; block++)
         add_block(table, c, block);
     add_vector(table, PARAMETER_FINAL_NORM, -1, "model.norm.weight", c->hidden_size);

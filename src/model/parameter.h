@@ -37,8 +37,8 @@ struct parameter {
     int dim_count;
     int64_t shape[3];
     bool is_expert;   /* dimension 0 counts experts */
-    bool is_matrix;   /* multiplied with: weight decay, and a copy in the compute precision */
-    bool needs_copy;  /* read in the compute precision by a product */
+    bool is_matrix;   /* multiplied with: weight decay */
+    bool is_packed;   /* read by a product of the kernels, packed for it */
     double init_deviation; /* fresh weights: normal with this deviation; 0: all ones */
     struct layout layout;
 };

@@ -66,9 +66,9 @@ void attention_forward(const struct layer_context *context, const struct attenti
         all_values = tensor_rows(cache->value, 0, cache->length);
     }
     ops->rmsnorm_forward(x, w->norm, dims->epsilon, saved->normed, saved->norm_rstd);
-    ops->gemm(saved->normed, false, w->query, true, saved->query_raw, false);
-    ops->gemm(saved->normed, false, w->key, true, saved->key_raw, false);
-    ops->gemm(saved->normed, false, w->value, true, value, false);
+    layer_product(context, saved->normed, w->query, saved->query_raw, false);
+    layer_product(context, saved->normed, w->key, saved->key_raw, false);
+    layer_product(context, saved->normed, w->value, value, false);
     ops->qknorm_rope_forward(saved->query_raw, w->query_norm, dims->epsilon, dims->rope, dims->sequence_length, first,
                              saved->query, saved->query_rstd);
     ops->qknorm_rope_forward(saved->key_raw, w->key_norm, dims->epsilon, dims->rope, dims->sequence_length, first, key,
@@ -76,14 +76,14 @@ void attention_forward(const struct layer_context *context, const struct attenti
     struct attention_shape shape = make_shape(dims, cache ? cache->length : dims->sequence_length);
     ops->attention_forward(shape, saved->query, all_keys, all_values, saved->mixed, saved->logsumexp);
     ops->cast(x, x_out);
-    ops->gemm(saved->mixed, false, w->output, true, x_out, true);
+    layer_product(context, saved->mixed, w->output, x_out, true);
 }
 
 /* dw += dy^T x and dx = (or +=) dy w, for y = x w^T. */
-static void linear_backward(const struct kernel_ops *ops, struct tensor dy, struct tensor x, struct tensor w,
+static void linear_backward(const struct layer_context *context, struct tensor dy, struct tensor x, struct packed w,
                             struct tensor dw, struct tensor dx, bool accumulate) {
-    ops->gemm(dy, true, x, false, dw, true);
-    ops->gemm(dy, false, w, false, dx, accumulate);
+    layer_product_backward_weight(context, dy, x, dw);
+    layer_product_backward_input(context, dy, w, dx, accumulate);
 }
 
 void attention_backward(const struct layer_context *context, const struct attention_dims *dims,
@@ -92,7 +92,7 @@ void attention_backward(const struct layer_context *context, const struct attent
                         struct tensor dx) {
     const struct kernel_ops *ops = context->ops;
     struct tensor dy = layer_as_compute(context, dx, scratch->dy);
-    linear_backward(ops, dy, saved->mixed, w->output, gradients->output, scratch->dmixed, false);
+    linear_backward(context, dy, saved->mixed, w->output, gradients->output, scratch->dmixed, false);
     ops->attention_backward(make_shape(dims, dims->sequence_length), scratch->dmixed, saved->query, saved->key,
                             saved->value, saved->mixed, saved->logsumexp, scratch->dquery, scratch->dkey,
                             scratch->dvalue);
@@ -100,8 +100,8 @@ void attention_backward(const struct layer_context *context, const struct attent
                               dims->sequence_length, 0, scratch->dquery, gradients->query_norm);
     ops->qknorm_rope_backward(scratch->dkey, saved->key_raw, w->key_norm, saved->key_rstd, dims->rope,
                               dims->sequence_length, 0, scratch->dkey, gradients->key_norm);
-    linear_backward(ops, scratch->dquery, saved->normed, w->query, gradients->query, scratch->dnormed, false);
-    linear_backward(ops, scratch->dkey, saved->normed, w->key, gradients->key, scratch->dnormed, true);
-    linear_backward(ops, scratch->dvalue, saved->normed, w->value, gradients->value, scratch->dnormed, true);
+    linear_backward(context, scratch->dquery, saved->normed, w->query, gradients->query, scratch->dnormed, false);
+    linear_backward(context, scratch->dkey, saved->normed, w->key, gradients->key, scratch->dnormed, true);
+    linear_backward(context, scratch->dvalue, saved->normed, w->value, gradients->value, scratch->dnormed, true);
     ops->rmsnorm_backward(scratch->dnormed, x, w->norm, saved->norm_rstd, dx, true, gradients->norm);
 }

@@ -14,7 +14,7 @@ struct attention_dims {
 
 struct attention_weights {
     struct tensor norm, query_norm, key_norm; /* real [D], [P], [P] */
-    struct tensor query, key, value, output;  /* compute [H*P,D], [G*P,D], [G*P,D], [D,H*P] */
+    struct packed query, key, value, output;  /* compute [H*P,D], [G*P,D], [G*P,D], [D,H*P] */
 };
 
 struct attention_gradients { /* real, shapes of the weights */

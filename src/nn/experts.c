@@ -25,8 +25,8 @@ void expert_scratch_take(struct expert_scratch *scratch, const struct layer_cont
 
 void experts_inner_forward(const struct layer_context *context, const struct expert_weights *w,
                            const struct expert_rows *rows, const struct expert_saved *saved) {
-    context->ops->grouped_forward(rows->data, rows->rows, rows->offsets, w->gate, saved->gate);
-    context->ops->grouped_forward(rows->data, rows->rows, rows->offsets, w->up, saved->up);
+    context->ops->product_forward(rows->data, rows->rows, rows->offsets, w->gate, saved->gate, false);
+    context->ops->product_forward(rows->data, rows->rows, rows->offsets, w->up, saved->up, false);
 }
 
 void experts_forward(const struct layer_context *context, const struct expert_weights *w,
@@ -35,7 +35,7 @@ void experts_forward(const struct layer_context *context, const struct expert_we
     const struct kernel_ops *ops = context->ops;
     experts_inner_forward(context, w, rows, saved);
     ops->swiglu_forward(saved->gate, saved->up, rows->weight, scratch->act);
-    ops->grouped_forward(scratch->act, tensor_none(), rows->offsets, w->down, scratch->results);
+    ops->product_forward(scratch->act, tensor_none(), rows->offsets, w->down, scratch->results, false);
 }
 
 void experts_backward(const struct layer_context *context, const struct expert_weights *w,
@@ -45,28 +45,27 @@ void experts_backward(const struct layer_context *context, const struct expert_w
     const struct kernel_ops *ops = context->ops;
     struct tensor offsets = rows->offsets, none = tensor_none();
     ops->swiglu_forward(saved->gate, saved->up, rows->weight, scratch->act);
-    ops->grouped_backward_weight(drows->data, drows->rows, scratch->act, none, offsets, gradients->down);
-    ops->grouped_backward_input(drows->data, drows->rows, offsets, w->down, scratch->dact, false);
+    ops->product_backward_weight(drows->data, drows->rows, scratch->act, none, offsets, gradients->down);
+    ops->product_backward_input(drows->data, drows->rows, offsets, w->down, scratch->dact, false);
     ops->swiglu_backward(scratch->dact, saved->gate, saved->up, rows->weight, saved->gate, saved->up,
                          scratch->drow_weight);
-    ops->grouped_backward_weight(saved->gate, none, rows->data, rows->rows, offsets, gradients->gate);
-    ops->grouped_backward_weight(saved->up, none, rows->data, rows->rows, offsets, gradients->up);
-    ops->grouped_backward_input(saved->gate, none, offsets, w->gate, scratch->drows, false);
-    ops->grouped_backward_input(saved->up, none, offsets, w->up, scratch->drows, true);
+    ops->product_backward_weight(saved->gate, none, rows->data, rows->rows, offsets, gradients->gate);
+    ops->product_backward_weight(saved->up, none, rows->data, rows->rows, offsets, gradients->up);
+    ops->product_backward_input(saved->gate, none, offsets, w->gate, scratch->drows, false);
+    ops->product_backward_input(saved->up, none, offsets, w->up, scratch->drows, true);
 }
 
 void dense_inner_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
                          const struct expert_saved *saved) {
-    context->ops->gemm(x, false, w->gate, true, saved->gate, false);
-    context->ops->gemm(x, false, w->up, true, saved->up, false);
+    layer_product(context, x, w->gate, saved->gate, false);
+    layer_product(context, x, w->up, saved->up, false);
 }
 
 void dense_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
                    const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor y) {
-    const struct kernel_ops *ops = context->ops;
     dense_inner_forward(context, w, x, saved);
-    ops->swiglu_forward(saved->gate, saved->up, tensor_none(), scratch->act);
-    ops->gemm(scratch->act, false, w->down, true, y, true);
+    context->ops->swiglu_forward(saved->gate, saved->up, tensor_none(), scratch->act);
+    layer_product(context, scratch->act, w->down, y, true);
 }
 
 void dense_backward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
@@ -74,11 +73,11 @@ void dense_backward(const struct layer_context *context, const struct expert_wei
                     const struct expert_gradients *gradients, struct tensor dx) {
     const struct kernel_ops *ops = context->ops;
     ops->swiglu_forward(saved->gate, saved->up, tensor_none(), scratch->act);
-    ops->gemm(dy, true, scratch->act, false, gradients->down, true);
-    ops->gemm(dy, false, w->down, false, scratch->dact, false);
+    layer_product_backward_weight(context, dy, scratch->act, gradients->down);
+    layer_product_backward_input(context, dy, w->down, scratch->dact, false);
     ops->swiglu_backward(scratch->dact, saved->gate, saved->up, tensor_none(), saved->gate, saved->up, tensor_none());
-    ops->gemm(saved->gate, true, x, false, gradients->gate, true);
-    ops->gemm(saved->up, true, x, false, gradients->up, true);
-    ops->gemm(saved->gate, false, w->gate, false, dx, false);
-    ops->gemm(saved->up, false, w->up, false, dx, true);
+    layer_product_backward_weight(context, saved->gate, x, gradients->gate);
+    layer_product_backward_weight(context, saved->up, x, gradients->up);
+    layer_product_backward_input(context, saved->gate, w->gate, dx, false);
+    layer_product_backward_input(context, saved->up, w->up, dx, true);
 }

@@ -14,7 +14,7 @@ struct expert_dims {
 };
 
 struct expert_weights { /* compute [E,F,D], [E,F,D], [E,D,F]; dense: without E */
-    struct tensor gate, up, down;
+    struct packed gate, up, down;
 };
 
 struct expert_gradients { /* real, shapes of the weights */

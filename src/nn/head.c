@@ -31,12 +31,13 @@ void head_loss(const struct layer_context *context, const struct head_dims *dims
         struct tensor normed = tensor_rows(scratch->normed, first, count);
         struct tensor logits = tensor_rows(scratch->logits, 0, count);
         struct tensor dlogits = gradients ? tensor_rows(scratch->dlogits, 0, count) : tensor_none();
-        ops->gemm(normed, false, w->head, true, logits, false);
+        layer_product(context, normed, w->head, logits, false);
         ops->cross_entropy(logits, tensor_rows(target, first, count), scale, loss_sum,
                            tensor_exists(row_loss) ? tensor_rows(row_loss, first, count) : row_loss, dlogits);
         if (gradients) {
-            ops->gemm(dlogits, true, normed, false, gradients->head, true);
-            ops->gemm(dlogits, false, w->head, false, tensor_rows(scratch->dnormed, first, count), false);
+            layer_product_backward_weight(context, dlogits, normed, gradients->head);
+            layer_product_backward_input(context, dlogits, w->head, tensor_rows(scratch->dnormed, first, count),
+                                         false);
         }
     }
     if (gradients)
@@ -47,5 +48,5 @@ void head_logits(const struct layer_context *context, const struct head_dims *di
                  struct tensor x, const struct head_scratch *scratch, struct tensor logits) {
     struct tensor normed = tensor_rows(scratch->normed, 0, x.shape[0]);
     context->ops->rmsnorm_forward(x, w->norm, dims->epsilon, normed, tensor_rows(scratch->rstd, 0, x.shape[0]));
-    context->ops->gemm(normed, false, w->head, true, logits, false);
+    layer_product(context, normed, w->head, logits, false);
 }

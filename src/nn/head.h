@@ -12,7 +12,7 @@ struct head_dims {
 
 struct head_weights {
     struct tensor norm; /* real [D] */
-    struct tensor head; /* compute [V,D] */
+    struct packed head; /* compute [V,D] */
 };
 
 struct head_gradients { /* real */

@@ -12,3 +12,18 @@ struct tensor layer_as_compute(const struct layer_context *context, struct tenso
     context->ops->cast(x, scratch);
     return scratch;
 }
+
+void layer_product(const struct layer_context *context, struct tensor x, struct packed w, struct tensor y,
+                   bool accumulate) {
+    context->ops->product_forward(x, tensor_none(), tensor_none(), w, y, accumulate);
+}
+
+void layer_product_backward_input(const struct layer_context *context, struct tensor dy, struct packed w,
+                                  struct tensor dx, bool accumulate) {
+    context->ops->product_backward_input(dy, tensor_none(), tensor_none(), w, dx, accumulate);
+}
+
+void layer_product_backward_weight(const struct layer_context *context, struct tensor dy, struct tensor x,
+                                   struct tensor dw) {
+    context->ops->product_backward_weight(dy, tensor_none(), x, tensor_none(), tensor_none(), dw);
+}

@@ -22,3 +22,11 @@ struct tensor layer_take(struct arena *arena, enum dtype dtype, int64_t rows, in
 
 /* x itself where it has the compute dtype already, else its copy in `scratch` (compute dtype, as large). */
 struct tensor layer_as_compute(const struct layer_context *context, struct tensor x, struct tensor scratch);
+
+/* Dense products of a layer: y = x w^T, or += with accumulate; dx = dy w, or +=; dw += dy^T x. */
+void layer_product(const struct layer_context *context, struct tensor x, struct packed w, struct tensor y,
+                   bool accumulate);
+void layer_product_backward_input(const struct layer_context *context, struct tensor dy, struct packed w,
+                                  struct tensor dx, bool accumulate);
+void layer_product_backward_weight(const struct layer_context *context, struct tensor dy, struct tensor x,
+                                   struct tensor dw);

@@ -96,9 +96,8 @@ static void run_optimizer(struct step_runner *runner, const struct step_state *s
         struct adamw_settings settings = optimizer_update_settings(
             runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm,
             row->is_matrix);
-        struct tensor copy = model->context.compute == model->context.real ? tensor_none() : model->copy[i];
         model->context.ops->adamw(model->weight[i], model->gradient[i], model->moment1[i], model->moment2[i],
-                                  settings, copy);
+                                  settings, model->packed[i]);
     }
 }
 

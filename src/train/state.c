@@ -164,7 +164,7 @@ static enum status read_all(const char *directory, struct model *model, struct t
     TRY(read_tensors(directory, "model.safetensors", items, count, model->device));
     TRY(name_moments(model, &items, &count));
     TRY(read_tensors(directory, "training/optimizer.safetensors", items, count, model->device));
-    model_refresh_copies(model);
+    model_repack(model);
     return STATUS_OK;
 }
 

@@ -7,8 +7,12 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef CADRE_X86
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-enum { FILLER_COUNT = 8 };
+enum { FILLER_COUNT = 7 };
 
 struct backend {
     const char *name;
@@ -36,37 +40,38 @@ static bool avx512bf16_runs(void) {
     return avx512_runs() && __builtin_cpu_supports("avx512bf16");
 }
 
-/* Processors with AMX multiply pairs of bf16 outside of it no faster than f32 or slower: on one Sapphire Rapids core
- * the grouped product reaches 111 GFLOP/s by pairs and 180 by widening to f32. On Zen 4 pairs are twice as fast. */
-static bool bf16_pairs_are_slow(void) {
-    return __builtin_cpu_supports("amx-bf16");
-}
-#else
-static bool bf16_pairs_are_slow(void) {
-    return false;
+/* The system keeps the tiles' registers for processes that ask for them. */
+static bool amx_runs(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return avx512bf16_runs() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 #endif
 
-/* Slowest first: "auto" is the last one that runs, see build. */
+/* Slowest first: "auto" is the last one that runs. */
 static const struct backend backends[] = {
     {"ref", portable_runs, {NULL}},
     {"portable",
      portable_runs,
-     {gemm_fill_portable, grouped_fill_portable, attention_fill_portable, norm_fill_portable, pointwise_fill_portable,
+     {product_fill_portable, attention_fill_portable, norm_fill_portable, pointwise_fill_portable,
       router_fill_portable, loss_fill_portable, adamw_fill_portable}},
 #ifdef CADRE_X86
     {"avx2",
      avx2_runs,
-     {gemm_fill_avx2, grouped_fill_avx2, attention_fill_avx2, norm_fill_avx2, pointwise_fill_avx2, router_fill_avx2,
+     {product_fill_avx2, attention_fill_avx2, norm_fill_avx2, pointwise_fill_avx2, router_fill_avx2,
       loss_fill_avx2, adamw_fill_avx2}},
     {"avx512",
      avx512_runs,
-     {gemm_fill_avx512, grouped_fill_avx512, attention_fill_avx512, norm_fill_avx512, pointwise_fill_avx512,
+     {product_fill_avx512, attention_fill_avx512, norm_fill_avx512, pointwise_fill_avx512,
       router_fill_avx512, loss_fill_avx512, adamw_fill_avx512}},
     {"avx512bf16",
      avx512bf16_runs,
-     {gemm_fill_avx512bf16, grouped_fill_avx512bf16, attention_fill_avx512bf16, norm_fill_avx512bf16,
+     {product_fill_avx512bf16, attention_fill_avx512bf16, norm_fill_avx512bf16,
       pointwise_fill_avx512bf16, router_fill_avx512bf16, loss_fill_avx512bf16, adamw_fill_avx512bf16}},
+    {"amx",
+     amx_runs,
+     {product_fill_amx, attention_fill_amx, norm_fill_amx, pointwise_fill_amx, router_fill_amx, loss_fill_amx,
+      adamw_fill_amx}},
 #endif
 };
 enum { BACKEND_COUNT = sizeof backends / sizeof *backends };
@@ -86,8 +91,7 @@ static void build(void) {
         for (int f = 0; f < FILLER_COUNT && backends[b].fill[f]; f++)
             backends[b].fill[f](&tables[b]);
         available[count++] = backends[b].name;
-        if (strcmp(backends[b].name, "avx512bf16") != 0 || !bf16_pairs_are_slow())
-            fastest = &tables[b];
+        fastest = &tables[b];
     }
 }
 

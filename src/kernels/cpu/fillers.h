@@ -6,8 +6,7 @@
 
 #include "kernels/kernels.h"
 
-void gemm_fill_portable(struct kernel_ops *ops);
-void grouped_fill_portable(struct kernel_ops *ops);
+void product_fill_portable(struct kernel_ops *ops);
 void attention_fill_portable(struct kernel_ops *ops);
 void norm_fill_portable(struct kernel_ops *ops);
 void pointwise_fill_portable(struct kernel_ops *ops);
@@ -16,8 +15,7 @@ void loss_fill_portable(struct kernel_ops *ops);
 void adamw_fill_portable(struct kernel_ops *ops);
 
 #ifdef CADRE_X86
-void gemm_fill_avx2(struct kernel_ops *ops);
-void grouped_fill_avx2(struct kernel_ops *ops);
+void product_fill_avx2(struct kernel_ops *ops);
 void attention_fill_avx2(struct kernel_ops *ops);
 void norm_fill_avx2(struct kernel_ops *ops);
 void pointwise_fill_avx2(struct kernel_ops *ops);
@@ -25,8 +23,7 @@ void router_fill_avx2(struct kernel_ops *ops);
 void loss_fill_avx2(struct kernel_ops *ops);
 void adamw_fill_avx2(struct kernel_ops *ops);
 
-void gemm_fill_avx512(struct kernel_ops *ops);
-void grouped_fill_avx512(struct kernel_ops *ops);
+void product_fill_avx512(struct kernel_ops *ops);
 void attention_fill_avx512(struct kernel_ops *ops);
 void norm_fill_avx512(struct kernel_ops *ops);
 void pointwise_fill_avx512(struct kernel_ops *ops);
@@ -34,12 +31,19 @@ void router_fill_avx512(struct kernel_ops *ops);
 void loss_fill_avx512(struct kernel_ops *ops);
 void adamw_fill_avx512(struct kernel_ops *ops);
 
-void gemm_fill_avx512bf16(struct kernel_ops *ops);
-void grouped_fill_avx512bf16(struct kernel_ops *ops);
+void product_fill_avx512bf16(struct kernel_ops *ops);
 void attention_fill_avx512bf16(struct kernel_ops *ops);
 void norm_fill_avx512bf16(struct kernel_ops *ops);
 void pointwise_fill_avx512bf16(struct kernel_ops *ops);
 void router_fill_avx512bf16(struct kernel_ops *ops);
 void loss_fill_avx512bf16(struct kernel_ops *ops);
 void adamw_fill_avx512bf16(struct kernel_ops *ops);
+
+void product_fill_amx(struct kernel_ops *ops);
+void attention_fill_amx(struct kernel_ops *ops);
+void norm_fill_amx(struct kernel_ops *ops);
+void pointwise_fill_amx(struct kernel_ops *ops);
+void router_fill_amx(struct kernel_ops *ops);
+void loss_fill_amx(struct kernel_ops *ops);
+void adamw_fill_amx(struct kernel_ops *ops);
 #endif

@@ -87,13 +87,11 @@ void ref_swiglu_backward(struct tensor dact, struct tensor gate, struct tensor u
 }
 
 void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
-               struct adamw_settings settings, struct tensor copy) {
+               struct adamw_settings settings, struct packed packed) {
     int64_t count = tensor_elements(param);
     CHECK(ref_is_real(param, param.dtype) && grad.dtype == param.dtype);
     CHECK(m.dtype == param.dtype && v.dtype == param.dtype);
     CHECK(ref_is_1d(grad, count) && ref_is_1d(m, count) && ref_is_1d(v, count));
-    if (tensor_exists(copy))
-        CHECK(ref_is_float(copy) && ref_is_1d(copy, count));
     CHECK_OP(settings.step, >=, 1);
     double m_bias = 1 - pow(settings.beta1, (double)settings.step);
     double v_bias = 1 - pow(settings.beta2, (double)settings.step);
@@ -105,7 +103,7 @@ void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct 
         ref_store(m, i, first);
         ref_store(v, i, second);
         ref_store(param, i, p - settings.lr * (update + settings.weight_decay * p));
-        if (tensor_exists(copy))
-            ref_store(copy, i, ref_load(param, i));
     }
+    if (packed.data)
+        ref_pack(param, packed);
 }

@@ -42,16 +42,36 @@ void ref_gemm(struct tensor a, bool transpose_a, struct tensor b, bool transpose
     free(right);
 }
 
-/* Requires ascending offsets from 0, and rows, where given, one for each routed row. Returns N. */
-static int64_t check_groups(struct tensor offsets, int64_t expert_count, struct tensor rows) {
-    CHECK(offsets.dtype == DTYPE_I32 && ref_is_1d(offsets, expert_count + 1));
-    CHECK_OP(ref_index(offsets, 0), ==, 0);
-    for (int64_t e = 0; e < expert_count; e++)
-        CHECK_OP(ref_index(offsets, e), <=, ref_index(offsets, e + 1));
-    int64_t row_count = ref_index(offsets, expert_count);
+/* ---- packed weights: here simply themselves ---- */
+
+static struct tensor unpacked(struct packed w) {
+    return tensor_3d(w.data, w.dtype, w.groups, w.out, w.in);
+}
+
+size_t ref_packed_bytes(struct packed shape) {
+    return tensor_bytes(unpacked(shape));
+}
+
+void ref_pack(struct tensor w, struct packed to) {
+    CHECK_OP(tensor_elements(w), ==, to.groups * to.out * to.in);
+    struct tensor target = tensor_1d(to.data, to.dtype, tensor_elements(w));
+    ref_cast(tensor_1d(w.data, w.dtype, tensor_elements(w)), target);
+}
+
+/* Requires ascending offsets from 0, or none for one group of row_count rows, and rows, where given, one for each
+ * routed row. */
+static void check_groups(struct tensor offsets, int64_t group_count, struct tensor rows, int64_t row_count) {
+    if (tensor_exists(offsets)) {
+        CHECK(offsets.dtype == DTYPE_I32 && ref_is_1d(offsets, group_count + 1));
+        CHECK_OP(ref_index(offsets, 0), ==, 0);
+        for (int64_t e = 0; e < group_count; e++)
+            CHECK_OP(ref_index(offsets, e), <=, ref_index(offsets, e + 1));
+        CHECK_OP(ref_index(offsets, group_count), ==, row_count);
+    } else {
+        CHECK_OP(group_count, ==, 1);
+    }
     if (tensor_exists(rows))
         CHECK(rows.dtype == DTYPE_I32 && ref_is_1d(rows, row_count));
-    return row_count;
 }
 
 /* The row of `operand` that stands for routed row r. */
@@ -61,24 +81,28 @@ static int64_t operand_row(struct tensor rows, int64_t r, struct tensor operand)
     return row;
 }
 
-struct grouped_job {
+static int64_t group_begin(struct tensor offsets, int64_t e, int64_t row_count) {
+    return tensor_exists(offsets) ? ref_index(offsets, e) : e * row_count;
+}
+
+struct rows_job {
     struct tensor operand, rows, offsets, result;
     const double *x; /* operand, [any, in] */
     const double *w; /* [E, out, in] forward, [E, in, out] backward */
-    int64_t in, out, expert_count;
+    int64_t in, out, row_count;
     bool forward, accumulate;
 };
 
-static int64_t group_of_row(const struct grouped_job *job, int64_t r) {
+static int64_t group_of_row(const struct rows_job *job, int64_t r) {
     int64_t e = 0;
-    while (ref_index(job->offsets, e + 1) <= r)
+    while (group_begin(job->offsets, e + 1, job->row_count) <= r)
         e++;
     return e;
 }
 
 /* result[r] = x[rows[r]] times the weight of r's group. */
-static void grouped_row(void *context, int64_t r) {
-    const struct grouped_job *job = context;
+static void product_row(void *context, int64_t r) {
+    const struct rows_job *job = context;
     const double *x = job->x + operand_row(job->rows, r, job->operand) * job->in;
     const double *w = job->w + group_of_row(job, r) * job->in * job->out;
     double *acc = ref_zeros(job->out);
@@ -94,51 +118,39 @@ static void grouped_row(void *context, int64_t r) {
     free(acc);
 }
 
-static void grouped_rows(struct grouped_job job, struct tensor w) {
+static void multiply_rows(struct rows_job job, struct packed w) {
     CHECK(ref_is_float(job.operand) && w.dtype == job.operand.dtype);
     CHECK(ref_is_float_or_real(job.result, job.operand.dtype));
     CHECK(ref_is_2d(job.operand, job.operand.shape[0], job.in));
-    int64_t row_count = check_groups(job.offsets, job.expert_count, job.rows);
-    CHECK(ref_is_2d(job.result, row_count, job.out));
-    double *x = ref_read(job.operand), *weight = ref_read(w);
+    CHECK(ref_is_2d(job.result, job.row_count, job.out));
+    check_groups(job.offsets, w.groups, job.rows, job.row_count);
+    double *x = ref_read(job.operand), *weight = ref_read(unpacked(w));
     job.x = x;
     job.w = weight;
-    parallel_for(row_count, grouped_row, &job);
+    parallel_for(job.row_count, product_row, &job);
     free(x);
     free(weight);
 }
 
-void ref_grouped_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct tensor w,
-                         struct tensor y) {
-    CHECK(ref_is_3d(w, w.shape[0], w.shape[1], w.shape[2]));
-    grouped_rows((struct grouped_job){.operand = x,
-                                      .rows = rows,
-                                      .offsets = offsets,
-                                      .result = y,
-                                      .in = w.shape[2],
-                                      .out = w.shape[1],
-                                      .expert_count = w.shape[0],
-                                      .forward = true},
-                 w);
+void ref_product_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w,
+                         struct tensor y, bool accumulate) {
+    struct rows_job job = {.operand = x, .rows = rows, .offsets = offsets, .result = y, .in = w.in, .out = w.out,
+                           .row_count = y.shape[0], .forward = true, .accumulate = accumulate};
+    multiply_rows(job, w);
 }
 
-void ref_grouped_backward_input(struct tensor dy, struct tensor rows, struct tensor offsets, struct tensor w,
+void ref_product_backward_input(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
                                 struct tensor dx, bool accumulate) {
-    CHECK(ref_is_3d(w, w.shape[0], w.shape[1], w.shape[2]));
-    grouped_rows((struct grouped_job){.operand = dy,
-                                      .rows = rows,
-                                      .offsets = offsets,
-                                      .result = dx,
-                                      .in = w.shape[1],
-                                      .out = w.shape[2],
-                                      .expert_count = w.shape[0],
-                                      .accumulate = accumulate},
-                 w);
+    CHECK(w.backward);
+    struct rows_job job = {.operand = dy, .rows = rows, .offsets = offsets, .result = dx, .in = w.out, .out = w.in,
+                           .row_count = dx.shape[0], .accumulate = accumulate};
+    multiply_rows(job, w);
 }
 
 struct weight_job {
     struct tensor dy_tensor, dy_rows, x_tensor, x_rows, offsets, dw;
     const double *dy, *x; /* [any, O], [any, I] */
+    int64_t row_count;
 };
 
 /* One row of dw: task = e*O + o. */
@@ -146,7 +158,8 @@ static void weight_row(void *context, int64_t task) {
     const struct weight_job *job = context;
     int64_t out = job->dw.shape[1], in = job->dw.shape[2], e = task / out, o = task % out;
     double *acc = ref_zeros(in);
-    for (int64_t r = ref_index(job->offsets, e); r < ref_index(job->offsets, e + 1); r++) {
+    int64_t end = group_begin(job->offsets, e + 1, job->row_count);
+    for (int64_t r = group_begin(job->offsets, e, job->row_count); r < end; r++) {
         int64_t dy_row = operand_row(job->dy_rows, r, job->dy_tensor);
         int64_t x_row = operand_row(job->x_rows, r, job->x_tensor);
         ref_add_scaled(acc, job->dy[dy_row * out + o], job->x + x_row * in, in);
@@ -155,15 +168,24 @@ static void weight_row(void *context, int64_t task) {
     free(acc);
 }
 
-void ref_grouped_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x,
+/* N of a call: from the offsets, or from the operands of one group. */
+static int64_t routed_rows(struct tensor dy, struct tensor dy_rows, struct tensor offsets, int64_t group_count) {
+    if (tensor_exists(offsets))
+        return ref_index(offsets, group_count);
+    return tensor_exists(dy_rows) ? tensor_elements(dy_rows) : dy.shape[0];
+}
+
+void ref_product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x,
                                  struct tensor x_rows, struct tensor offsets, struct tensor dw) {
+    if (dw.dim_count < 3)
+        dw = tensor_3d(dw.data, dw.dtype, 1, dw.shape[0], dw.shape[1]);
     CHECK(ref_is_float(x) && dy.dtype == x.dtype && ref_is_real(dw, x.dtype));
-    CHECK(ref_is_3d(dw, dw.shape[0], dw.shape[1], dw.shape[2]));
     CHECK(ref_is_2d(dy, dy.shape[0], dw.shape[1]) && ref_is_2d(x, x.shape[0], dw.shape[2]));
-    check_groups(offsets, dw.shape[0], dy_rows);
-    check_groups(offsets, dw.shape[0], x_rows);
+    int64_t row_count = routed_rows(dy, dy_rows, offsets, dw.shape[0]);
+    check_groups(offsets, dw.shape[0], dy_rows, row_count);
+    check_groups(offsets, dw.shape[0], x_rows, row_count);
     double *dy_values = ref_read(dy), *x_values = ref_read(x);
-    struct weight_job job = {dy, dy_rows, x, x_rows, offsets, dw, dy_values, x_values};
+    struct weight_job job = {dy, dy_rows, x, x_rows, offsets, dw, dy_values, x_values, row_count};
     parallel_for(dw.shape[0] * dw.shape[1], weight_row, &job);
     free(dy_values);
     free(x_values);

@@ -51,11 +51,13 @@ double ref_logsumexp(const double *x, int64_t count);
 
 void ref_gemm(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,
               bool accumulate);
-void ref_grouped_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct tensor w,
-                         struct tensor y);
-void ref_grouped_backward_input(struct tensor dy, struct tensor rows, struct tensor offsets, struct tensor w,
+size_t ref_packed_bytes(struct packed shape);
+void ref_pack(struct tensor w, struct packed to);
+void ref_product_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w,
+                         struct tensor y, bool accumulate);
+void ref_product_backward_input(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
                                 struct tensor dx, bool accumulate);
-void ref_grouped_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x,
+void ref_product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x,
                                  struct tensor x_rows, struct tensor offsets, struct tensor dw);
 
 void ref_fill(struct tensor t, double value);
@@ -100,4 +102,4 @@ void ref_embedding_backward(struct tensor ids, struct tensor dx, struct tensor d
 void ref_cross_entropy(struct tensor logits, struct tensor target, double scale, struct tensor loss_sum,
                        struct tensor row_loss, struct tensor dlogits);
 void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
-               struct adamw_settings settings, struct tensor copy);
+               struct adamw_settings settings, struct packed packed);

@@ -39,6 +39,12 @@ ALWAYS_INLINE int word_elements(const struct matrix *m) {
     return BF16_PAIRS && m->element_bytes == 2 ? 2 : 1;
 }
 
+/* Words that `elements` elements of a k side take in a packed block: whole chunks where they multiply in tiles. */
+ALWAYS_INLINE int64_t words_of(const struct matrix *m, int64_t elements) {
+    int64_t words = (elements + word_elements(m) - 1) / word_elements(m);
+    return BF16_TILES && m->element_bytes == 2 ? (words + 15) / 16 * 16 : words;
+}
+
 /* VECTOR_LANES words from `from`, of which the first `count` elements exist; the rest is 0. */
 ALWAYS_INLINE vector_f32 words_load(int element_bytes, const void *from, int64_t count) {
     const int elements = VECTOR_LANES * (BF16_PAIRS && element_bytes == 2 ? 2 : 1);

@@ -10,10 +10,15 @@
  *
  * Packing stores whole vectors: what a vector has beyond its panel falls on the next k word, which is stored later, or
  * behind the panel, where VECTOR_LANES words are left free. (That also keeps panels from lying on the same cache sets.)
+ *
+ * Where the copy multiplies bf16 in tiles, A is arranged as amx.h says, and k is filled up with zeros to whole chunks.
  */
 #pragma once
 
 #include "kernels/cpu/isa/matrix.h"
+#ifdef __AMX_BF16__
+#include "kernels/cpu/isa/amx.h"
+#endif
 
 #if defined(__AVX512F__)
 enum { TILE_ROWS = 12, TILE_STEP = 4 };
@@ -36,13 +41,11 @@ ALWAYS_INLINE int64_t panel_floats(int64_t words, int width) {
     return words * width + VECTOR_LANES;
 }
 
-/* Floats that a packed block of `lanes` lanes takes. */
+/* Floats that a packed block of `lanes` lanes takes; of A: room for both of its arrangements. */
 ALWAYS_INLINE int64_t block_floats(int64_t lanes, int64_t words, int width) {
-    return (lanes + width - 1) / width * panel_floats(words, width);
-}
-
-ALWAYS_INLINE int64_t words_of(const struct matrix *m, int64_t elements) {
-    return (elements + word_elements(m) - 1) / word_elements(m);
+    int64_t floats = (lanes + width - 1) / width * panel_floats(words, width);
+    int64_t tile_floats = BF16_TILES && width != TILE_COLUMNS ? (lanes + 15) / 16 * 16 * words : 0;
+    return floats > tile_floats ? floats : tile_floats;
 }
 
 /* ---- lanes are rows of the matrix, k runs along them: blocks are transposed ---- */
@@ -103,6 +106,8 @@ ALWAYS_INLINE vector_u32 row_of_columns(int element_bytes, const void *row, int6
 ALWAYS_INLINE vector_u32 word_of_columns(int element_bytes, const struct matrix *m, int64_t k, int64_t end,
                                          int64_t column) {
     int64_t lanes = m->columns - column;
+    if (BF16_TILES && k >= end)
+        return (vector_u32){0};
     vector_u32 word = row_of_columns(element_bytes, matrix_at(m, k, column), lanes);
     if (element_bytes == 4)
         return word;
@@ -113,16 +118,17 @@ ALWAYS_INLINE vector_u32 word_of_columns(int element_bytes, const struct matrix 
 
 enum { COPY_WORDS = 4 }; /* k words at a time: memory is read along rows, panels are written in whole lines */
 
-/* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower. */
+/* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower.
+ * panel_words: of the panels written to, which may be parts of longer ones. */
 ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
-                                int64_t count, int width, float *out) {
+                                int64_t count, int width, int64_t panel_words, float *out) {
     const int elements = BF16_PAIRS && element_bytes == 2 ? 2 : 1;
     int64_t words = words_of(m, count), end = k + count;
     for (int64_t word = 0; word < words; word += COPY_WORDS) {
         int64_t word_end = word + COPY_WORDS < words ? word + COPY_WORDS : words;
         for (int64_t j = 0; j < lane_count; j += width) {
             int stride = panel_width(lane_count - j, width);
-            float *panel = out + j / width * panel_floats(words, width);
+            float *panel = out + j / width * panel_floats(panel_words, width);
             for (int v = 0; v < stride && j + v < lane_count; v += VECTOR_LANES)
                 for (int64_t i = word; i < word_end; i++)
                     vector_store(panel + i * stride + v,
@@ -145,17 +151,42 @@ ALWAYS_INLINE void pack(enum lanes lanes, const struct matrix *m, int64_t first,
     else if (lanes == LANES_ARE_ROWS)
         pack_rows(2, m, first, lane_count, k, count, width, out);
     else if (m->element_bytes == 4)
-        pack_columns(4, m, first, lane_count, k, count, width, out);
+        pack_columns(4, m, first, lane_count, k, count, width, words_of(m, count), out);
     else
-        pack_columns(2, m, first, lane_count, k, count, width, out);
+        pack_columns(2, m, first, lane_count, k, count, width, words_of(m, count), out);
 }
 
-static void pack_a(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
+#ifdef __AMX_BF16__
+/* Columns of the matrix as the rows of A: a chunk of words of 16 lanes is turned round. */
+HEADER_FUNCTION void amx_pack_columns(const struct matrix *m, int64_t first, int64_t lane_count, int64_t k, int64_t count,
+                             float *out) {
+    int64_t chunks = words_of(m, count) / AMX_WORDS;
+    for (int64_t lane = 0; lane < lane_count; lane += AMX_ROWS)
+        for (int64_t c = 0; c < chunks; c++, out += AMX_TILE_FLOATS) {
+            vector_f32 v[VECTOR_LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < AMX_WORDS; i++)
+                v[i] = (vector_f32)word_of_columns(2, m, k + 2 * (c * AMX_WORDS + i), k + count, first + lane);
+            vector_transpose(v);
+#pragma GCC unroll 16
+            for (int i = 0; i < AMX_ROWS; i++)
+                vector_store(out + i * AMX_WORDS, v[i]);
+        }
+}
+#endif
+
+HEADER_FUNCTION void pack_a(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                    int64_t count, float *out) {
+#ifdef __AMX_BF16__
+    if (m->element_bytes == 2) {
+        (lanes == LANES_ARE_ROWS ? amx_pack_rows : amx_pack_columns)(m, first, lane_count, k, count, out);
+        return;
+    }
+#endif
     pack(lanes, m, first, lane_count, k, count, TILE_ROWS, out);
 }
 
-static void pack_b(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
+HEADER_FUNCTION void pack_b(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                    int64_t count, float *out) {
     pack(lanes, m, first, lane_count, k, count, TILE_COLUMNS, out);
 }
@@ -207,24 +238,38 @@ ALWAYS_INLINE void tile_multiply_any(bool pairs, const float *a, const float *b,
     }
 }
 
-ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b, int64_t words, float *c,
-                                     int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
+                                     float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-        int64_t height = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-        for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
-            int64_t width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
+        int64_t height = at_most(rows - i, TILE_ROWS);
+        for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
             tile_multiply_any(pairs, a + i / TILE_ROWS * panel_floats(words, TILE_ROWS),
-                              b + j / TILE_COLUMNS * panel_floats(words, TILE_COLUMNS), words, c + i * c_stride + j,
-                              c_stride, height, width, add);
-        }
+                              b + j / TILE_COLUMNS * b_panel_floats, words, c + i * c_stride + j, c_stride, height,
+                              at_most(columns - j, TILE_COLUMNS), add);
     }
 }
 
-/* c [rows, columns] = or += packed a times packed b, over `words` words of k. */
-static void block_multiply(bool pairs, const float *a, const float *b, int64_t words, float *c, int64_t c_stride,
-                           int64_t rows, int64_t columns, bool add) {
+/* c [rows, columns] = or += packed a times panels of b that lie b_panel_floats apart, over `words` words of k. */
+HEADER_FUNCTION void block_multiply_panels(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
+                                  float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+#ifdef __AMX_BF16__
+    if (pairs) {
+        amx_prepare();
+        for (int64_t j = 0; j < columns; j += AMX_LANES) /* a panel of B stays in the first cache, A passes by */
+            for (int64_t i = 0; i < rows; i += 2 * AMX_ROWS)
+                amx_tile(a + i * words, b + j / AMX_LANES * b_panel_floats, words, c + i * c_stride + j, c_stride,
+                         at_most(rows - i, 2 * AMX_ROWS), at_most(columns - j, AMX_LANES), add);
+        return;
+    }
+#endif
     if (BF16_PAIRS && pairs)
-        block_multiply_of(true, a, b, words, c, c_stride, rows, columns, add);
+        block_multiply_of(true, a, b, b_panel_floats, words, c, c_stride, rows, columns, add);
     else
-        block_multiply_of(false, a, b, words, c, c_stride, rows, columns, add);
+        block_multiply_of(false, a, b, b_panel_floats, words, c, c_stride, rows, columns, add);
+}
+
+/* The same with both blocks packed over the same words. */
+HEADER_FUNCTION void block_multiply(bool pairs, const float *a, const float *b, int64_t words, float *c,
+                                  int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+    block_multiply_panels(pairs, a, b, panel_floats(words, TILE_COLUMNS), words, c, c_stride, rows, columns, add);
 }

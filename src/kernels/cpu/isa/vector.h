@@ -17,6 +17,13 @@ enum { VECTOR_LANES = 8 };
 enum { VECTOR_LANES = 4 };
 #endif
 
+/* True where bf16 multiply in tiles, see amx.h. */
+#ifdef __AMX_BF16__
+enum { BF16_TILES = 1 };
+#else
+enum { BF16_TILES = 0 };
+#endif
+
 /* True where two neighbouring bf16 of each operand multiply and add in one instruction. */
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -26,6 +33,8 @@ enum { BF16_PAIRS = 0 };
 #endif
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
+/* A function of a header that is too large to inline everywhere, and that not every file calls. */
+#define HEADER_FUNCTION static __attribute__((unused))
 
 typedef float vector_f32 __attribute__((vector_size(4 * VECTOR_LANES)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * VECTOR_LANES)));

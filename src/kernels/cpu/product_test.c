@@ -94,17 +94,16 @@ static struct tensor random_2d(enum dtype dtype, int64_t rows, int64_t columns) 
 /* ---- cases ---- */
 
 static void make_forward(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
-    (void)product;
-    ops->grouped_forward(t[0], t[1], t[2], t[3], t[4]);
+    ops->product_forward(t[0], t[1], t[2], test_packed(ops, t[3], false), t[4], product->accumulate);
 }
 
 static void make_backward_input(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
-    ops->grouped_backward_input(t[0], t[1], t[2], t[3], t[4], product->accumulate);
+    ops->product_backward_input(t[0], t[1], t[2], test_packed(ops, t[3], true), t[4], product->accumulate);
 }
 
 static void make_backward_weight(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
     (void)product;
-    ops->grouped_backward_weight(t[0], tensor_none(), t[1], t[2], t[3], t[4]);
+    ops->product_backward_weight(t[0], tensor_none(), t[1], t[2], t[3], t[4]);
 }
 
 static void make_gemm(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
@@ -161,9 +160,8 @@ static void case_gemm(int64_t m, int64_t n, int64_t k, int form, int d) {
                           .make = make_gemm});
 }
 
-/* Tiles of rows and of columns, with short ones at the ends; a single tile, which parallel_for runs outside of a
- * parallel region, with a long k that oneDNN could divide; k that fits the processor's tiles, and 63, which does not.
- */
+/* Tiles of rows and of columns, with short ones at the ends; a single tile with a long k; k that fits the
+ * processor's tiles, and 63, which does not. */
 static void test_gemm(void **state) {
     (void)state;
     for (int d = 0; d < DTYPES; d++)

@@ -1,0 +1,411 @@
+/* Products: dense, and grouped over ragged groups as one flat list of tasks over all experts.
+ *
+ * Weights are packed once an optimizer step into panels (panel.h), in the arrangement of forward, lanes along `out`, and
+ * of backward, lanes along `in`: [group][panel][k word][TILE_COLUMNS].
+ *
+ * Invariants
+ *  1. A number of the result is the work of one task, which sums over k in order: nothing depends on the threads.
+ *  2. Tasks are cut by the shapes and the offsets alone.
+ *  3. A task is (expert, rows, columns). It packs its rows once for all its columns, block by block of k, gathering
+ *     them on the way. The block of rows stays in the second cache while panels of weights pass by.
+ */
+#include "base/threads.h"
+#include "kernels/cpu/fillers.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/weights.h"
+
+enum {
+    K_WORDS_MAX = 512,       /* of a packed block */
+    ROWS_MAX = 256,          /* of a task */
+    ROWS_MIN = 64,           /* where there would be too few tasks */
+    BLOCK_COLUMNS = 256,     /* that all rows meet before the next ones: their weights stay in the second cache */
+    TASK_COLUMNS_MAX = 1024, /* of a task */
+    TASKS_WANTED = 48,
+    SIDE_MAX = 256, /* rows and columns of a task that packs both operands */
+    STACK_ROWS = 48, /* the same where sums must be rounded, and stand on the stack before: */
+    STACK_COLUMNS = 64, /* multiples of every copy's tile */
+};
+
+/* ---- checks ---- */
+
+static bool is_float(struct tensor t) {
+    return t.dtype == DTYPE_F32 || t.dtype == DTYPE_BF16;
+}
+
+static bool is_2d(struct tensor t, int64_t d0, int64_t d1) {
+    return t.shape[0] == d0 && t.shape[1] == d1 && t.shape[2] == 1 && t.shape[3] == 1;
+}
+
+static void check_offsets(struct tensor offsets, int64_t group_count, int64_t row_count) {
+    if (!tensor_exists(offsets)) {
+        CHECK_OP(group_count, ==, 1);
+        return;
+    }
+    const int32_t *offset = offsets.data;
+    CHECK(offsets.dtype == DTYPE_I32);
+    CHECK_OP(tensor_elements(offsets), ==, group_count + 1);
+    CHECK_OP(offset[0], ==, 0);
+    for (int64_t e = 0; e < group_count; e++)
+        CHECK_OP(offset[e], <=, offset[e + 1]);
+    CHECK_OP(offset[group_count], ==, row_count);
+}
+
+/* Every routed row has a row of `operand`, [any, columns]. */
+static void check_operand(struct tensor operand, int64_t columns, struct tensor rows, int64_t row_count) {
+    CHECK(is_float(operand) && is_2d(operand, operand.shape[0], columns));
+    if (!tensor_exists(rows)) {
+        CHECK_OP(operand.shape[0], >=, row_count);
+        return;
+    }
+    const int32_t *row = rows.data;
+    CHECK(rows.dtype == DTYPE_I32);
+    CHECK_OP(tensor_elements(rows), ==, row_count);
+    for (int64_t r = 0; r < row_count; r++)
+        CHECK(row[r] >= 0 && row[r] < operand.shape[0]);
+}
+
+/* First routed row of group e. */
+static int64_t group_begin(struct tensor offsets, int64_t e, int64_t row_count) {
+    return tensor_exists(offsets) ? ((const int32_t *)offsets.data)[e] : e * row_count;
+}
+
+/* ---- packed weights ---- */
+
+static size_t packed_bytes(struct packed w) {
+    if (w.dtype == DTYPE_F64)
+        return kernels_ref()->packed_bytes(w);
+    return sizeof(float) * (size_t)(w.groups * (forward_floats(&w) + backward_floats(&w)));
+}
+
+static void run_pack_task(void *context, int64_t index) {
+    pack_task(context, index);
+}
+
+static void pack_weights(struct tensor source, struct packed to) {
+    if (to.dtype == DTYPE_F64 || source.dtype == DTYPE_F64) {
+        CHECK(to.dtype == DTYPE_F64);
+        kernels_ref()->pack(source, to);
+        return;
+    }
+    CHECK(is_float(source));
+    struct pack_job job = pack_job_of(source, to);
+    parallel_for(to.groups * job.row_tasks, run_pack_task, &job);
+}
+
+/* ---- rows times packed weights ---- */
+
+struct task {
+    int64_t expert, row, row_end, column, column_end;
+};
+
+struct rows_job {
+    struct matrix x;
+    const float *panels; /* of group 0 */
+    int64_t group_floats, panel_floats;
+    int64_t k; /* summed over */
+    struct tensor y;
+    bool accumulate;
+    const struct task *tasks;
+};
+
+static char *y_at(const struct rows_job *job, int64_t row, int64_t column) {
+    return (char *)job->y.data + (row * job->y.shape[1] + column) * (int64_t)dtype_size(job->y.dtype);
+}
+
+/* y rows = or += c, rounded once. */
+static void store_bf16(const struct rows_job *job, const float *c, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns, int64_t c_stride) {
+    for (int64_t i = 0; i < rows; i++, c += c_stride) {
+        uint16_t *y = (uint16_t *)y_at(job, row + i, column);
+        int64_t j = 0;
+        for (; j + VECTOR_LANES <= columns; j += VECTOR_LANES) {
+            vector_f32 value = vector_load(c + j);
+            vector_store_bf16(y + j, job->accumulate ? value + vector_load_bf16(y + j) : value);
+        }
+        for (; j < columns; j++)
+            y[j] = float_to_bf16(job->accumulate ? c[j] + bf16_to_float(y[j]) : c[j]);
+    }
+}
+
+/* Scratch of a task: its packed rows and, for y in bf16, sums of f32: of a block of columns where k comes in one piece,
+ * of the whole task where it does not. */
+struct rows_scratch {
+    float *a, *c;
+    int64_t c_stride;
+};
+
+static struct rows_scratch rows_scratch_take(const struct rows_job *job, const struct task *task, int64_t k_block) {
+    int64_t rows = task->row_end - task->row, columns = task->column_end - task->column;
+    int64_t a_floats = divide_up(block_floats(rows, words_of(&job->x, k_block), TILE_ROWS), VECTOR_LANES) * VECTOR_LANES;
+    int64_t stride = k_block < job->k ? columns : at_most(columns, BLOCK_COLUMNS);
+    int64_t c_floats = job->y.dtype == DTYPE_BF16 ? rows * stride : 0;
+    float *memory = scratch_task(sizeof(float) * (size_t)(a_floats + c_floats));
+    return (struct rows_scratch){memory, memory + a_floats, stride};
+}
+
+/* One block of k against one block of columns. */
+static void rows_task_columns(const struct rows_job *job, const struct task *task, const struct rows_scratch *scratch,
+                              int64_t k, int64_t count, int64_t column) {
+    int64_t columns = at_most(task->column_end - column, BLOCK_COLUMNS), rows = task->row_end - task->row;
+    bool in_y = job->y.dtype == DTYPE_F32, first = k == 0, last = k + count == job->k;
+    const float *panel = job->panels + task->expert * job->group_floats + column / TILE_COLUMNS * job->panel_floats +
+                         k / word_elements(&job->x) * TILE_COLUMNS;
+    float *sums = scratch->c + (first && last ? 0 : column - task->column);
+    block_multiply_panels(word_elements(&job->x) == 2, scratch->a, panel, job->panel_floats, words_of(&job->x, count),
+                          in_y ? (float *)y_at(job, task->row, column) : sums,
+                          in_y ? job->y.shape[1] : scratch->c_stride, rows, columns,
+                          !first || (in_y && job->accumulate));
+    if (!in_y && last)
+        store_bf16(job, sums, task->row, rows, column, columns, scratch->c_stride);
+}
+
+static void rows_task(void *context, int64_t index) {
+    const struct rows_job *job = context;
+    const struct task *task = &job->tasks[index];
+    int64_t k_block = part_size(job->k, K_WORDS_MAX * word_elements(&job->x), 2 * VECTOR_LANES);
+    struct rows_scratch scratch = rows_scratch_take(job, task, k_block);
+    for (int64_t k = 0; k < job->k; k += k_block) {
+        int64_t count = at_most(job->k - k, k_block);
+        pack_a(LANES_ARE_ROWS, &job->x, task->row, task->row_end - task->row, k, count, scratch.a);
+        for (int64_t column = task->column; column < task->column_end; column += BLOCK_COLUMNS)
+            rows_task_columns(job, task, &scratch, k, count, column);
+    }
+}
+
+/* How large tasks are. */
+struct cut {
+    int64_t rows, columns;
+};
+
+/* Lists the tasks, or with tasks == NULL only counts them. */
+static int64_t list_tasks(struct tensor offsets, int64_t group_count, struct tensor y, struct cut cut,
+                          struct task *tasks) {
+    int64_t count = 0, columns = y.shape[1];
+    for (int64_t e = 0; e < group_count; e++) {
+        int64_t row = group_begin(offsets, e, y.shape[0]), end = group_begin(offsets, e + 1, y.shape[0]);
+        int64_t rows = part_size(end - row, cut.rows, TILE_ROWS);
+        for (; row < end; row += rows)
+            for (int64_t column = 0; column < columns; column += cut.columns, count++)
+                if (tasks)
+                    tasks[count] = (struct task){e, row, at_most(row + rows, end), column,
+                                                 at_most(column + cut.columns, columns)};
+    }
+    return count;
+}
+
+/* Large tasks, or smaller ones where there would be too few: first fewer columns, then fewer rows. */
+static struct cut choose_cut(struct tensor offsets, int64_t group_count, struct tensor y) {
+    int64_t limit = TASK_COLUMNS_MAX, rows = ROWS_MAX, columns = y.shape[1];
+    struct cut cut = {rows, part_size(columns, limit, TILE_COLUMNS)};
+    while (list_tasks(offsets, group_count, y, cut, NULL) < TASKS_WANTED && (limit > BLOCK_COLUMNS || rows > ROWS_MIN)) {
+        if (limit > BLOCK_COLUMNS)
+            limit /= 2;
+        else
+            rows /= 2;
+        cut = (struct cut){rows, part_size(columns, limit, TILE_COLUMNS)};
+    }
+    while (list_tasks(offsets, group_count, y, cut, NULL) < TASKS_WANTED / 4 && limit > TILE_COLUMNS) {
+        limit /= 2;
+        cut.columns = part_size(columns, limit, TILE_COLUMNS);
+    }
+    return cut;
+}
+
+static void multiply_rows(struct rows_job *job, struct tensor offsets, int64_t group_count) {
+    if (tensor_elements(job->y) == 0)
+        return;
+    if (job->k == 0) {
+        if (!job->accumulate)
+            memset(job->y.data, 0, tensor_bytes(job->y));
+        return;
+    }
+    struct cut cut = choose_cut(offsets, group_count, job->y);
+    int64_t count = list_tasks(offsets, group_count, job->y, cut, NULL);
+    struct task *tasks = scratch_call((size_t)count * sizeof *tasks);
+    list_tasks(offsets, group_count, job->y, cut, tasks);
+    job->tasks = tasks;
+    parallel_for(count, rows_task, job);
+}
+
+static void check_rows_call(struct tensor x, int64_t in, struct tensor rows, struct tensor offsets,
+                            const struct packed *w, struct tensor y, int64_t out) {
+    CHECK(w->data != NULL && w->dtype == x.dtype && (y.dtype == x.dtype || y.dtype == DTYPE_F32));
+    check_offsets(offsets, w->groups, y.shape[0]);
+    check_operand(x, in, rows, y.shape[0]);
+    CHECK(is_2d(y, y.shape[0], out));
+}
+
+static void product_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w, struct tensor y,
+                            bool accumulate) {
+    if (w.dtype == DTYPE_F64) {
+        kernels_ref()->product_forward(x, rows, offsets, w, y, accumulate);
+        return;
+    }
+    check_rows_call(x, w.in, rows, offsets, &w, y, w.out);
+    struct rows_job job = {.x = matrix_of(x, w.in, rows),
+                           .panels = w.data,
+                           .group_floats = forward_floats(&w),
+                           .k = w.in,
+                           .y = y,
+                           .accumulate = accumulate};
+    job.panel_floats = panel_floats(words_of(&job.x, w.in), TILE_COLUMNS);
+    multiply_rows(&job, offsets, w.groups);
+}
+
+static void product_backward_input(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
+                                   struct tensor dx, bool accumulate) {
+    if (w.dtype == DTYPE_F64) {
+        kernels_ref()->product_backward_input(dy, rows, offsets, w, dx, accumulate);
+        return;
+    }
+    CHECK(w.backward);
+    check_rows_call(dy, w.out, rows, offsets, &w, dx, w.in);
+    struct rows_job job = {.x = matrix_of(dy, w.out, rows),
+                           .panels = (float *)w.data + w.groups * forward_floats(&w),
+                           .group_floats = backward_floats(&w),
+                           .k = w.out,
+                           .y = dx,
+                           .accumulate = accumulate};
+    job.panel_floats = panel_floats(words_of(&job.x, w.out), TILE_COLUMNS);
+    multiply_rows(&job, offsets, w.groups);
+}
+
+/* ---- both operands new: gradients of weights, small products ---- */
+
+struct operand {
+    struct matrix matrix;
+    enum lanes lanes; /* the side of the matrix that becomes rows (of A) or columns (of B) of the result */
+};
+
+/* c [rows, columns] = or += the product over k in first..end-1 of lanes row.. of a and lanes column.. of b. */
+static void multiply_both(const struct operand *a, const struct operand *b, int64_t first, int64_t end, int64_t row,
+                          int64_t rows, int64_t column, int64_t columns, float *c, int64_t c_stride, bool add) {
+    const bool pairs = word_elements(&a->matrix) == 2;
+    int64_t block = part_size(end - first, K_WORDS_MAX / 2 * word_elements(&a->matrix), 2 * VECTOR_LANES);
+    int64_t words = words_of(&a->matrix, block), b_floats = block_floats(columns, words, TILE_COLUMNS);
+    float *packed_b = scratch_task(sizeof(float) * (size_t)(b_floats + block_floats(rows, words, TILE_ROWS)));
+    float *packed_a = packed_b + b_floats;
+    for (int64_t k = first; k < end; k += block) {
+        int64_t count = at_most(end - k, block);
+        pack_b(b->lanes, &b->matrix, column, columns, k, count, packed_b);
+        pack_a(a->lanes, &a->matrix, row, rows, k, count, packed_a);
+        block_multiply(pairs, packed_a, packed_b, words_of(&a->matrix, count), c, c_stride, rows, columns,
+                       add || k > first);
+    }
+}
+
+struct weight_job {
+    struct operand dy, x;
+    struct tensor dw, offsets;
+    int64_t row_count, out, in;
+    int64_t task_rows, task_columns; /* of one expert's dw */
+    int64_t row_tasks, column_tasks;
+};
+
+/* One expert's part of dw, block by block of routed rows. */
+static void weight_task(void *context, int64_t index) {
+    const struct weight_job *job = context;
+    int64_t tasks = job->row_tasks * job->column_tasks;
+    int64_t expert = index / tasks, row = index % tasks / job->column_tasks * job->task_rows;
+    int64_t column = index % job->column_tasks * job->task_columns;
+    int64_t rows = at_most(job->out - row, job->task_rows), columns = at_most(job->in - column, job->task_columns);
+    int64_t first = group_begin(job->offsets, expert, job->row_count);
+    int64_t end = group_begin(job->offsets, expert + 1, job->row_count);
+    if (first < end)
+        multiply_both(&job->dy, &job->x, first, end, row, rows, column, columns,
+                      (float *)job->dw.data + (expert * job->out + row) * job->in + column, job->in, true);
+}
+
+static void product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
+                                    struct tensor offsets, struct tensor dw) {
+    if (dw.dtype == DTYPE_F64) {
+        kernels_ref()->product_backward_weight(dy, dy_rows, x, x_rows, offsets, dw);
+        return;
+    }
+    struct tensor groups = dw.dim_count < 3 ? tensor_3d(dw.data, dw.dtype, 1, dw.shape[0], dw.shape[1]) : dw;
+    int64_t out = groups.shape[1], in = groups.shape[2];
+    int64_t row_count = tensor_exists(offsets)   ? ((const int32_t *)offsets.data)[groups.shape[0]]
+                        : tensor_exists(dy_rows) ? tensor_elements(dy_rows)
+                                                 : dy.shape[0];
+    CHECK(dw.dtype == DTYPE_F32 && dy.dtype == x.dtype);
+    CHECK_OP(groups.shape[3], ==, 1);
+    check_offsets(offsets, groups.shape[0], row_count);
+    check_operand(dy, out, dy_rows, row_count);
+    check_operand(x, in, x_rows, row_count);
+    if (tensor_elements(dw) == 0)
+        return;
+    struct weight_job job = {.dy = {matrix_of(dy, out, dy_rows), LANES_ARE_COLUMNS},
+                             .x = {matrix_of(x, in, x_rows), LANES_ARE_COLUMNS},
+                             .dw = dw,
+                             .offsets = offsets,
+                             .row_count = row_count,
+                             .out = out,
+                             .in = in,
+                             .task_rows = part_size(out, SIDE_MAX, TILE_ROWS),
+                             .task_columns = part_size(in, SIDE_MAX, TILE_COLUMNS)};
+    job.row_tasks = divide_up(out, job.task_rows);
+    job.column_tasks = divide_up(in, job.task_columns);
+    parallel_for(groups.shape[0] * job.row_tasks * job.column_tasks, weight_task, &job);
+}
+
+struct gemm_job {
+    struct operand a, b;
+    struct tensor c;
+    int64_t k, task_rows, task_columns, column_tasks;
+    bool accumulate;
+};
+
+static void gemm_task(void *context, int64_t index) {
+    const struct gemm_job *job = context;
+    int64_t row = index / job->column_tasks * job->task_rows, rows = at_most(job->c.shape[0] - row, job->task_rows);
+    int64_t column = index % job->column_tasks * job->task_columns, stride = job->c.shape[1];
+    int64_t columns = at_most(stride - column, job->task_columns);
+    if (job->c.dtype == DTYPE_F32) {
+        multiply_both(&job->a, &job->b, 0, job->k, row, rows, column, columns,
+                      (float *)job->c.data + row * stride + column, stride, job->accumulate);
+        return;
+    }
+    float sums[STACK_ROWS * STACK_COLUMNS];
+    struct rows_job store = {.y = job->c, .accumulate = job->accumulate};
+    multiply_both(&job->a, &job->b, 0, job->k, row, rows, column, columns, sums, STACK_COLUMNS, false);
+    store_bf16(&store, sums, row, rows, column, columns, STACK_COLUMNS);
+}
+
+static void gemm(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,
+                 bool accumulate) {
+    if (a.dtype == DTYPE_F64) {
+        kernels_ref()->gemm(a, transpose_a, b, transpose_b, c, accumulate);
+        return;
+    }
+    int64_t k = a.shape[!transpose_a];
+    bool in_c = c.dtype == DTYPE_F32;
+    CHECK(is_float(a) && a.dtype == b.dtype && (c.dtype == a.dtype || c.dtype == DTYPE_F32));
+    CHECK(is_2d(a, a.shape[0], a.shape[1]) && is_2d(b, b.shape[0], b.shape[1]));
+    CHECK(is_2d(c, a.shape[transpose_a], b.shape[!transpose_b]));
+    CHECK_OP(b.shape[transpose_b], ==, k);
+    if (tensor_elements(c) == 0)
+        return;
+    if (k == 0) {
+        if (!accumulate)
+            memset(c.data, 0, tensor_bytes(c));
+        return;
+    }
+    struct gemm_job job = {.a = {matrix_of(a, a.shape[1], tensor_none()), transpose_a ? LANES_ARE_COLUMNS : LANES_ARE_ROWS},
+                           .b = {matrix_of(b, b.shape[1], tensor_none()), transpose_b ? LANES_ARE_ROWS : LANES_ARE_COLUMNS},
+                           .c = c,
+                           .k = k,
+                           .task_rows = part_size(c.shape[0], in_c ? SIDE_MAX : STACK_ROWS, TILE_ROWS),
+                           .task_columns = part_size(c.shape[1], in_c ? SIDE_MAX : STACK_COLUMNS, TILE_COLUMNS),
+                           .accumulate = accumulate};
+    job.column_tasks = divide_up(c.shape[1], job.task_columns);
+    parallel_for(divide_up(c.shape[0], job.task_rows) * job.column_tasks, gemm_task, &job);
+}
+
+void ISA_NAME(product_fill)(struct kernel_ops *ops) {
+    ops->gemm = gemm;
+    ops->packed_bytes = packed_bytes;
+    ops->pack = pack_weights;
+    ops->product_forward = product_forward;
+    ops->product_backward_input = product_backward_input;
+    ops->product_backward_weight = product_backward_weight;
+}
