@@ -214,9 +214,9 @@ struct combine {
     bool accumulate;
 };
 
-/* Element `at` on of one token: `count` numbers in each of `vectors` vectors. */
-ALWAYS_INLINE void combine_numbers(enum dtype dtype, enum dtype y_dtype, const struct combine *c, int64_t token, int64_t at,
-                                   int vectors, int64_t count) {
+/* One token's elements from `at` on: `vectors` vectors of `count` numbers each. */
+ALWAYS_INLINE void combine_numbers(enum dtype dtype, enum dtype y_dtype, const struct combine *c, int64_t token,
+                                   int64_t at, int vectors, int64_t count) {
     const int32_t *row = (const int32_t *)c->slot_row.data + token * c->choices;
     vector_f32 sum[WAYS] = {{0}};
     for (int64_t k = 0; k < c->choices; k++) {
