@@ -315,8 +315,8 @@ ALWAYS_INLINE vector_f32 head_products(struct head_gradient g) {
     return g.low.dnormed * g.low.xhat + g.high.dnormed * g.high.xhat;
 }
 
-ALWAYS_INLINE void head_store(enum dtype dx_dtype, const struct norm *n, struct head_gradient g, int64_t head, float mean,
-                              float *part, int64_t j, int64_t count) {
+ALWAYS_INLINE void head_store(enum dtype dx_dtype, const struct norm *n, struct head_gradient g, int64_t head,
+                              float mean, float *part, int64_t j, int64_t count) {
     int64_t half = n->width / 2;
     float rstd = ((const float *)n->rstd.data)[head];
     struct pair sum = pair_load(DTYPE_F32, part, 0, half, j, count);
