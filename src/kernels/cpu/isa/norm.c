@@ -24,7 +24,7 @@ static void run_rows(struct norm *n, void (*task)(void *context, int64_t index))
 }
 
 /* Squares beyond the range of floats, or so small that they lose digits: rows that hardly occur. */
-static double wide_square_sum(enum dtype dtype, const void *x, int64_t first, int64_t count) {
+static __attribute__((noinline)) double wide_square_sum(enum dtype dtype, const void *x, int64_t first, int64_t count) {
     double sum = 0;
     for (int64_t i = first; i < first + count; i++) {
         double value = (double)numbers_load(dtype, x, i, 1)[0];
@@ -48,10 +48,10 @@ ALWAYS_INLINE float rstd_of(enum dtype dtype, const void *x, int64_t first, int6
         vector_f32 v = numbers_load(dtype, x, i, at_most(end - i, VECTOR_LANES));
         sums[0] += v * v;
     }
-    double sum = (double)vector_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if (!(sum > 1e-20 && sum < 3e38))
-        sum = wide_square_sum(dtype, x, first, count);
-    return (float)(1 / sqrt(sum / (double)count + epsilon));
+    float sum = vector_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if (__builtin_expect(!(sum > 1e-20f && sum < 3e38f), 0))
+        return (float)(1 / sqrt(wide_square_sum(dtype, x, first, count) / (double)count + epsilon));
+    return 1 / sqrtf(sum / (float)count + (float)epsilon);
 }
 
 /* ---- rows ------------------------------------------------------------------------------------------------------- */
@@ -64,7 +64,7 @@ ALWAYS_INLINE void scale_numbers(enum dtype x_dtype, enum dtype y_dtype, const s
 }
 
 ALWAYS_INLINE void forward_body(enum dtype x_dtype, enum dtype y_dtype, const void *context, int64_t index) {
-    const struct norm *n = context;
+    const struct norm job = *(const struct norm *)context, *n = &job; /* which no stored result can change */
     int64_t end = at_most((index + 1) * n->rows_per_task, n->rows);
     for (int64_t row = index * n->rows_per_task; row < end; row++) {
         float rstd = rstd_of(x_dtype, n->x.data, row * n->width, n->width, n->epsilon);
@@ -158,7 +158,7 @@ ALWAYS_INLINE void backward_rows(enum dtype dy_dtype, enum dtype x_dtype, enum d
 }
 
 ALWAYS_INLINE void backward_body(enum dtype dy_dtype, enum dtype x_dtype, const void *context, int64_t index) {
-    const struct norm *n = context;
+    const struct norm job = *(const struct norm *)context, *n = &job; /* which no stored result can change */
     if (n->dx.dtype == DTYPE_BF16)
         backward_rows(dy_dtype, x_dtype, DTYPE_BF16, n, index);
     else
@@ -210,6 +210,12 @@ static void rmsnorm_backward(struct tensor dy, struct tensor x, struct tensor we
 
 /* ---- per-head norm and rotation --------------------------------------------------------------------------------- */
 
+/* The same, for the widths that most heads have: as constants they let the short loops over a head unroll. */
+ALWAYS_INLINE struct norm with_width(int64_t width, struct norm n) {
+    n.width = width;
+    return n;
+}
+
 static const float *position_row(const struct norm *n, int64_t row) {
     return (const float *)n->table.data + (n->first_position + row % n->sequence_length) * n->width;
 }
@@ -243,8 +249,8 @@ ALWAYS_INLINE void turn_numbers(enum dtype x_dtype, enum dtype y_dtype, const st
                (struct pair){a * turn.low - b * turn.high, b * turn.low + a * turn.high});
 }
 
-ALWAYS_INLINE void qknorm_forward_body(enum dtype x_dtype, enum dtype y_dtype, const void *context, int64_t index) {
-    const struct norm *n = context;
+ALWAYS_INLINE void qknorm_forward_rows(enum dtype x_dtype, enum dtype y_dtype, struct norm job, int64_t index) {
+    const struct norm *n = &job;
     int64_t half = n->width / 2, end = at_most((index + 1) * n->rows_per_task, n->rows);
     for (int64_t row = index * n->rows_per_task; row < end; row++) {
         const float *angles = position_row(n, row);
@@ -258,6 +264,16 @@ ALWAYS_INLINE void qknorm_forward_body(enum dtype x_dtype, enum dtype y_dtype, c
                 turn_numbers(x_dtype, y_dtype, n, angles, first, rstd, j, half - j);
         }
     }
+}
+
+ALWAYS_INLINE void qknorm_forward_body(enum dtype x_dtype, enum dtype y_dtype, const void *context, int64_t index) {
+    const struct norm *n = context;
+    if (n->width == 64)
+        qknorm_forward_rows(x_dtype, y_dtype, with_width(64, *n), index);
+    else if (n->width == 128)
+        qknorm_forward_rows(x_dtype, y_dtype, with_width(128, *n), index);
+    else
+        qknorm_forward_rows(x_dtype, y_dtype, *n, index);
 }
 
 static void qknorm_forward_task(void *context, int64_t index) {
@@ -346,7 +362,8 @@ ALWAYS_INLINE void head_backward(enum dtype dy_dtype, enum dtype x_dtype, enum d
 }
 
 ALWAYS_INLINE void qknorm_backward_rows(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype,
-                                        const struct norm *n, int64_t index) {
+                                        struct norm job, int64_t index) {
+    const struct norm *n = &job;
     float *part = n->parts + index * n->width;
     memset(part, 0, (size_t)n->width * sizeof *part);
     int64_t end = at_most((index + 1) * n->rows_per_task, n->rows);
@@ -357,12 +374,22 @@ ALWAYS_INLINE void qknorm_backward_rows(enum dtype dy_dtype, enum dtype x_dtype,
     }
 }
 
+ALWAYS_INLINE void qknorm_backward_widths(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype,
+                                          const struct norm *n, int64_t index) {
+    if (n->width == 64)
+        qknorm_backward_rows(dy_dtype, x_dtype, dx_dtype, with_width(64, *n), index);
+    else if (n->width == 128)
+        qknorm_backward_rows(dy_dtype, x_dtype, dx_dtype, with_width(128, *n), index);
+    else
+        qknorm_backward_rows(dy_dtype, x_dtype, dx_dtype, *n, index);
+}
+
 ALWAYS_INLINE void qknorm_backward_body(enum dtype dy_dtype, enum dtype x_dtype, const void *context, int64_t index) {
     const struct norm *n = context;
     if (n->dx.dtype == DTYPE_BF16)
-        qknorm_backward_rows(dy_dtype, x_dtype, DTYPE_BF16, n, index);
+        qknorm_backward_widths(dy_dtype, x_dtype, DTYPE_BF16, n, index);
     else
-        qknorm_backward_rows(dy_dtype, x_dtype, DTYPE_F32, n, index);
+        qknorm_backward_widths(dy_dtype, x_dtype, DTYPE_F32, n, index);
 }
 
 static void qknorm_backward_task(void *context, int64_t index) {

@@ -7,10 +7,6 @@
 
 #include "kernels/cpu/isa/matrix.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 /* A task reads and writes about so many elements: some tens of microseconds. */
 enum { TASK_ELEMENTS = 1 << 15 };
 
@@ -37,7 +33,7 @@ ALWAYS_INLINE vector_f32 numbers_load(enum dtype dtype, const void *array, int64
 #ifdef __AVX512F__
     if (dtype == DTYPE_BF16) {
         vector_u16 halves = (vector_u16)_mm256_maskz_loadu_epi16(first_lanes(count), from);
-        return (vector_f32)(__builtin_convertvector(halves, vector_u32) << 16);
+        return (vector_f32)(vector_widen(halves) << 16);
     }
     return (vector_f32)_mm512_maskz_loadu_ps(first_lanes(count), from);
 #else

@@ -8,6 +8,9 @@
 #include "tensor/tensor.h"
 
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { VECTOR_LANES = 16 };
@@ -19,7 +22,6 @@ enum { VECTOR_LANES = 4 };
 
 /* True where two neighbouring bf16 of each operand multiply and add in one instruction. */
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 enum { BF16_PAIRS = 1 };
 #else
 enum { BF16_PAIRS = 0 };
@@ -49,10 +51,21 @@ ALWAYS_INLINE vector_f32 vector_splat_word(bool pairs, const float *word) {
     return pairs ? (vector_f32)(bits + (vector_u32){0}) : *word - (vector_f32){0};
 }
 
+/* One instruction; the compiler makes four of a __builtin_convertvector. */
+ALWAYS_INLINE vector_u32 vector_widen(vector_u16 v) {
+#if defined(__AVX512F__)
+    return (vector_u32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (vector_u32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, vector_u32);
+#endif
+}
+
 ALWAYS_INLINE vector_u32 vector_load_u16(const uint16_t *from) {
     vector_u16 v;
     memcpy(&v, from, sizeof v);
-    return __builtin_convertvector(v, vector_u32);
+    return vector_widen(v);
 }
 
 /* VECTOR_LANES bf16 as floats. */
