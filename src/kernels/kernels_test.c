@@ -863,14 +863,32 @@ static void test_router(void **state) {
     (void)state;
     static const int64_t shapes[][3] = {{1, 1, 1},   {3, 2, 1},    {5, 7, 7},   {17, 8, 2},
                                         {33, 16, 4}, {2, 17, 3},   {65, 64, 8}, {7, 129, 6},
-                                        {600, 8, 2}, {31, 65, 65}, {0, 8, 2}};
-    for (int i = 0; i < 11; i++)
+                                        {600, 8, 2}, {31, 65, 65}, {0, 8, 2},    {300, 1, 1},
+                                        {33, 3, 2},  {40, 8, 8},   {260, 64, 8}, {19, 256, 8}};
+    for (int i = 0; i < 16; i++)
         for (int kind = 0; kind < SCORES_COUNT; kind++)
             for (int normalize = 0; normalize < 2; normalize++) {
                 enum dtype dtype = (i + kind) % 4 ? DTYPE_F32 : DTYPE_F64;
                 case_router(kind, dtype, shapes[i][0], shapes[i][1], shapes[i][2], normalize);
             }
     expect_no_failures();
+}
+
+/* 0 and -0 are a tie; with numbers that are none, the chosen are still different experts, none of those while others
+ * are left. */
+static void test_router_special_numbers(void **state) {
+    (void)state;
+    float logits[4][4] = {{-0.0f, 0, -0.0f, 0}, {NAN, 1, -NAN, 2}, {NAN, NAN, NAN, NAN}, {-INFINITY, 3, -INFINITY, 2}};
+    static const int32_t expected[4][4] = {{0, 1, 2, 3}, {3, 1, 0, 2}, {0, 1, 2, 3}, {1, 3, 0, 2}};
+    float prob[16], weight[16];
+    int32_t expert[16];
+    for (int b = 0; b < backend_count; b++) {
+        backends[b]->router_topk_forward(tensor_2d(logits, DTYPE_F32, 4, 4), true, tensor_2d(prob, DTYPE_F32, 4, 4),
+                                         tensor_2d(expert, DTYPE_I32, 4, 4), tensor_2d(weight, DTYPE_F32, 4, 4));
+        for (int i = 0; i < 16; i++)
+            if (i / 4 != 1 || strcmp(backend_names[b], "ref") != 0) /* compares with the first one left, a NaN */
+                assert_int_equal(expert[i], expected[i / 4][i % 4]);
+    }
 }
 
 static void make_combine_rows(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
@@ -907,6 +925,8 @@ static void test_route_and_combine(void **state) {
     }
     case_route(test_indices(make_2d(DTYPE_I32, 0, 2), 4), 4);
     case_route(test_indices(make_2d(DTYPE_I32, 5000, 2), 8), 8);
+    case_route(test_indices(make_2d(DTYPE_I32, 25000, 2), 32), 33); /* several tasks */
+    case_route(test_filled(make_2d(DTYPE_I32, 12000, 3), 4), 5);
     expect_no_failures();
 }
 
@@ -965,6 +985,31 @@ static void case_swiglu_backward(struct tensor like, double scale, bool weighted
     run(&call);
 }
 
+/* Every operand of its own dtype. */
+static void case_swiglu_mixed(int64_t rows, int64_t width) {
+    struct tensor f32 = make_2d(DTYPE_F32, rows, width), bf16 = make_2d(DTYPE_BF16, rows, width);
+    struct call forward = {.operation = "swiglu_forward", .label = "mixed", .make = make_swiglu_forward, .slack = 2};
+    add_in(&forward, "gate", test_random(bf16, 2));
+    add_in(&forward, "up", test_random(f32, 1));
+    add_row_weight(&forward, DTYPE_F32, rows, true);
+    add_out(&forward, "act", bf16);
+    run(&forward);
+
+    struct call backward = {.operation = "swiglu_backward",
+                            .label = "mixed",
+                            .make = make_swiglu_backward,
+                            .slack = 2,
+                            .magnitude = 0.1};
+    int dact = add_in(&backward, "dact", test_random(f32, 1));
+    int gate = add_in(&backward, "gate", test_random(bf16, 2));
+    add_in(&backward, "up", test_random(bf16, 1));
+    add_row_weight(&backward, DTYPE_F32, rows, true);
+    add_out_over(&backward, "dgate", f32, dact);
+    add_out_over(&backward, "dup", bf16, gate);
+    add_out(&backward, "drow_weight", make_1d(DTYPE_F32, rows));
+    run(&backward);
+}
+
 static void test_swiglu(void **state) {
     (void)state;
     static const int places[][2] = {{-1, -1}, {1, 2}, {0, 2}, {1, 0}, {2, 1}, {0, -1}};
@@ -980,6 +1025,7 @@ static void test_swiglu(void **state) {
             case_swiglu_forward(make_2d(float_dtypes[d], 9, 35), scales[i], true, -1);
             case_swiglu_backward(make_2d(float_dtypes[d], 9, 35), scales[i], true, -1, -1);
         }
+        case_swiglu_mixed(17, odd_sizes[5 + d]);
         case_swiglu_forward(make_2d(float_dtypes[d], 0, 35), 1, true, -1);
         case_swiglu_backward(make_2d(float_dtypes[d], 0, 35), 1, true, -1, -1);
     }
@@ -1075,6 +1121,25 @@ static void case_cross_entropy(int64_t rows, int64_t vocabulary, enum dtype real
     run(&call);
 }
 
+/* Logits far apart, and rows of several blocks whose maximum grows until the end. */
+static void case_cross_entropy_hard(int64_t vocabulary, double end, double step, enum dtype gradient) {
+    struct call call = {.operation = "cross_entropy",
+                        .label = end > 0 ? "logits far apart" : "rising logits",
+                        .make = make_cross_entropy,
+                        .scalar = 1,
+                        .slack = 2 + 10 * step,
+                        .magnitude = 0.01};
+    struct tensor logits = test_tensor(make_2d(DTYPE_F32, 6, vocabulary));
+    for (int64_t i = 0; i < tensor_elements(logits); i++)
+        test_set(logits, i, end * (i % 3 ? 1 : -1) + step * (double)(i % vocabulary));
+    add_in(&call, "logits", logits);
+    add_in(&call, "target", make_targets(6, vocabulary, false));
+    add_sum(&call, "loss_sum", test_filled(make_1d(DTYPE_F64, 1), 3));
+    add_out(&call, "row_loss", make_1d(DTYPE_F32, 6));
+    add_out(&call, "dlogits", make_2d(gradient, 6, vocabulary));
+    run(&call);
+}
+
 static void test_cross_entropy(void **state) {
     (void)state;
     for (int i = 0; i < ODD_SIZES; i++)
@@ -1092,6 +1157,11 @@ static void test_cross_entropy(void **state) {
         case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 1, -1000, form, false);
         case_cross_entropy(7, 33, DTYPE_F32, DTYPE_F32, 200, 0, form, false);
         case_cross_entropy(5, 5003, DTYPE_F32, DTYPE_F32, 3, 0, form, false);
+    }
+    for (int d = 0; d < 2; d++) {
+        case_cross_entropy_hard(3001, 0, 0.01, float_dtypes[d]);
+        case_cross_entropy_hard(1537, 0, 1, float_dtypes[d]);
+        case_cross_entropy_hard(35, 1e9, 0, float_dtypes[d]);
     }
     expect_no_failures();
 }
@@ -1213,6 +1283,7 @@ int main(void) {
         cmocka_unit_test(test_qknorm_rope),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_router),
+        cmocka_unit_test(test_router_special_numbers),
         cmocka_unit_test(test_route_and_combine),
         cmocka_unit_test(test_swiglu),
         cmocka_unit_test(test_embedding),

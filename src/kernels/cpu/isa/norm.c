@@ -1,11 +1,15 @@
-/* RMS norms. Forward is one pass a row; the gradient of the weight is summed over fixed chunks of rows first, then over
- * the chunks in order, so that it does not depend on the threads. */
-#include "kernels/cpu/isa/lanes.h"
+/* RMS norms. A row is read twice, the second time from the nearest cache. The gradient of the weight is summed over the
+ * rows of each task first, then over the tasks in order, so that it does not depend on the threads. */
+#include "kernels/cpu/isa/numbers.h"
 
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/scratch.h"
 
-enum { ROWS_PER_TASK = 64, PARTS_MAX = 64 };
+#include <math.h>
+
+enum { PARTS_MAX = 256, WAYS = 4 }; /* several sums, so that an addition need not wait for the one before */
 
 struct norm {
     struct tensor dy, x, weight, table, y, rstd, dx; /* y or dx is the result */
@@ -15,52 +19,67 @@ struct norm {
     float *parts; /* [tasks, width] of dweight */
 };
 
-static float square_sum(const float *x, int64_t count) {
-    vfloat sum0 = {0}, sum1 = {0};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= count; i += 2 * LANES) {
-        vfloat a = vload(x + i), b = vload(x + i + LANES);
-        sum0 += a * a;
-        sum1 += b * b;
+static void run_rows(struct norm *n, void (*task)(void *context, int64_t index)) {
+    parallel_for(divide_up(n->rows, n->rows_per_task), task, n);
+}
+
+/* Squares beyond the range of floats, or so small that they lose digits: rows that hardly occur. */
+static __attribute__((noinline)) double wide_square_sum(enum dtype dtype, const void *x, int64_t first, int64_t count) {
+    double sum = 0;
+    for (int64_t i = first; i < first + count; i++) {
+        double value = (double)numbers_load(dtype, x, i, 1)[0];
+        sum += value * value;
     }
-    float sum = vsum(sum0 + sum1);
-    for (; i < count; i++)
-        sum += x[i] * x[i];
     return sum;
 }
 
-/* 1/sqrt(mean(x^2) + epsilon); in double where the squares leave the range of floats. */
-static float row_rstd(const float *x, int64_t count, double epsilon) {
-    float sum = square_sum(x, count);
-    if (isfinite(sum) && sum > 1e-20f)
-        return (float)(1 / sqrt((double)sum / (double)count + epsilon));
-    double wide = 0;
-    for (int64_t i = 0; i < count; i++)
-        wide += (double)x[i] * (double)x[i];
-    return (float)(1 / sqrt(wide / (double)count + epsilon));
+/* 1/sqrt(mean(x^2) + epsilon) of elements first .. first+count-1. */
+ALWAYS_INLINE float rstd_of(enum dtype dtype, const void *x, int64_t first, int64_t count, double epsilon) {
+    vector_f32 sums[WAYS] = {{0}};
+    int64_t i = first, end = first + count;
+    for (; i + WAYS * VECTOR_LANES <= end; i += WAYS * VECTOR_LANES) {
+#pragma GCC unroll 4
+        for (int way = 0; way < WAYS; way++) {
+            vector_f32 v = numbers_load(dtype, x, i + way * VECTOR_LANES, VECTOR_LANES);
+            sums[way] += v * v;
+        }
+    }
+    for (; i < end; i += VECTOR_LANES) {
+        vector_f32 v = numbers_load(dtype, x, i, at_most(end - i, VECTOR_LANES));
+        sums[0] += v * v;
+    }
+    float sum = vector_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if (__builtin_expect(!(sum > 1e-20f && sum < 3e38f), 0))
+        return (float)(1 / sqrt(wide_square_sum(dtype, x, first, count) / (double)count + epsilon));
+    return 1 / sqrtf(sum / (float)count + (float)epsilon);
+}
+
+/* ---- rows ------------------------------------------------------------------------------------------------------- */
+
+ALWAYS_INLINE void scale_numbers(enum dtype x_dtype, enum dtype y_dtype, const struct norm *n, int64_t row, float rstd,
+                                 int64_t i, int64_t count) {
+    vector_f32 x = numbers_load(x_dtype, n->x.data, row * n->width + i, count);
+    vector_f32 weight = numbers_load(DTYPE_F32, n->weight.data, i, count);
+    numbers_store(y_dtype, n->y.data, row * n->width + i, count, x * rstd * weight);
+}
+
+ALWAYS_INLINE void forward_body(enum dtype x_dtype, enum dtype y_dtype, const void *context, int64_t index) {
+    const struct norm job = *(const struct norm *)context, *n = &job; /* which no stored result can change */
+    int64_t end = at_most((index + 1) * n->rows_per_task, n->rows);
+    for (int64_t row = index * n->rows_per_task; row < end; row++) {
+        float rstd = rstd_of(x_dtype, n->x.data, row * n->width, n->width, n->epsilon);
+        ((float *)n->rstd.data)[row] = rstd;
+        int64_t i = 0;
+        for (; i + VECTOR_LANES <= n->width; i += VECTOR_LANES)
+            scale_numbers(x_dtype, y_dtype, n, row, rstd, i, VECTOR_LANES);
+        if (i < n->width)
+            scale_numbers(x_dtype, y_dtype, n, row, rstd, i, n->width - i);
+    }
 }
 
 static void forward_task(void *context, int64_t index) {
     const struct norm *n = context;
-    const float *weight = n->weight.data;
-    float *buffer = slot_take(SLOT_A, (size_t)n->width * sizeof *buffer);
-    float *out = slot_take(SLOT_B, (size_t)n->width * sizeof *out);
-    int64_t end = smaller((index + 1) * n->rows_per_task, n->rows);
-    for (int64_t row = index * n->rows_per_task; row < end; row++) {
-        const float *x = row_as_float(n->x, row, n->width, buffer);
-        float rstd = row_rstd(x, n->width, n->epsilon);
-        ((float *)n->rstd.data)[row] = rstd;
-        for (int64_t i = 0; i < n->width; i++)
-            out[i] = x[i] * rstd * weight[i];
-        store_row(n->y, row, n->width, out);
-    }
-}
-
-static void run_rows(struct norm *n, void (*task)(void *context, int64_t index), int64_t rows) {
-    n->rows_per_task = ROWS_PER_TASK;
-    if (rows > PARTS_MAX * ROWS_PER_TASK)
-        n->rows_per_task = (rows + PARTS_MAX - 1) / PARTS_MAX;
-    parallel_for((rows + n->rows_per_task - 1) / n->rows_per_task, task, n);
+    with_dtypes(n->x.dtype, n->y.dtype, forward_body, n, index);
 }
 
 static void rmsnorm_forward(struct tensor x, struct tensor weight, double epsilon, struct tensor y,
@@ -72,60 +91,105 @@ static void rmsnorm_forward(struct tensor x, struct tensor weight, double epsilo
     CHECK(weight.dtype == DTYPE_F32 && rstd.dtype == DTYPE_F32 && tensor_same_shape(x, y));
     CHECK_OP(tensor_elements(weight), ==, x.shape[1]);
     struct norm n = {.x = x, .weight = weight, .y = y, .rstd = rstd, .epsilon = epsilon, .rows = x.shape[0],
-                     .width = x.shape[1]};
-    run_rows(&n, forward_task, n.rows);
+                     .width = x.shape[1], .rows_per_task = rows_per_task(x.shape[1])};
+    run_rows(&n, forward_task);
 }
 
-/* dx = rstd * (dy*w - xhat * mean(dy*w*xhat)), part += dy*xhat, with xhat = x*rstd. */
-static void backward_row(const float *dy, const float *x, const float *weight, float rstd, int64_t width, float *dx,
-                         float *part) {
-    vfloat sum = {0};
+/* What one vector of a normalised row needs on its way back. */
+struct gradient {
+    vector_f32 dnormed, xhat; /* dy * weight, x * rstd */
+};
+
+/* dx = rstd * (dnormed - xhat * mean), mean over the row of dnormed * xhat. */
+ALWAYS_INLINE vector_f32 gradient_dx(struct gradient g, float rstd, float mean) {
+    return rstd * (g.dnormed - g.xhat * mean);
+}
+
+/* Elements i .. i+count-1 of a row; *dy gets the gradient itself. */
+ALWAYS_INLINE struct gradient row_gradient(enum dtype dy_dtype, enum dtype x_dtype, const struct norm *n, int64_t row,
+                                           int64_t i, int64_t count, vector_f32 *dy) {
+    *dy = numbers_load(dy_dtype, n->dy.data, row * n->width + i, count);
+    vector_f32 x = numbers_load(x_dtype, n->x.data, row * n->width + i, count);
+    float rstd = ((const float *)n->rstd.data)[row];
+    return (struct gradient){*dy * numbers_load(DTYPE_F32, n->weight.data, i, count), x * rstd};
+}
+
+ALWAYS_INLINE float row_mean(enum dtype dy_dtype, enum dtype x_dtype, const struct norm *n, int64_t row) {
+    vector_f32 sums[2] = {{0}}, dy;
     int64_t i = 0;
-    for (; i + LANES <= width; i += LANES)
-        sum += vload(dy + i) * vload(weight + i) * (vload(x + i) * rstd);
-    float mean = vsum(sum);
-    for (; i < width; i++)
-        mean += dy[i] * weight[i] * (x[i] * rstd);
-    mean /= (float)width;
-    for (i = 0; i < width; i++) {
-        float xhat = x[i] * rstd;
-        part[i] += dy[i] * xhat;
-        dx[i] = rstd * (dy[i] * weight[i] - xhat * mean);
+    for (; i + 2 * VECTOR_LANES <= n->width; i += 2 * VECTOR_LANES) {
+#pragma GCC unroll 2
+        for (int way = 0; way < 2; way++) {
+            struct gradient g = row_gradient(dy_dtype, x_dtype, n, row, i + way * VECTOR_LANES, VECTOR_LANES, &dy);
+            sums[way] += g.dnormed * g.xhat;
+        }
     }
+    for (; i < n->width; i += VECTOR_LANES) {
+        struct gradient g = row_gradient(dy_dtype, x_dtype, n, row, i, at_most(n->width - i, VECTOR_LANES), &dy);
+        sums[0] += g.dnormed * g.xhat;
+    }
+    return vector_sum(sums[0] + sums[1]) / (float)n->width;
+}
+
+ALWAYS_INLINE void backward_numbers(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype, const struct norm *n,
+                                    int64_t row, float mean, float *part, int64_t i, int64_t count) {
+    vector_f32 dy;
+    struct gradient g = row_gradient(dy_dtype, x_dtype, n, row, i, count, &dy);
+    vector_f32 dx = gradient_dx(g, ((const float *)n->rstd.data)[row], mean);
+    numbers_store(DTYPE_F32, part, i, count, numbers_load(DTYPE_F32, part, i, count) + dy * g.xhat);
+    if (n->accumulate)
+        dx += numbers_load(dx_dtype, n->dx.data, row * n->width + i, count);
+    numbers_store(dx_dtype, n->dx.data, row * n->width + i, count, dx);
+}
+
+ALWAYS_INLINE void backward_rows(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype, const struct norm *n,
+                                 int64_t index) {
+    float *part = n->parts + index * n->width;
+    memset(part, 0, (size_t)n->width * sizeof *part);
+    int64_t end = at_most((index + 1) * n->rows_per_task, n->rows);
+    for (int64_t row = index * n->rows_per_task; row < end; row++) {
+        float mean = row_mean(dy_dtype, x_dtype, n, row);
+        int64_t i = 0;
+        for (; i + VECTOR_LANES <= n->width; i += VECTOR_LANES)
+            backward_numbers(dy_dtype, x_dtype, dx_dtype, n, row, mean, part, i, VECTOR_LANES);
+        if (i < n->width)
+            backward_numbers(dy_dtype, x_dtype, dx_dtype, n, row, mean, part, i, n->width - i);
+    }
+}
+
+ALWAYS_INLINE void backward_body(enum dtype dy_dtype, enum dtype x_dtype, const void *context, int64_t index) {
+    const struct norm job = *(const struct norm *)context, *n = &job; /* which no stored result can change */
+    if (n->dx.dtype == DTYPE_BF16)
+        backward_rows(dy_dtype, x_dtype, DTYPE_BF16, n, index);
+    else
+        backward_rows(dy_dtype, x_dtype, DTYPE_F32, n, index);
 }
 
 static void backward_task(void *context, int64_t index) {
     const struct norm *n = context;
-    size_t bytes = (size_t)n->width * sizeof(float);
-    float *x_buffer = slot_take(SLOT_A, bytes), *dy_buffer = slot_take(SLOT_B, bytes);
-    float *out = slot_take(SLOT_C, bytes), *before = slot_take(SLOT_D, bytes);
-    float *part = n->parts + index * n->width;
-    memset(part, 0, bytes);
-    int64_t end = smaller((index + 1) * n->rows_per_task, n->rows);
-    for (int64_t row = index * n->rows_per_task; row < end; row++) {
-        const float *x = row_as_float(n->x, row, n->width, x_buffer);
-        const float *dy = row_as_float(n->dy, row, n->width, dy_buffer);
-        backward_row(dy, x, n->weight.data, ((const float *)n->rstd.data)[row], n->width, out, part);
-        if (n->accumulate) {
-            const float *dx = row_as_float(n->dx, row, n->width, before);
-            for (int64_t i = 0; i < n->width; i++)
-                out[i] += dx[i];
-        }
-        store_row(n->dx, row, n->width, out);
-    }
+    with_dtypes(n->dy.dtype, n->x.dtype, backward_body, n, index);
 }
 
-static void add_parts(const float *parts, int64_t part_count, int64_t width, float *dweight) {
-    for (int64_t i = 0; i < width; i++) {
-        double sum = 0;
+/* dweight += the parts in order, summed in double. A block of columns at a time, so that rows are read along. */
+static void add_parts(const struct norm *n, float *dweight) {
+    enum { BLOCK = 64 };
+    int64_t part_count = divide_up(n->rows, n->rows_per_task);
+    for (int64_t first = 0; first < n->width; first += BLOCK) {
+        int64_t count = at_most(n->width - first, BLOCK);
+        double sum[BLOCK] = {0};
         for (int64_t p = 0; p < part_count; p++)
-            sum += (double)parts[p * width + i];
-        dweight[i] += (float)sum;
+            for (int64_t i = 0; i < count; i++)
+                sum[i] += (double)n->parts[p * n->width + first + i];
+        for (int64_t i = 0; i < count; i++)
+            dweight[first + i] += (float)sum[i];
     }
 }
 
-static float *take_parts(int64_t width) {
-    return slot_take(SLOT_G, (size_t)(PARTS_MAX * width) * sizeof(float));
+/* Tasks for a backward pass and memory for their parts, whose number is bounded. */
+static void plan_parts(struct norm *n, int64_t row_elements) {
+    int64_t rows = rows_per_task(row_elements), fewest = divide_up(n->rows, PARTS_MAX);
+    n->rows_per_task = rows > fewest ? rows : fewest;
+    n->parts = scratch_call((size_t)(divide_up(n->rows, n->rows_per_task) * n->width) * sizeof *n->parts);
 }
 
 static void rmsnorm_backward(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
@@ -134,39 +198,96 @@ static void rmsnorm_backward(struct tensor dy, struct tensor x, struct tensor we
         kernels_ref()->rmsnorm_backward(dy, x, weight, rstd, dx, accumulate, dweight);
         return;
     }
-    CHECK(tensor_same_shape(dy, x) && tensor_same_shape(dx, x) && dweight.dtype == DTYPE_F32);
+    CHECK(tensor_same_shape(dy, x) && tensor_same_shape(dx, x));
+    CHECK(weight.dtype == DTYPE_F32 && rstd.dtype == DTYPE_F32 && dweight.dtype == DTYPE_F32);
+    CHECK_OP(tensor_elements(weight), ==, x.shape[1]);
     struct norm n = {.dy = dy, .x = x, .weight = weight, .rstd = rstd, .dx = dx, .rows = x.shape[0],
-                     .width = x.shape[1], .accumulate = accumulate, .parts = take_parts(x.shape[1])};
-    run_rows(&n, backward_task, n.rows);
-    add_parts(n.parts, (n.rows + n.rows_per_task - 1) / n.rows_per_task, n.width, dweight.data);
+                     .width = x.shape[1], .accumulate = accumulate};
+    plan_parts(&n, n.width);
+    run_rows(&n, backward_task);
+    add_parts(&n, dweight.data);
 }
 
-/* ---- per-head norm and rotation ----------------------------------------------------------------------------------------- */
+/* ---- per-head norm and rotation --------------------------------------------------------------------------------- */
+
+/* The same, for the widths that most heads have: as constants they let the short loops over a head unroll. */
+ALWAYS_INLINE struct norm with_width(int64_t width, struct norm n) {
+    n.width = width;
+    return n;
+}
 
 static const float *position_row(const struct norm *n, int64_t row) {
     return (const float *)n->table.data + (n->first_position + row % n->sequence_length) * n->width;
 }
 
+/* Numbers of a pair of halves. */
+struct pair {
+    vector_f32 low, high;
+};
+
+/* Elements j .. and j + half .. of an array from `first` on. */
+ALWAYS_INLINE struct pair pair_load(enum dtype dtype, const void *array, int64_t first, int64_t half, int64_t j,
+                                    int64_t count) {
+    return (struct pair){numbers_load(dtype, array, first + j, count),
+                         numbers_load(dtype, array, first + half + j, count)};
+}
+
+ALWAYS_INLINE void pair_store(enum dtype dtype, void *array, int64_t first, int64_t half, int64_t j, int64_t count,
+                              struct pair p) {
+    numbers_store(dtype, array, first + j, count, p.low);
+    numbers_store(dtype, array, first + half + j, count, p.high);
+}
+
+ALWAYS_INLINE void turn_numbers(enum dtype x_dtype, enum dtype y_dtype, const struct norm *n, const float *angles,
+                                int64_t first, float rstd, int64_t j, int64_t count) {
+    int64_t half = n->width / 2;
+    struct pair x = pair_load(x_dtype, n->x.data, first, half, j, count);
+    struct pair weight = pair_load(DTYPE_F32, n->weight.data, 0, half, j, count);
+    struct pair turn = pair_load(DTYPE_F32, angles, 0, half, j, count); /* cosines and sines */
+    vector_f32 a = x.low * rstd * weight.low, b = x.high * rstd * weight.high;
+    pair_store(y_dtype, n->y.data, first, half, j, count,
+               (struct pair){a * turn.low - b * turn.high, b * turn.low + a * turn.high});
+}
+
+ALWAYS_INLINE void qknorm_forward_rows(enum dtype x_dtype, enum dtype y_dtype, struct norm job, int64_t index) {
+    const struct norm *n = &job;
+    int64_t half = n->width / 2, end = at_most((index + 1) * n->rows_per_task, n->rows);
+    for (int64_t row = index * n->rows_per_task; row < end; row++) {
+        const float *angles = position_row(n, row);
+        for (int64_t head = row * n->heads; head < (row + 1) * n->heads; head++) {
+            int64_t first = head * n->width, j = 0;
+            float rstd = rstd_of(x_dtype, n->x.data, first, n->width, n->epsilon);
+            ((float *)n->rstd.data)[head] = rstd;
+            for (; j + VECTOR_LANES <= half; j += VECTOR_LANES)
+                turn_numbers(x_dtype, y_dtype, n, angles, first, rstd, j, VECTOR_LANES);
+            if (j < half)
+                turn_numbers(x_dtype, y_dtype, n, angles, first, rstd, j, half - j);
+        }
+    }
+}
+
+ALWAYS_INLINE void qknorm_forward_body(enum dtype x_dtype, enum dtype y_dtype, const void *context, int64_t index) {
+    const struct norm *n = context;
+    if (n->width == 64)
+        qknorm_forward_rows(x_dtype, y_dtype, with_width(64, *n), index);
+    else if (n->width == 128)
+        qknorm_forward_rows(x_dtype, y_dtype, with_width(128, *n), index);
+    else
+        qknorm_forward_rows(x_dtype, y_dtype, *n, index);
+}
+
 static void qknorm_forward_task(void *context, int64_t index) {
     const struct norm *n = context;
-    const float *weight = n->weight.data;
-    int64_t p = n->width, half = p / 2, line = n->heads * p;
-    float *buffer = slot_take(SLOT_A, (size_t)line * sizeof *buffer);
-    float *out = slot_take(SLOT_B, (size_t)line * sizeof *out);
-    int64_t end = smaller((index + 1) * n->rows_per_task, n->rows);
-    for (int64_t row = index * n->rows_per_task; row < end; row++) {
-        const float *x = row_as_float(n->x, row, line, buffer), *turn = position_row(n, row);
-        for (int64_t h = 0; h < n->heads; h++, x += p) {
-            float rstd = row_rstd(x, p, n->epsilon), *y = out + h * p;
-            ((float *)n->rstd.data)[row * n->heads + h] = rstd;
-            for (int64_t j = 0; j < half; j++) {
-                float a = x[j] * rstd * weight[j], b = x[j + half] * rstd * weight[j + half];
-                y[j] = a * turn[j] - b * turn[j + half];
-                y[j + half] = b * turn[j] + a * turn[j + half];
-            }
-        }
-        store_row(n->y, row, line, out);
-    }
+    with_dtypes(n->x.dtype, n->y.dtype, qknorm_forward_body, n, index);
+}
+
+static void check_rope(const struct norm *n) {
+    CHECK(n->width >= 2 && n->width % 2 == 0 && n->x.shape[1] % n->width == 0);
+    CHECK(n->weight.dtype == DTYPE_F32 && n->rstd.dtype == DTYPE_F32 && n->table.dtype == DTYPE_F32);
+    CHECK_OP(n->table.shape[1], ==, n->width);
+    CHECK_OP(tensor_elements(n->rstd), ==, n->rows * n->heads);
+    CHECK(n->sequence_length >= 1 && n->first_position >= 0);
+    CHECK_OP(n->first_position + at_most(n->rows, n->sequence_length), <=, n->table.shape[0]);
 }
 
 static void qknorm_rope_forward(struct tensor x, struct tensor weight, double epsilon, struct tensor table,
@@ -176,36 +297,104 @@ static void qknorm_rope_forward(struct tensor x, struct tensor weight, double ep
         return;
     }
     int64_t p = tensor_elements(weight);
-    CHECK(tensor_same_shape(x, y) && x.shape[1] % p == 0 && table.shape[1] == p);
-    CHECK_OP(first_position + sequence_length, <=, table.shape[0]);
     struct norm n = {.x = x, .weight = weight, .table = table, .y = y, .rstd = rstd, .epsilon = epsilon,
                      .rows = x.shape[0], .width = p, .heads = x.shape[1] / p, .sequence_length = sequence_length,
-                     .first_position = first_position};
-    run_rows(&n, qknorm_forward_task, n.rows);
+                     .first_position = first_position, .rows_per_task = rows_per_task(x.shape[1])};
+    check_rope(&n);
+    CHECK(tensor_same_shape(x, y));
+    run_rows(&n, qknorm_forward_task);
+}
+
+/* One vector of either half of a head on its way back, and what the gradient of the weight gets of it. */
+struct head_gradient {
+    struct gradient low, high;
+    struct pair dweight;
+};
+
+/* The rotation back, then as row_gradient. */
+ALWAYS_INLINE struct head_gradient head_gradient(enum dtype dy_dtype, enum dtype x_dtype, const struct norm *n,
+                                                 const float *angles, int64_t head, int64_t j, int64_t count) {
+    int64_t half = n->width / 2, first = head * n->width;
+    struct pair dy = pair_load(dy_dtype, n->dy.data, first, half, j, count);
+    struct pair x = pair_load(x_dtype, n->x.data, first, half, j, count);
+    struct pair weight = pair_load(DTYPE_F32, n->weight.data, 0, half, j, count);
+    struct pair turn = pair_load(DTYPE_F32, angles, 0, half, j, count);
+    float rstd = ((const float *)n->rstd.data)[head];
+    vector_f32 low = dy.low * turn.low + dy.high * turn.high, high = dy.high * turn.low - dy.low * turn.high;
+    vector_f32 xhat_low = x.low * rstd, xhat_high = x.high * rstd;
+    return (struct head_gradient){{low * weight.low, xhat_low},
+                                  {high * weight.high, xhat_high},
+                                  {low * xhat_low, high * xhat_high}};
+}
+
+ALWAYS_INLINE vector_f32 head_products(struct head_gradient g) {
+    return g.low.dnormed * g.low.xhat + g.high.dnormed * g.high.xhat;
+}
+
+ALWAYS_INLINE void head_store(enum dtype dx_dtype, const struct norm *n, struct head_gradient g, int64_t head,
+                              float mean, float *part, int64_t j, int64_t count) {
+    int64_t half = n->width / 2;
+    float rstd = ((const float *)n->rstd.data)[head];
+    struct pair sum = pair_load(DTYPE_F32, part, 0, half, j, count);
+    pair_store(DTYPE_F32, part, 0, half, j, count,
+               (struct pair){sum.low + g.dweight.low, sum.high + g.dweight.high});
+    pair_store(dx_dtype, n->dx.data, head * n->width, half, j, count,
+               (struct pair){gradient_dx(g.low, rstd, mean), gradient_dx(g.high, rstd, mean)});
+}
+
+ALWAYS_INLINE void head_backward(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype, const struct norm *n,
+                                 const float *angles, int64_t head, float *part) {
+    int64_t half = n->width / 2, j = 0;
+    vector_f32 products = {0};
+    for (; j + VECTOR_LANES <= half; j += VECTOR_LANES)
+        products += head_products(head_gradient(dy_dtype, x_dtype, n, angles, head, j, VECTOR_LANES));
+    if (j < half)
+        products += head_products(head_gradient(dy_dtype, x_dtype, n, angles, head, j, half - j));
+    float mean = vector_sum(products) / (float)n->width;
+    for (j = 0; j + VECTOR_LANES <= half; j += VECTOR_LANES) {
+        struct head_gradient g = head_gradient(dy_dtype, x_dtype, n, angles, head, j, VECTOR_LANES);
+        head_store(dx_dtype, n, g, head, mean, part, j, VECTOR_LANES);
+    }
+    if (j < half) {
+        struct head_gradient g = head_gradient(dy_dtype, x_dtype, n, angles, head, j, half - j);
+        head_store(dx_dtype, n, g, head, mean, part, j, half - j);
+    }
+}
+
+ALWAYS_INLINE void qknorm_backward_rows(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype,
+                                        struct norm job, int64_t index) {
+    const struct norm *n = &job;
+    float *part = n->parts + index * n->width;
+    memset(part, 0, (size_t)n->width * sizeof *part);
+    int64_t end = at_most((index + 1) * n->rows_per_task, n->rows);
+    for (int64_t row = index * n->rows_per_task; row < end; row++) {
+        const float *angles = position_row(n, row);
+        for (int64_t head = row * n->heads; head < (row + 1) * n->heads; head++)
+            head_backward(dy_dtype, x_dtype, dx_dtype, n, angles, head, part);
+    }
+}
+
+ALWAYS_INLINE void qknorm_backward_widths(enum dtype dy_dtype, enum dtype x_dtype, enum dtype dx_dtype,
+                                          const struct norm *n, int64_t index) {
+    if (n->width == 64)
+        qknorm_backward_rows(dy_dtype, x_dtype, dx_dtype, with_width(64, *n), index);
+    else if (n->width == 128)
+        qknorm_backward_rows(dy_dtype, x_dtype, dx_dtype, with_width(128, *n), index);
+    else
+        qknorm_backward_rows(dy_dtype, x_dtype, dx_dtype, *n, index);
+}
+
+ALWAYS_INLINE void qknorm_backward_body(enum dtype dy_dtype, enum dtype x_dtype, const void *context, int64_t index) {
+    const struct norm *n = context;
+    if (n->dx.dtype == DTYPE_BF16)
+        qknorm_backward_widths(dy_dtype, x_dtype, DTYPE_BF16, n, index);
+    else
+        qknorm_backward_widths(dy_dtype, x_dtype, DTYPE_F32, n, index);
 }
 
 static void qknorm_backward_task(void *context, int64_t index) {
     const struct norm *n = context;
-    int64_t p = n->width, half = p / 2, line = n->heads * p;
-    size_t bytes = (size_t)line * sizeof(float);
-    float *x_buffer = slot_take(SLOT_A, bytes), *dy_buffer = slot_take(SLOT_B, bytes);
-    float *out = slot_take(SLOT_C, bytes), *turned = slot_take(SLOT_D, (size_t)p * sizeof(float));
-    float *part = n->parts + index * p;
-    memset(part, 0, (size_t)p * sizeof *part);
-    int64_t end = smaller((index + 1) * n->rows_per_task, n->rows);
-    for (int64_t row = index * n->rows_per_task; row < end; row++) {
-        const float *x = row_as_float(n->x, row, line, x_buffer), *dy = row_as_float(n->dy, row, line, dy_buffer);
-        const float *turn = position_row(n, row);
-        for (int64_t h = 0; h < n->heads; h++, x += p, dy += p) {
-            for (int64_t j = 0; j < half; j++) { /* the rotation back */
-                turned[j] = dy[j] * turn[j] + dy[j + half] * turn[j + half];
-                turned[j + half] = dy[j + half] * turn[j] - dy[j] * turn[j + half];
-            }
-            backward_row(turned, x, n->weight.data, ((const float *)n->rstd.data)[row * n->heads + h], p, out + h * p,
-                         part);
-        }
-        store_row(n->dx, row, line, out);
-    }
+    with_dtypes(n->dy.dtype, n->x.dtype, qknorm_backward_body, n, index);
 }
 
 static void qknorm_rope_backward(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
@@ -216,13 +405,14 @@ static void qknorm_rope_backward(struct tensor dy, struct tensor x, struct tenso
         return;
     }
     int64_t p = tensor_elements(weight);
-    CHECK(tensor_same_shape(x, dy) && tensor_same_shape(x, dx) && x.shape[1] % p == 0);
-    CHECK_OP(first_position + sequence_length, <=, table.shape[0]);
     struct norm n = {.dy = dy, .x = x, .weight = weight, .table = table, .rstd = rstd, .dx = dx, .rows = x.shape[0],
                      .width = p, .heads = x.shape[1] / p, .sequence_length = sequence_length,
-                     .first_position = first_position, .parts = take_parts(p)};
-    run_rows(&n, qknorm_backward_task, n.rows);
-    add_parts(n.parts, (n.rows + n.rows_per_task - 1) / n.rows_per_task, p, dweight.data);
+                     .first_position = first_position};
+    check_rope(&n);
+    CHECK(tensor_same_shape(x, dy) && tensor_same_shape(x, dx) && dweight.dtype == DTYPE_F32);
+    plan_parts(&n, x.shape[1]);
+    run_rows(&n, qknorm_backward_task);
+    add_parts(&n, dweight.data);
 }
 
 void ISA_NAME(norm_fill)(struct kernel_ops *ops) {

@@ -1,42 +1,51 @@
 /* Operations that read and write each element once. */
-#include "kernels/cpu/isa/lanes.h"
+#include "kernels/cpu/isa/activation.h"
+#include "kernels/cpu/isa/numbers.h"
 
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/scratch.h"
 
-enum { CHUNK = 1 << 14 };
+/* ---- flat ------------------------------------------------------------------------------------------------------ */
 
-struct pointwise {
-    struct tensor a, b, c, out, out2, extra;
+struct flat {
+    struct tensor from, to, index;
+    int64_t elements;
     double value;
-    int64_t columns, choices;
-    bool accumulate;
-    double *sums;
+    double *sums; /* one a task */
 };
 
-static void run_chunks(struct pointwise *p, int64_t elements, void (*task)(void *context, int64_t index)) {
-    parallel_for((elements + CHUNK - 1) / CHUNK, task, p);
+static void run_flat(const struct flat *f, void (*task)(void *context, int64_t index)) {
+    parallel_for(divide_up(f->elements, TASK_ELEMENTS), task, (void *)f);
 }
 
-/* A chunk of a flat tensor as a one-row matrix, for row_as_float and store_row. */
-static struct tensor chunk_of(struct tensor t, int64_t index, int64_t *count) {
-    int64_t elements = tensor_elements(t);
-    *count = smaller(CHUNK, elements - index * CHUNK);
-    return tensor_2d((char *)t.data + (size_t)(index * CHUNK) * dtype_size(t.dtype), t.dtype, 1, *count);
+/* Elements of task `index`: from *first on, how many. */
+static int64_t task_elements(const struct flat *f, int64_t index, int64_t *first) {
+    *first = index * TASK_ELEMENTS;
+    return at_most(f->elements - *first, TASK_ELEMENTS);
+}
+
+static void *element_at(struct tensor t, int64_t at) {
+    return (char *)t.data + (size_t)at * dtype_size(t.dtype);
+}
+
+ALWAYS_INLINE void fill_numbers(enum dtype dtype, void *to, int64_t count, vector_f32 value) {
+    int64_t i = 0;
+    for (; i + VECTOR_LANES <= count; i += VECTOR_LANES)
+        numbers_store(dtype, to, i, VECTOR_LANES, value);
+    if (i < count)
+        numbers_store(dtype, to, i, count - i, value);
 }
 
 static void fill_task(void *context, int64_t index) {
-    const struct pointwise *p = context;
-    int64_t count;
-    struct tensor out = chunk_of(p->out, index, &count);
-    float value = (float)p->value;
-    if (out.dtype == DTYPE_F32) {
-        for (int64_t i = 0; i < count; i++)
-            ((float *)out.data)[i] = value;
-    } else {
-        for (int64_t i = 0; i < count; i++)
-            ((uint16_t *)out.data)[i] = round_bf16(value);
-    }
+    const struct flat *f = context;
+    int64_t first, count = task_elements(f, index, &first);
+    vector_f32 value = vector_splat((float)f->value);
+    if (f->to.dtype == DTYPE_BF16)
+        fill_numbers(DTYPE_BF16, element_at(f->to, first), count, value);
+    else
+        fill_numbers(DTYPE_F32, element_at(f->to, first), count, value);
 }
 
 static void fill(struct tensor t, double value) {
@@ -44,20 +53,27 @@ static void fill(struct tensor t, double value) {
         kernels_ref()->fill(t, value);
         return;
     }
-    struct pointwise p = {.out = t, .value = value};
-    run_chunks(&p, tensor_elements(t), fill_task);
+    run_flat(&(struct flat){.to = t, .value = value, .elements = tensor_elements(t)}, fill_task);
+}
+
+ALWAYS_INLINE void cast_body(enum dtype from_dtype, enum dtype to_dtype, const void *context, int64_t index) {
+    const struct flat *f = context;
+    int64_t first, count = task_elements(f, index, &first), i = 0;
+    const void *from = element_at(f->from, first);
+    void *to = element_at(f->to, first);
+    if (from_dtype == to_dtype) {
+        memcpy(to, from, (size_t)count * dtype_size(to_dtype));
+        return;
+    }
+    for (; i + VECTOR_LANES <= count; i += VECTOR_LANES)
+        numbers_store(to_dtype, to, i, VECTOR_LANES, numbers_load(from_dtype, from, i, VECTOR_LANES));
+    if (i < count)
+        numbers_store(to_dtype, to, i, count - i, numbers_load(from_dtype, from, i, count - i));
 }
 
 static void cast_task(void *context, int64_t index) {
-    const struct pointwise *p = context;
-    int64_t count;
-    struct tensor a = chunk_of(p->a, index, &count), out = chunk_of(p->out, index, &count);
-    if (a.dtype == out.dtype) {
-        memcpy(out.data, a.data, (size_t)count * dtype_size(a.dtype));
-        return;
-    }
-    float *buffer = slot_take(SLOT_A, CHUNK * sizeof *buffer);
-    store_row(out, 0, count, row_as_float(a, 0, count, buffer));
+    const struct flat *f = context;
+    with_dtypes(f->from.dtype, f->to.dtype, cast_body, f, index);
 }
 
 static void cast(struct tensor from, struct tensor to) {
@@ -66,20 +82,29 @@ static void cast(struct tensor from, struct tensor to) {
         return;
     }
     CHECK_OP(tensor_elements(from), ==, tensor_elements(to));
-    struct pointwise p = {.a = from, .out = to};
-    run_chunks(&p, tensor_elements(to), cast_task);
+    run_flat(&(struct flat){.from = from, .to = to, .elements = tensor_elements(to)}, cast_task);
+}
+
+ALWAYS_INLINE void add_numbers(enum dtype x_dtype, enum dtype y_dtype, const void *x, void *y, int64_t at,
+                               int64_t count) {
+    vector_f32 sum = numbers_load(x_dtype, x, at, count) + numbers_load(y_dtype, y, at, count);
+    numbers_store(y_dtype, y, at, count, sum);
+}
+
+ALWAYS_INLINE void add_body(enum dtype x_dtype, enum dtype y_dtype, const void *context, int64_t index) {
+    const struct flat *f = context;
+    int64_t first, count = task_elements(f, index, &first), i = 0;
+    const void *x = element_at(f->from, first);
+    void *y = element_at(f->to, first);
+    for (; i + VECTOR_LANES <= count; i += VECTOR_LANES)
+        add_numbers(x_dtype, y_dtype, x, y, i, VECTOR_LANES);
+    if (i < count)
+        add_numbers(x_dtype, y_dtype, x, y, i, count - i);
 }
 
 static void add_task(void *context, int64_t index) {
-    const struct pointwise *p = context;
-    int64_t count;
-    struct tensor a = chunk_of(p->a, index, &count), out = chunk_of(p->out, index, &count);
-    float *x_buffer = slot_take(SLOT_A, CHUNK * sizeof(float)), *y_buffer = slot_take(SLOT_B, CHUNK * sizeof(float));
-    float *sum = slot_take(SLOT_C, CHUNK * sizeof(float));
-    const float *x = row_as_float(a, 0, count, x_buffer), *y = row_as_float(out, 0, count, y_buffer);
-    for (int64_t i = 0; i < count; i++)
-        sum[i] = x[i] + y[i];
-    store_row(out, 0, count, sum);
+    const struct flat *f = context;
+    with_dtypes(f->from.dtype, f->to.dtype, add_body, f, index);
 }
 
 static void add(struct tensor x, struct tensor y) {
@@ -88,61 +113,147 @@ static void add(struct tensor x, struct tensor y) {
         return;
     }
     CHECK_OP(tensor_elements(x), ==, tensor_elements(y));
-    struct pointwise p = {.a = x, .out = y};
-    run_chunks(&p, tensor_elements(x), add_task);
+    run_flat(&(struct flat){.from = x, .to = y, .elements = tensor_elements(x)}, add_task);
+}
+
+/* Squares are summed in double: no overflow, and a gradient norm that is exact enough to compare. */
+typedef double vector_f64 __attribute__((vector_size(4 * VECTOR_LANES)));
+typedef float half_vector __attribute__((vector_size(2 * VECTOR_LANES)));
+
+struct squares {
+    vector_f64 low, high; /* of either half of the lanes */
+};
+
+ALWAYS_INLINE vector_f64 half_to_f64(half_vector half) {
+#ifdef __AVX512F__
+    return (vector_f64)_mm512_cvtps_pd((__m256)half); /* the compiler makes two instructions and a merge of it */
+#else
+    return __builtin_convertvector(half, vector_f64);
+#endif
+}
+
+ALWAYS_INLINE void add_squares(vector_f32 x, struct squares *sum) {
+    half_vector halves[2];
+    memcpy(halves, &x, sizeof x);
+    vector_f64 low = half_to_f64(halves[0]), high = half_to_f64(halves[1]);
+    sum->low += low * low;
+    sum->high += high * high;
+}
+
+/* Several sums, so that an addition need not wait for the one before. */
+enum { WAYS = 4 };
+
+ALWAYS_INLINE double square_sum(enum dtype dtype, const void *x, int64_t count) {
+    struct squares sums[WAYS] = {{{0}, {0}}};
+    int64_t i = 0;
+    for (; i + WAYS * VECTOR_LANES <= count; i += WAYS * VECTOR_LANES) {
+#pragma GCC unroll 4
+        for (int way = 0; way < WAYS; way++)
+            add_squares(numbers_load(dtype, x, i + way * VECTOR_LANES, VECTOR_LANES), &sums[way]);
+    }
+    for (; i < count; i += VECTOR_LANES)
+        add_squares(numbers_load(dtype, x, i, at_most(count - i, VECTOR_LANES)), &sums[0]);
+    vector_f64 all = {0};
+    for (int way = 0; way < WAYS; way++)
+        all += sums[way].low + sums[way].high;
+    double sum = 0;
+    for (int lane = 0; lane < VECTOR_LANES / 2; lane++)
+        sum += all[lane];
+    return sum;
 }
 
 static void sum_squares_task(void *context, int64_t index) {
-    const struct pointwise *p = context;
-    int64_t count;
-    struct tensor a = chunk_of(p->a, index, &count);
-    float *buffer = slot_take(SLOT_A, CHUNK * sizeof *buffer);
-    const float *x = row_as_float(a, 0, count, buffer);
-    double lanes[8] = {0}; /* in double: no overflow, and a gradient norm that is exact enough to compare */
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        for (int j = 0; j < 8; j++)
-            lanes[j] += (double)x[i + j] * (double)x[i + j];
-    double sum = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-    for (; i < count; i++)
-        sum += (double)x[i] * (double)x[i];
-    p->sums[index] = sum;
+    const struct flat *f = context;
+    int64_t first, count = task_elements(f, index, &first);
+    const void *x = element_at(f->from, first);
+    bool half = f->from.dtype == DTYPE_BF16;
+    f->sums[index] = half ? square_sum(DTYPE_BF16, x, count) : square_sum(DTYPE_F32, x, count);
 }
 
 static void sum_squares(struct tensor x, struct tensor sum) {
-    int64_t chunks = (tensor_elements(x) + CHUNK - 1) / CHUNK;
     if (!is_fast(x)) {
         kernels_ref()->sum_squares(x, sum);
         return;
     }
-    struct pointwise p = {.a = x, .sums = slot_take(SLOT_G, (size_t)(chunks + 1) * sizeof(double))};
-    run_chunks(&p, tensor_elements(x), sum_squares_task);
-    double total = 0;
-    for (int64_t i = 0; i < chunks; i++)
-        total += p.sums[i];
+    CHECK(sum.dtype == DTYPE_F64 && tensor_elements(sum) == 1);
+    int64_t elements = tensor_elements(x), tasks = divide_up(elements, TASK_ELEMENTS);
+    double *sums = scratch_call((size_t)tasks * sizeof *sums), total = 0;
+    run_flat(&(struct flat){.from = x, .elements = elements, .sums = sums}, sum_squares_task);
+    for (int64_t i = 0; i < tasks; i++)
+        total += sums[i];
     *(double *)sum.data += total;
 }
 
-/* ---- rows of tokens --------------------------------------------------------------------------------------------------- */
+static void gather_task(void *context, int64_t task) {
+    const struct flat *f = context;
+    int64_t first, count = task_elements(f, task, &first), limit = tensor_elements(f->from);
+    const float *from = f->from.data;
+    const int32_t *index = (const int32_t *)f->index.data + first;
+    float *to = (float *)f->to.data + first;
+    for (int64_t i = 0; i < count; i++) {
+        CHECK(index[i] >= 0 && index[i] < limit);
+        to[i] = from[index[i]];
+    }
+}
 
-static void combine_task(void *context, int64_t token) {
-    const struct pointwise *p = context;
-    const int32_t *slot_row = (const int32_t *)p->extra.data + token * p->choices;
-    float *buffer = slot_take(SLOT_A, (size_t)p->columns * sizeof *buffer);
-    float *sum = slot_take(SLOT_B, (size_t)p->columns * sizeof *sum);
-    float *before = slot_take(SLOT_C, (size_t)p->columns * sizeof *before);
-    memset(sum, 0, (size_t)p->columns * sizeof *sum);
-    for (int64_t k = 0; k < p->choices; k++) {
-        const float *row = row_as_float(p->a, slot_row[k], p->columns, buffer);
-        for (int64_t i = 0; i < p->columns; i++)
-            sum[i] += row[i];
+static void gather_scalars(struct tensor from, struct tensor index, struct tensor to) {
+    if (from.dtype != DTYPE_F32) {
+        kernels_ref()->gather_scalars(from, index, to);
+        return;
     }
-    if (p->accumulate) {
-        const float *y = row_as_float(p->out, token, p->columns, before);
-        for (int64_t i = 0; i < p->columns; i++)
-            sum[i] += y[i];
+    CHECK(to.dtype == DTYPE_F32 && index.dtype == DTYPE_I32);
+    CHECK_OP(tensor_elements(index), ==, tensor_elements(to));
+    run_flat(&(struct flat){.from = from, .index = index, .to = to, .elements = tensor_elements(to)}, gather_task);
+}
+
+/* ---- rows of tokens -------------------------------------------------------------------------------------------- */
+
+struct combine {
+    struct tensor rows, slot_row, y;
+    int64_t width, choices, tokens_per_task;
+    bool accumulate;
+};
+
+/* One token's elements from `at` on: `vectors` vectors of `count` numbers each. */
+ALWAYS_INLINE void combine_numbers(enum dtype dtype, enum dtype y_dtype, const struct combine *c, int64_t token,
+                                   int64_t at, int vectors, int64_t count) {
+    const int32_t *row = (const int32_t *)c->slot_row.data + token * c->choices;
+    vector_f32 sum[WAYS] = {{0}};
+    for (int64_t k = 0; k < c->choices; k++) {
+        int64_t from = row[k] * c->width + at;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            sum[v] += numbers_load(dtype, c->rows.data, from + v * VECTOR_LANES, count);
     }
-    store_row(p->out, token, p->columns, sum);
+    int64_t to = token * c->width + at;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++, to += VECTOR_LANES) {
+        if (c->accumulate)
+            sum[v] += numbers_load(y_dtype, c->y.data, to, count);
+        numbers_store(y_dtype, c->y.data, to, count, sum[v]);
+    }
+}
+
+ALWAYS_INLINE void combine_body(enum dtype dtype, enum dtype y_dtype, const void *context, int64_t index) {
+    const struct combine *c = context;
+    int64_t end = at_most((index + 1) * c->tokens_per_task, c->y.shape[0]);
+    for (int64_t token = index * c->tokens_per_task; token < end; token++) {
+        const int32_t *row = (const int32_t *)c->slot_row.data + token * c->choices;
+        for (int64_t k = 0; k < c->choices; k++)
+            CHECK(row[k] >= 0 && row[k] < c->rows.shape[0]);
+        int64_t i = 0;
+        for (; i + WAYS * VECTOR_LANES <= c->width; i += WAYS * VECTOR_LANES)
+            combine_numbers(dtype, y_dtype, c, token, i, WAYS, VECTOR_LANES);
+        for (; i + VECTOR_LANES <= c->width; i += VECTOR_LANES)
+            combine_numbers(dtype, y_dtype, c, token, i, 1, VECTOR_LANES);
+        if (i < c->width)
+            combine_numbers(dtype, y_dtype, c, token, i, 1, c->width - i);
+    }
+}
+
+static void combine_task(void *context, int64_t index) {
+    const struct combine *c = context;
+    with_dtypes(c->rows.dtype, c->y.dtype, combine_body, c, index);
 }
 
 static void combine_rows(struct tensor rows, struct tensor slot_row, struct tensor y, bool accumulate) {
@@ -152,22 +263,61 @@ static void combine_rows(struct tensor rows, struct tensor slot_row, struct tens
     }
     CHECK_OP(rows.shape[1], ==, y.shape[1]);
     CHECK_OP(slot_row.shape[0], ==, y.shape[0]);
-    struct pointwise p = {.a = rows, .extra = slot_row, .out = y, .columns = y.shape[1],
-                          .choices = slot_row.shape[1], .accumulate = accumulate};
-    parallel_for(y.shape[0], combine_task, &p);
+    struct combine c = {rows, slot_row, y, y.shape[1], slot_row.shape[1],
+                        rows_per_task(y.shape[1] * slot_row.shape[1]), accumulate};
+    parallel_for(divide_up(y.shape[0], c.tokens_per_task), combine_task, &c);
 }
 
-static void swiglu_forward_task(void *context, int64_t row) {
-    const struct pointwise *p = context;
-    size_t bytes = (size_t)p->columns * sizeof(float);
-    float *gate_buffer = slot_take(SLOT_A, bytes), *up_buffer = slot_take(SLOT_B, bytes);
-    float *act = slot_take(SLOT_C, bytes);
-    const float *gate = row_as_float(p->a, row, p->columns, gate_buffer);
-    const float *up = row_as_float(p->b, row, p->columns, up_buffer);
-    float weight = tensor_exists(p->extra) ? ((const float *)p->extra.data)[row] : 1;
-    for (int64_t i = 0; i < p->columns; i++)
-        act[i] = gate[i] / (1 + fast_exp(-gate[i])) * up[i] * weight;
-    store_row(p->out, row, p->columns, act);
+/* ---- gated activation ------------------------------------------------------------------------------------------ */
+
+struct swiglu {
+    struct tensor dact, gate, up, row_weight, act, dgate, dup, drow_weight;
+    int64_t rows, width, rows_per_task;
+    enum dtype dtype; /* that all of dact, gate, up and the results have; DTYPE_COUNT where they differ */
+};
+
+static enum dtype common_dtype(struct tensor a, struct tensor b, struct tensor c) {
+    return a.dtype == b.dtype && b.dtype == c.dtype ? a.dtype : DTYPE_COUNT;
+}
+
+/* The same, in a form that lets the compiler know the dtypes of all operands. */
+ALWAYS_INLINE struct swiglu swiglu_of(enum dtype dtype, const struct swiglu *s) {
+    struct swiglu known = *s;
+    known.gate.dtype = known.up.dtype = known.act.dtype = dtype;
+    known.dact.dtype = known.dgate.dtype = known.dup.dtype = dtype;
+    return known;
+}
+
+static float weight_of(const struct swiglu *s, int64_t row) {
+    return tensor_exists(s->row_weight) ? ((const float *)s->row_weight.data)[row] : 1;
+}
+
+ALWAYS_INLINE void forward_numbers(const struct swiglu *s, float weight, int64_t at, int64_t count) {
+    vector_f32 gate = numbers_load(s->gate.dtype, s->gate.data, at, count);
+    vector_f32 up = numbers_load(s->up.dtype, s->up.data, at, count);
+    numbers_store(s->act.dtype, s->act.data, at, count, swiglu_value(gate, up) * weight);
+}
+
+ALWAYS_INLINE void forward_rows(struct swiglu s, int64_t index) {
+    int64_t end = at_most((index + 1) * s.rows_per_task, s.rows);
+    for (int64_t row = index * s.rows_per_task; row < end; row++) {
+        float weight = weight_of(&s, row);
+        int64_t i = row * s.width, row_end = i + s.width;
+        for (; i + VECTOR_LANES <= row_end; i += VECTOR_LANES)
+            forward_numbers(&s, weight, i, VECTOR_LANES);
+        if (i < row_end)
+            forward_numbers(&s, weight, i, row_end - i);
+    }
+}
+
+static void forward_task(void *context, int64_t index) {
+    const struct swiglu *s = context;
+    if (s->dtype == DTYPE_BF16)
+        forward_rows(swiglu_of(DTYPE_BF16, s), index);
+    else if (s->dtype == DTYPE_F32)
+        forward_rows(swiglu_of(DTYPE_F32, s), index);
+    else
+        forward_rows(*s, index);
 }
 
 static void swiglu_forward(struct tensor gate, struct tensor up, struct tensor row_weight, struct tensor act) {
@@ -176,46 +326,63 @@ static void swiglu_forward(struct tensor gate, struct tensor up, struct tensor r
         return;
     }
     CHECK(tensor_same_shape(gate, up) && tensor_same_shape(gate, act));
-    struct pointwise p = {.a = gate, .b = up, .extra = row_weight, .out = act, .columns = gate.shape[1]};
-    parallel_for(gate.shape[0], swiglu_forward_task, &p);
+    struct swiglu s = {.gate = gate, .up = up, .row_weight = row_weight, .act = act, .rows = gate.shape[0],
+                       .width = gate.shape[1], .rows_per_task = rows_per_task(gate.shape[1]),
+                       .dtype = common_dtype(gate, up, act)};
+    parallel_for(divide_up(s.rows, s.rows_per_task), forward_task, &s);
 }
 
-static void swiglu_backward_task(void *context, int64_t row) {
-    const struct pointwise *p = context;
-    size_t bytes = (size_t)p->columns * sizeof(float);
-    float *gate_buffer = slot_take(SLOT_A, bytes), *up_buffer = slot_take(SLOT_B, bytes);
-    float *dact_buffer = slot_take(SLOT_C, bytes), *dgate = slot_take(SLOT_D, bytes);
-    float *dup = slot_take(SLOT_E, bytes), *product = slot_take(SLOT_F, bytes);
-    const float *gate = row_as_float(p->a, row, p->columns, gate_buffer);
-    const float *up = row_as_float(p->b, row, p->columns, up_buffer);
-    const float *dact = row_as_float(p->c, row, p->columns, dact_buffer);
-    float weight = tensor_exists(p->extra) ? ((const float *)p->extra.data)[row] : 1;
-    for (int64_t i = 0; i < p->columns; i++) {
-        float sigmoid = 1 / (1 + fast_exp(-gate[i])), silu = gate[i] * sigmoid, scaled = dact[i] * weight;
-        product[i] = dact[i] * silu * up[i];
-        dgate[i] = scaled * up[i] * sigmoid * (1 + gate[i] * (1 - sigmoid));
-        dup[i] = scaled * silu;
+/* Returns dact * act: the terms of drow_weight. All is read before anything is stored, because dgate and dup may lie
+ * over the inputs. */
+ALWAYS_INLINE vector_f32 backward_numbers(const struct swiglu *s, float weight, int64_t at, int64_t count) {
+    vector_f32 gate = numbers_load(s->gate.dtype, s->gate.data, at, count);
+    vector_f32 up = numbers_load(s->up.dtype, s->up.data, at, count);
+    vector_f32 dact = numbers_load(s->dact.dtype, s->dact.data, at, count);
+    struct swiglu_factors factors = swiglu_factors(gate, up);
+    numbers_store(s->dgate.dtype, s->dgate.data, at, count, dact * weight * factors.slope);
+    numbers_store(s->dup.dtype, s->dup.data, at, count, dact * weight * factors.silu);
+    return dact * factors.act;
+}
+
+ALWAYS_INLINE void backward_rows(struct swiglu s, int64_t index) {
+    int64_t end = at_most((index + 1) * s.rows_per_task, s.rows);
+    for (int64_t row = index * s.rows_per_task; row < end; row++) {
+        float weight = weight_of(&s, row);
+        vector_f32 sum = {0};
+        int64_t i = row * s.width, row_end = i + s.width;
+        for (; i + VECTOR_LANES <= row_end; i += VECTOR_LANES)
+            sum += backward_numbers(&s, weight, i, VECTOR_LANES);
+        if (i < row_end)
+            sum += backward_numbers(&s, weight, i, row_end - i);
+        if (tensor_exists(s.drow_weight))
+            ((float *)s.drow_weight.data)[row] = vector_sum(sum);
     }
-    if (tensor_exists(p->extra)) {
-        double sum = 0;
-        for (int64_t i = 0; i < p->columns; i++)
-            sum += (double)product[i];
-        ((float *)p->sums)[row] = (float)sum;
-    }
-    store_row(p->out, row, p->columns, dgate);
-    store_row(p->out2, row, p->columns, dup);
+}
+
+static void backward_task(void *context, int64_t index) {
+    const struct swiglu *s = context;
+    if (s->dtype == DTYPE_BF16)
+        backward_rows(swiglu_of(DTYPE_BF16, s), index);
+    else if (s->dtype == DTYPE_F32)
+        backward_rows(swiglu_of(DTYPE_F32, s), index);
+    else
+        backward_rows(*s, index);
 }
 
 static void swiglu_backward(struct tensor dact, struct tensor gate, struct tensor up, struct tensor row_weight,
                             struct tensor dgate, struct tensor dup, struct tensor drow_weight) {
-    if (!is_fast(gate) || !is_fast(up) || !is_fast(dact)) {
+    if (!is_fast(gate) || !is_fast(up) || !is_fast(dact) || !is_fast(dgate) || !is_fast(dup)) {
         kernels_ref()->swiglu_backward(dact, gate, up, row_weight, dgate, dup, drow_weight);
         return;
     }
-    CHECK(tensor_same_shape(gate, up) && tensor_same_shape(gate, dact) && tensor_same_shape(gate, dgate));
-    struct pointwise p = {.a = gate, .b = up, .c = dact, .extra = row_weight, .out = dgate, .out2 = dup,
-                          .columns = gate.shape[1], .sums = drow_weight.data};
-    parallel_for(gate.shape[0], swiglu_backward_task, &p);
+    CHECK(tensor_same_shape(gate, up) && tensor_same_shape(gate, dact));
+    CHECK(tensor_same_shape(gate, dgate) && tensor_same_shape(gate, dup));
+    struct swiglu s = {.dact = dact, .gate = gate, .up = up, .row_weight = row_weight, .dgate = dgate,
+                       .dup = dup, .drow_weight = drow_weight, .rows = gate.shape[0], .width = gate.shape[1],
+                       .rows_per_task = rows_per_task(gate.shape[1])};
+    enum dtype inputs = common_dtype(dact, gate, up);
+    s.dtype = inputs == common_dtype(gate, dgate, dup) ? inputs : DTYPE_COUNT;
+    parallel_for(divide_up(s.rows, s.rows_per_task), backward_task, &s);
 }
 
 void ISA_NAME(pointwise_fill)(struct kernel_ops *ops) {
@@ -223,6 +390,7 @@ void ISA_NAME(pointwise_fill)(struct kernel_ops *ops) {
     ops->cast = cast;
     ops->add = add;
     ops->sum_squares = sum_squares;
+    ops->gather_scalars = gather_scalars;
     ops->combine_rows = combine_rows;
     ops->swiglu_forward = swiglu_forward;
     ops->swiglu_backward = swiglu_backward;
