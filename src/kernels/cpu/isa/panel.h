@@ -207,24 +207,28 @@ ALWAYS_INLINE void tile_multiply_any(bool pairs, const float *a, const float *b,
     }
 }
 
-ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b, int64_t words, float *c,
-                                     int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
+                                     float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-        int64_t height = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-        for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
-            int64_t width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
+        int64_t height = at_most(rows - i, TILE_ROWS);
+        for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
             tile_multiply_any(pairs, a + i / TILE_ROWS * panel_floats(words, TILE_ROWS),
-                              b + j / TILE_COLUMNS * panel_floats(words, TILE_COLUMNS), words, c + i * c_stride + j,
-                              c_stride, height, width, add);
-        }
+                              b + j / TILE_COLUMNS * b_panel_floats, words, c + i * c_stride + j, c_stride, height,
+                              at_most(columns - j, TILE_COLUMNS), add);
     }
 }
 
-/* c [rows, columns] = or += packed a times packed b, over `words` words of k. */
-static void block_multiply(bool pairs, const float *a, const float *b, int64_t words, float *c, int64_t c_stride,
-                           int64_t rows, int64_t columns, bool add) {
+/* c [rows, columns] = or += packed a times panels of b that lie b_panel_floats apart, over `words` words of k. */
+static void block_multiply_panels(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
+                                  float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
     if (BF16_PAIRS && pairs)
-        block_multiply_of(true, a, b, words, c, c_stride, rows, columns, add);
+        block_multiply_of(true, a, b, b_panel_floats, words, c, c_stride, rows, columns, add);
     else
-        block_multiply_of(false, a, b, words, c, c_stride, rows, columns, add);
+        block_multiply_of(false, a, b, b_panel_floats, words, c, c_stride, rows, columns, add);
+}
+
+/* The same with both blocks packed over the same words. */
+static inline void block_multiply(bool pairs, const float *a, const float *b, int64_t words, float *c,
+                                  int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+    block_multiply_panels(pairs, a, b, panel_floats(words, TILE_COLUMNS), words, c, c_stride, rows, columns, add);
 }

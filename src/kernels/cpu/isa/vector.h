@@ -29,6 +29,7 @@ enum { BF16_PAIRS = 0 };
 
 typedef float vector_f32 __attribute__((vector_size(4 * VECTOR_LANES)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * VECTOR_LANES)));
+typedef int32_t vector_i32 __attribute__((vector_size(4 * VECTOR_LANES))); /* comparisons give 0 or -1 a lane */
 typedef uint16_t vector_u16 __attribute__((vector_size(2 * VECTOR_LANES)));
 
 ALWAYS_INLINE vector_f32 vector_load(const void *from) {
@@ -59,14 +60,19 @@ ALWAYS_INLINE vector_f32 vector_load_bf16(const uint16_t *from) {
     return (vector_f32)(vector_load_u16(from) << 16);
 }
 
-/* Rounded to nearest even as float_to_bf16 does it. */
+/* Rounded to nearest even as float_to_bf16 does it; the instruction for it takes denormals for 0. */
 ALWAYS_INLINE void vector_store_bf16(uint16_t *to, vector_f32 value) {
+#ifdef __AVX512BF16__
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+    memcpy(to, &rounded, sizeof rounded);
+#else
     vector_u32 bits = (vector_u32)value;
     vector_u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
     vector_u32 quiet = bits >> 16 | 0x40u;
     vector_u32 is_nan = (vector_u32)(value != value);
     vector_u16 halves = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vector_u16);
     memcpy(to, &halves, sizeof halves);
+#endif
 }
 
 /* sum += a * b; with `pairs`, of both bf16 in every word. */
@@ -139,4 +145,43 @@ ALWAYS_INLINE vector_f32 vector_sums(vector_f32 v[VECTOR_LANES]) {
             v[i] = vector_add_neighbours(v[2 * i], v[2 * i + 1]);
     }
     return v[0];
+}
+
+ALWAYS_INLINE vector_f32 vector_splat(float value) {
+    return value - (vector_f32){0};
+}
+
+/* Lane by lane: of `yes` where the mask is -1, of `no` where it is 0. */
+ALWAYS_INLINE vector_f32 vector_select(vector_i32 mask, vector_f32 yes, vector_f32 no) {
+    return (vector_f32)((mask & (vector_i32)yes) | (~mask & (vector_i32)no));
+}
+
+/* The larger one of every lane; b's where one is NaN. */
+ALWAYS_INLINE vector_f32 vector_max(vector_f32 a, vector_f32 b) {
+    return vector_select(a > b, a, b);
+}
+
+/* The sum of all lanes, added in a fixed tree. Folding v over itself by interleaving leaves it in every lane. */
+ALWAYS_INLINE float vector_sum(vector_f32 v) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < VECTOR_LANES; stage *= 2)
+        v = vector_interleave_low(v, v) + vector_interleave_high(v, v);
+    return v[0];
+}
+
+/* The largest of all lanes. */
+ALWAYS_INLINE float vector_largest(vector_f32 v) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < VECTOR_LANES; stage *= 2)
+        v = vector_max(vector_interleave_low(v, v), vector_interleave_high(v, v));
+    return v[0];
+}
+
+/* v with `value` in its lanes from `count` on. */
+ALWAYS_INLINE vector_f32 vector_fill_from(vector_f32 v, int64_t count, float value) {
+    vector_i32 lane;
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTOR_LANES; i++)
+        lane[i] = i;
+    return vector_select(lane < (int32_t)count, v, vector_splat(value));
 }
