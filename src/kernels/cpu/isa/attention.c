@@ -52,11 +52,11 @@ static float *part_take(struct parts *parts, int64_t floats) {
     return part;
 }
 
-/* A block [QUERY_BLOCK, KEY_BLOCK] of the tensors' dtype: over `floats` where that is f32. */
-static struct matrix block_take(struct parts *parts, const struct attention *a, float *floats) {
-    bool in_place = a->dtype == DTYPE_F32;
-    float *data = in_place ? floats : part_take(parts, QUERY_BLOCK * KEY_BLOCK / 2);
-    return (struct matrix){(char *)data, KEY_BLOCK, in_place ? 4 : 2, NULL};
+/* A block [QUERY_BLOCK, KEY_BLOCK] of the tensors' dtype that lies over one of floats: every row at the beginning of
+ * the row of floats that it is made from. */
+static struct matrix block_over(const struct attention *a, float *floats) {
+    int element_bytes = a->q.element_bytes;
+    return (struct matrix){(char *)floats, KEY_BLOCK * 4 / element_bytes, element_bytes, NULL};
 }
 
 static bool is_paired(const struct attention *a) {
@@ -80,7 +80,7 @@ struct forward_scratch {
     int64_t value_floats;    /* of a panel of values */
     float *queries, *packed; /* packed A: a block of queries; its weights */
     float *scores;           /* [QUERY_BLOCK, KEY_BLOCK] */
-    struct matrix weights;   /* the same */
+    struct matrix weights;   /* over them */
     float *out;              /* [QUERY_BLOCK, row_floats] */
     struct softmax *softmax; /* [QUERY_BLOCK] */
 };
@@ -95,7 +95,7 @@ static struct forward_scratch forward_scratch_place(const struct attention *a, i
     s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
     s.packed = part_take(parts, block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), TILE_ROWS));
     s.scores = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
-    s.weights = block_take(parts, a, s.scores);
+    s.weights = block_over(a, s.scores);
     s.out = part_take(parts, QUERY_BLOCK * a->row_floats);
     return s;
 }
@@ -289,7 +289,7 @@ struct backward_scratch {
     float *queries_across, *douts_across; /* lanes are columns */
     float *packed;                        /* A or B: a block of weights or gradients of scores */
     float *scores, *dweights;             /* [QUERY_BLOCK, KEY_BLOCK] */
-    struct matrix weights, dscores;       /* the same */
+    struct matrix weights, dscores;       /* over scores; over dweights */
     float *delta, *logsumexp;             /* [T], of one head; of base 2 */
     float *dq;                            /* [T, row_floats] of one head */
     float *dk, *dv;                       /* [chunk][row_floats][CHUNK_STRIDE]: a head's columns by a chunk's keys */
@@ -312,8 +312,8 @@ static struct backward_scratch backward_scratch_place(const struct attention *a,
     s.packed = part_take(parts, as_a > as_b ? as_a : as_b);
     s.scores = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
     s.dweights = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
-    s.weights = block_take(parts, a, s.scores);
-    s.dscores = block_take(parts, a, s.dweights);
+    s.weights = block_over(a, s.scores);
+    s.dscores = block_over(a, s.dweights);
     s.delta = part_take(parts, t);
     s.logsumexp = part_take(parts, t);
     s.dq = part_take(parts, t * a->row_floats);
@@ -397,16 +397,9 @@ static void pack_chunk(const struct attention *a, const struct backward_scratch 
     pack_b(LANES_ARE_COLUMNS, &a->k, kv_head * p, p, row, keys, s->keys_across);
 }
 
-static void store_row(struct tensor t, int64_t at, const float *from, int64_t count, float scale) {
-    if (t.dtype == DTYPE_F32)
-        row_store(DTYPE_F32, t.data, at, from, count, scale);
-    else
-        row_store(DTYPE_BF16, t.data, at, from, count, scale);
-}
-
 /* The gradients of keys or values of one head lie with the keys along the rows: turned round, a square at a time. */
-static void store_across(const struct attention *a, struct tensor t, const float *sums, int64_t batch, int64_t column,
-                         float scale) {
+ALWAYS_INLINE void store_across(enum dtype dtype, const struct attention *a, struct tensor t, const float *sums,
+                                int64_t batch, int64_t column, float scale) {
     int64_t p = a->shape.head_dim, rows = a->shape.query_count;
     for (int64_t key = 0; key < rows; key += VECTOR_LANES) {
         const float *from = sums + key / CHUNK * a->row_floats * CHUNK_STRIDE + key % CHUNK;
@@ -414,19 +407,34 @@ static void store_across(const struct attention *a, struct tensor t, const float
             vector_f32 v[VECTOR_LANES];
 #pragma GCC unroll 16
             for (int j = 0; j < VECTOR_LANES; j++)
-                v[j] = vector_load(from + (i + j) * CHUNK_STRIDE);
+                v[j] = vector_load(from + (i + j) * CHUNK_STRIDE) * scale;
             vector_transpose(v);
             for (int64_t j = 0; j < at_most(rows - key, VECTOR_LANES); j++)
-                store_row(t, (batch * rows + key + j) * t.shape[1] + column + i, (const float *)&v[j],
-                          at_most(p - i, VECTOR_LANES), scale);
+                numbers_store(dtype, t.data, (batch * rows + key + j) * t.shape[1] + column + i,
+                              at_most(p - i, VECTOR_LANES), v[j]);
         }
     }
+}
+
+ALWAYS_INLINE void store_gradients(enum dtype dtype, const struct attention *a, const struct backward_scratch *s,
+                                   int64_t batch, int64_t kv_head) {
+    int64_t column = kv_head * a->shape.head_dim;
+    store_across(dtype, a, a->dk, s->dk, batch, column, (float)a->shape.scale);
+    store_across(dtype, a, a->dv, s->dv, batch, column, 1);
+}
+
+ALWAYS_INLINE void store_dq(enum dtype dtype, const struct attention *a, const struct backward_scratch *s, int64_t batch,
+                            int64_t head) {
+    int64_t p = a->shape.head_dim, t = a->shape.query_count;
+    for (int64_t i = 0; i < t; i++)
+        row_store(dtype, a->dq.data, (batch * t + i) * a->dq.shape[1] + head * p, s->dq + i * a->row_floats, p,
+                  (float)a->shape.scale);
 }
 
 /* All heads that read one key-value head, one after the other: the sums into dk and dv have one order. */
 static void backward_task(void *context, int64_t index) {
     const struct attention *a = context;
-    int64_t p = a->shape.head_dim, t = a->shape.query_count;
+    int64_t t = a->shape.query_count;
     int64_t batch = index / a->shape.kv_head_count, kv_head = index % a->shape.kv_head_count;
     size_t sum_bytes = (size_t)(divide_up(t, CHUNK) * a->row_floats * CHUNK_STRIDE) * sizeof(float);
     struct backward_scratch s = backward_scratch_take(a);
@@ -439,12 +447,15 @@ static void backward_task(void *context, int64_t index) {
                 pack_chunk(a, &s, batch, kv_head, chunk);
             backward_chunk(a, &s, batch, head, chunk);
         }
-        for (int64_t i = 0; i < t; i++)
-            store_row(a->dq, (batch * t + i) * a->dq.shape[1] + head * p, s.dq + i * a->row_floats, p,
-                      (float)a->shape.scale);
+        if (a->dtype == DTYPE_F32)
+            store_dq(DTYPE_F32, a, &s, batch, head);
+        else
+            store_dq(DTYPE_BF16, a, &s, batch, head);
     }
-    store_across(a, a->dk, s.dk, batch, kv_head * p, (float)a->shape.scale);
-    store_across(a, a->dv, s.dv, batch, kv_head * p, 1);
+    if (a->dtype == DTYPE_F32)
+        store_gradients(DTYPE_F32, a, &s, batch, kv_head);
+    else
+        store_gradients(DTYPE_BF16, a, &s, batch, kv_head);
 }
 
 static void attention_backward(struct attention_shape shape, struct tensor dout, struct tensor q, struct tensor k,

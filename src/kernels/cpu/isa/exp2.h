@@ -10,8 +10,7 @@
  * that stand for 0 and for infinity. */
 ALWAYS_INLINE vector_f32 vector_exp2(vector_f32 x) {
     const float rounder = 0x1.8p23f;
-    x = vector_select(x < -127, vector_splat(-127), x);
-    x = vector_select(x > 128, vector_splat(128), x);
+    x = vector_min(vector_splat(128), vector_max(vector_splat(-127), x));
     vector_f32 rounded = x + rounder;
     vector_f32 r = x - (rounded - rounder);
     vector_f32 power = (vector_f32)(((vector_u32)rounded << 23) + 0x3F800000u);

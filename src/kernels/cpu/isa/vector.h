@@ -1,13 +1,17 @@
 /* Vectors as wide as the instruction set that a copy is compiled for. Private to kernels/cpu/isa/.
  *
- * Plain GCC vector extensions: the compiler turns them into this instruction set's instructions. Loads and stores need
- * no alignment. A "word" is 32 bits: a float, or two neighbouring bf16.
+ * GCC vector extensions: the compiler turns them into this instruction set's instructions, but for the few that it does
+ * not find by itself. Loads and stores need no alignment. A "word" is 32 bits: a float, or two neighbouring bf16.
  */
 #pragma once
 
 #include "tensor/tensor.h"
 
 #include <string.h>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { VECTOR_LANES = 16 };
@@ -19,7 +23,6 @@ enum { VECTOR_LANES = 4 };
 
 /* True where two neighbouring bf16 of each operand multiply and add in one instruction. */
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 enum { BF16_PAIRS = 1 };
 #else
 enum { BF16_PAIRS = 0 };
@@ -52,7 +55,11 @@ ALWAYS_INLINE vector_f32 vector_splat_word(bool pairs, const float *word) {
 ALWAYS_INLINE vector_u32 vector_load_u16(const uint16_t *from) {
     vector_u16 v;
     memcpy(&v, from, sizeof v);
+#ifdef __AVX512F__
+    return (vector_u32)_mm512_cvtepu16_epi32((__m256i)v);
+#else
     return __builtin_convertvector(v, vector_u32);
+#endif
 }
 
 /* VECTOR_LANES bf16 as floats. */
@@ -158,7 +165,24 @@ ALWAYS_INLINE vector_f32 vector_select(vector_i32 mask, vector_f32 yes, vector_f
 
 /* The larger one of every lane; b's where one is NaN. */
 ALWAYS_INLINE vector_f32 vector_max(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
     return vector_select(a > b, a, b);
+#endif
+}
+
+/* The smaller one of every lane; b's where one is NaN. */
+ALWAYS_INLINE vector_f32 vector_min(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
+    return vector_select(a < b, a, b);
+#endif
 }
 
 /* The sum of all lanes, added in a fixed tree. Folding v over itself by interleaving leaves it in every lane. */
@@ -171,6 +195,9 @@ ALWAYS_INLINE float vector_sum(vector_f32 v) {
 
 /* The largest of all lanes. */
 ALWAYS_INLINE float vector_largest(vector_f32 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(v);
+#endif
 #pragma GCC unroll 4
     for (int stage = 1; stage < VECTOR_LANES; stage *= 2)
         v = vector_max(vector_interleave_low(v, v), vector_interleave_high(v, v));
