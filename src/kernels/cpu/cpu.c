@@ -2,7 +2,6 @@
  * kernels/cpu/isa/ for its instruction set. */
 #include "kernels/cpu/fillers.h"
 #include "kernels/cpu/scratch.h"
-#include "kernels/cpu/slots.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -133,5 +132,5 @@ bool kernels_prefer_bf16(void) {
 }
 
 size_t kernels_scratch_bytes(void) {
-    return scratch_bytes() + slots_held_bytes();
+    return scratch_bytes();
 }

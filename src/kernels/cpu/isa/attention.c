@@ -1,236 +1,480 @@
-/* Causal attention in blocks: no T x T matrix, no work above the diagonal. Softmax is kept as a running maximum and sum
- * for each query (arXiv 2205.14135); backward recomputes a block's probabilities from the saved logsumexp. Operands of
- * either dtype are widened to f32 while they are packed.
+/* Causal attention in blocks: no T x T matrix, no work above the diagonal blocks. Softmax is kept as a running maximum
+ * and sum for each query (arXiv 2205.14135); backward makes a block's weights again from the saved logsumexp.
+ *
+ * Invariants
+ *  1. A number of a result is the work of one task, in an order given by the shapes: nothing depends on the threads.
+ *  2. All products multiply packed panels of the operands' own dtype, sums in f32. Weights and gradients of scores are
+ *     therefore rounded to bf16 where the tensors are bf16; sums over them are of the numbers before that.
+ *  3. Keys and values are packed once for all the queries of a task; blocks of them are parts of what is packed, so
+ *     they begin at multiples of KEY_BLOCK.
+ *  4. In backward all that one pass of queries over CHUNK keys touches again and again fits the second cache (heads of
+ *     64: about 0.5 MiB).
  */
-#include "kernels/cpu/isa/tiles.h"
-
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/panel.h"
+#include "kernels/cpu/isa/softmax.h"
+#include "kernels/cpu/scratch.h"
 
-enum { QUERY_BLOCK = 96, KEY_BLOCK = 128 };
+enum {
+    QUERY_BLOCK = 64,
+    KEY_BLOCK = 128,          /* whole panels, whole tiles of pairs */
+    CHUNK = 512,              /* keys of one pass of backward; a multiple of both blocks */
+    CHUNK_STRIDE = CHUNK + 16, /* rows of sums do not all lie on the same cache sets */
+    TASKS_WANTED = 64,
+    TASK_QUERIES_MIN = 256, /* rows of the heads of a group together: fewer do not repay packing keys and values */
+    ROW_QUERIES_MAX = 2,    /* at most as many queries go along the keys as they lie */
+};
 
 struct attention {
     struct attention_shape shape;
-    struct tensor q, k, v, out, logsumexp, dout, dq, dk, dv;
-    int64_t query_blocks;
+    struct tensor out, logsumexp, dq, dk, dv;
+    struct matrix q, k, v, dout, kept_out;
+    enum dtype dtype;
+    int64_t group;         /* query heads of one key-value head */
+    int64_t offset;        /* query i sees keys 0 .. offset + i */
+    int64_t row_floats;    /* of f32 sums of one head, whole vectors */
+    float exponent;        /* 2^(exponent * score) = e^(scale * score) */
+    int64_t task_queries, query_tasks;
 };
 
-/* Columns of one head, rows of one sequence from `first` on, as element (row, column) or the reverse. */
-static struct operand head_operand(struct tensor t, int64_t sequence_first, int64_t first, int64_t column,
-                                   bool depth_in_rows) {
-    return (struct operand){t.data, t.dtype, t.shape[1], NULL, sequence_first + first, column, depth_in_rows};
+/* ---- scratch: parts of one block, counted first, then placed ---- */
+
+struct parts {
+    float *memory; /* NULL: only counted */
+    int64_t floats;
+};
+
+static float *part_take(struct parts *parts, int64_t floats) {
+    float *part = parts->memory ? parts->memory + parts->floats : NULL;
+    parts->floats += divide_up(floats, 16) * 16;
+    return part;
 }
 
-static struct operand block_operand(const float *data, int64_t stride, bool depth_in_rows) {
-    return (struct operand){data, DTYPE_F32, stride, NULL, 0, 0, depth_in_rows};
+/* A block [QUERY_BLOCK, KEY_BLOCK] of the tensors' dtype that lies over one of floats: every row at the beginning of
+ * the row of floats that it is made from. */
+static struct matrix block_over(const struct attention *a, float *floats) {
+    int element_bytes = a->q.element_bytes;
+    return (struct matrix){(char *)floats, KEY_BLOCK * 4 / element_bytes, element_bytes, NULL};
 }
 
-static void pack_wide(const struct operand *o, int64_t count, int width, int64_t depth, float *out) {
-    for (int64_t i = 0; i < count; i += width, out += width * depth)
-        pack_floats(o, i, smaller(width, count - i), width, 0, depth, out);
+static bool is_paired(const struct attention *a) {
+    return word_elements(&a->q) == 2;
 }
 
-/* c [m,n] = (or +=) a b^T over depth, both packed here. */
-static void block_product(int64_t m, int64_t n, int64_t depth, struct operand a, struct operand b, float *c,
-                          int64_t ldc, bool accumulate) {
-    float *packed_a = slot_take(SLOT_A, panel_bytes(m, TILE_ROWS, depth));
-    float *packed_b = slot_take(SLOT_B, panel_bytes(n, TILE_COLUMNS, depth));
-    pack_wide(&a, m, TILE_ROWS, depth, packed_a);
-    pack_wide(&b, n, TILE_COLUMNS, depth, packed_b);
-    multiply_panels(m, n, depth, false, packed_a, packed_b, c, ldc, accumulate);
+/* Where a packed B of columns of the matrix, as many as a head has, continues at row `row` of what was packed. */
+static const float *panel_row(const struct attention *a, const float *packed, int64_t row) {
+    return packed + row / word_elements(&a->k) * TILE_COLUMNS;
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------------------------ */
+/* Where a packed B of rows of the matrix, k along one head, continues at row `row`, a multiple of KEY_BLOCK. */
+static const float *panel_lane(const struct attention *a, const float *packed, int64_t row) {
+    return packed + row / TILE_COLUMNS * panel_floats(words_of(&a->k, a->shape.head_dim), TILE_COLUMNS);
+}
 
-/* Scores of one query against `count` keys become weights; the running maximum and sum, and the row of output so far,
- * follow. `visible` keys of the block are at or before the query. */
-static void soften_row(float *scores, int64_t count, int64_t visible, float scale, float *most, float *sum, float *out,
-                       int64_t p) {
-    float block_most = *most;
-    for (int64_t j = 0; j < visible; j++) {
-        scores[j] *= scale;
-        block_most = scores[j] > block_most ? scores[j] : block_most;
+/* ---- forward ---- */
+
+struct forward_scratch {
+    float *keys, *values;    /* packed B: lanes are keys; lanes are columns, k the keys */
+    int64_t value_floats;    /* of a panel of values */
+    float *queries, *packed; /* packed A: a block of queries; its weights */
+    float *scores;           /* [QUERY_BLOCK, KEY_BLOCK] */
+    struct matrix weights;   /* over them */
+    float *out;              /* [QUERY_BLOCK, row_floats] */
+    struct softmax *softmax; /* [QUERY_BLOCK] */
+};
+
+static struct forward_scratch forward_scratch_place(const struct attention *a, int64_t keys, struct parts *parts) {
+    struct forward_scratch s;
+    int64_t p = a->shape.head_dim, words = words_of(&a->k, p), key_words = words_of(&a->v, keys);
+    s.softmax = (struct softmax *)part_take(parts, QUERY_BLOCK * (int64_t)(sizeof *s.softmax / sizeof(float)));
+    s.keys = part_take(parts, block_floats(keys, words, TILE_COLUMNS));
+    s.values = part_take(parts, block_floats(p, key_words, TILE_COLUMNS));
+    s.value_floats = panel_floats(key_words, TILE_COLUMNS);
+    s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
+    s.packed = part_take(parts, block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), TILE_ROWS));
+    s.scores = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
+    s.weights = block_over(a, s.scores);
+    s.out = part_take(parts, QUERY_BLOCK * a->row_floats);
+    return s;
+}
+
+static struct forward_scratch forward_scratch_take(const struct attention *a, int64_t keys) {
+    struct parts parts = {0};
+    forward_scratch_place(a, keys, &parts);
+    parts = (struct parts){.memory = scratch_task((size_t)parts.floats * sizeof(float))};
+    return forward_scratch_place(a, keys, &parts);
+}
+
+ALWAYS_INLINE void soften_block(enum dtype dtype, const struct attention *a, const struct forward_scratch *s,
+                                int64_t first, int64_t rows, int64_t key, int64_t keys) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *scores = s->scores + r * KEY_BLOCK;
+        hide_keys(scores, at_most(keys, first + r + a->offset + 1 - key), keys);
+        softmax_row(dtype, &s->softmax[r], scores, keys, a->exponent, (void *)matrix_at(&s->weights, r, 0),
+                    s->out + r * a->row_floats, a->row_floats);
     }
-    float keep = fast_exp(*most - block_most), block_sum = 0;
-    for (int64_t j = 0; j < visible; j++)
-        scores[j] = fast_exp(scores[j] - block_most);
-    for (int64_t j = 0; j < visible; j++)
-        block_sum += scores[j];
-    memset(scores + visible, 0, (size_t)(count - visible) * sizeof *scores);
-    for (int64_t i = 0; i < p; i++)
-        out[i] *= keep;
-    *sum = *sum * keep + block_sum;
-    *most = block_most;
 }
 
+/* A block of queries, in s->queries, against a block of keys. */
+static void forward_block(const struct attention *a, const struct forward_scratch *s, int64_t first, int64_t rows,
+                          int64_t key, int64_t keys) {
+    int64_t p = a->shape.head_dim;
+    block_multiply(is_paired(a), s->queries, panel_lane(a, s->keys, key), words_of(&a->k, p), s->scores, KEY_BLOCK,
+                   rows, keys, false);
+    if (a->dtype == DTYPE_F32)
+        soften_block(DTYPE_F32, a, s, first, rows, key, keys);
+    else
+        soften_block(DTYPE_BF16, a, s, first, rows, key, keys);
+    pack_a(LANES_ARE_ROWS, &s->weights, 0, rows, 0, keys, s->packed);
+    block_multiply_panels(is_paired(a), s->packed, panel_row(a, s->values, key), s->value_floats,
+                          words_of(&a->v, keys), s->out, a->row_floats, rows, p, key > 0);
+}
+
+/* Results of one query, at row `row` of the outputs. */
+static void store_query(const struct attention *a, const struct softmax *softmax, const float *out, int64_t row,
+                        int64_t head) {
+    int64_t p = a->shape.head_dim, at = row * a->out.shape[1] + head * p;
+    float sum = vector_sum(softmax->sum);
+    if (a->dtype == DTYPE_F32)
+        row_store(DTYPE_F32, a->out.data, at, out, p, 1 / sum);
+    else
+        row_store(DTYPE_BF16, a->out.data, at, out, p, 1 / sum);
+    ((float *)a->logsumexp.data)[row * a->shape.head_count + head] = softmax_logsumexp(softmax, sum);
+}
+
+static void forward_rows(const struct attention *a, const struct forward_scratch *s, int64_t batch, int64_t head,
+                         int64_t first, int64_t rows) {
+    int64_t p = a->shape.head_dim, row = batch * a->shape.query_count + first, end = first + rows + a->offset;
+    pack_a(LANES_ARE_ROWS, &a->q, row, rows, head * p, p, s->queries);
+    for (int64_t r = 0; r < rows; r++)
+        s->softmax[r] = softmax_start();
+    for (int64_t key = 0; key < end; key += KEY_BLOCK)
+        forward_block(a, s, first, rows, key, at_most(end - key, KEY_BLOCK));
+    for (int64_t r = 0; r < rows; r++)
+        store_query(a, &s->softmax[r], s->out + r * a->row_floats, row + r, head);
+}
+
+/* task_queries queries of all the heads that read one key-value head. The last queries, which see most, come first. */
 static void forward_task(void *context, int64_t index) {
     const struct attention *a = context;
-    const struct attention_shape *s = &a->shape;
-    int64_t p = s->head_dim, block = index % a->query_blocks, head = index / a->query_blocks % s->head_count;
-    int64_t batch = index / a->query_blocks / s->head_count, first = block * QUERY_BLOCK;
-    int64_t rows = smaller(QUERY_BLOCK, s->query_count - first), offset = s->key_count - s->query_count;
-    int64_t kv_column = head / (s->head_count / s->kv_head_count) * p;
-    float *scores = slot_take(SLOT_C, QUERY_BLOCK * KEY_BLOCK * sizeof *scores);
-    float *out = slot_take(SLOT_D, (size_t)(QUERY_BLOCK * p) * sizeof *out);
-    float most[QUERY_BLOCK], sum[QUERY_BLOCK];
-    memset(out, 0, (size_t)(QUERY_BLOCK * p) * sizeof *out);
-    for (int64_t r = 0; r < rows; r++) {
-        most[r] = -INFINITY;
-        sum[r] = 0;
-    }
-    for (int64_t key = 0; key < first + rows + offset; key += KEY_BLOCK) {
-        int64_t keys = smaller(KEY_BLOCK, first + rows + offset - key);
-        block_product(rows, keys, p, head_operand(a->q, batch * s->query_count, first, head * p, false),
-                      head_operand(a->k, batch * s->key_count, key, kv_column, false), scores, KEY_BLOCK, false);
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t visible = first + r + offset + 1 - key;
-            visible = visible < 0 ? 0 : smaller(visible, keys);
-            if (visible > 0)
-                soften_row(scores + r * KEY_BLOCK, keys, visible, (float)s->scale, &most[r], &sum[r], out + r * p, p);
-            else
-                memset(scores + r * KEY_BLOCK, 0, (size_t)keys * sizeof *scores);
-        }
-        block_product(rows, p, keys, block_operand(scores, KEY_BLOCK, false),
-                      head_operand(a->v, batch * s->key_count, key, kv_column, true), out, p, true);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t row = batch * s->query_count + first + r;
-        float scale = 1 / sum[r];
-        for (int64_t i = 0; i < p; i++)
-            out[r * p + i] *= scale;
-        struct tensor to = a->out;
-        to.data = (char *)to.data + (size_t)(row * to.shape[1] + head * p) * dtype_size(to.dtype);
-        store_row(to, 0, p, out + r * p);
-        ((float *)a->logsumexp.data)[row * s->head_count + head] = most[r] + logf(sum[r]);
-    }
+    const struct attention_shape *shape = &a->shape;
+    int64_t pairs = shape->batch * shape->kv_head_count, p = shape->head_dim;
+    int64_t batch = index % pairs / shape->kv_head_count, kv_head = index % shape->kv_head_count;
+    int64_t first = (a->query_tasks - 1 - index / pairs) * a->task_queries;
+    int64_t end = at_most(first + a->task_queries, shape->query_count), keys = end + a->offset;
+    struct forward_scratch s = forward_scratch_take(a, keys);
+    pack_b(LANES_ARE_ROWS, &a->k, batch * shape->key_count, keys, kv_head * p, p, s.keys);
+    pack_b(LANES_ARE_COLUMNS, &a->v, kv_head * p, p, batch * shape->key_count, keys, s.values);
+    for (int64_t head = kv_head * a->group; head < (kv_head + 1) * a->group; head++)
+        for (int64_t row = first; row < end; row += QUERY_BLOCK)
+            forward_rows(a, &s, batch, head, row, at_most(end - row, QUERY_BLOCK));
 }
 
-static void check_shapes(const struct attention_shape *s, struct tensor q, struct tensor k, struct tensor v) {
-    CHECK(q.dtype == k.dtype && q.dtype == v.dtype && is_fast(q));
-    CHECK(s->head_count % s->kv_head_count == 0 && s->key_count >= s->query_count);
-    CHECK(q.shape[0] == s->batch * s->query_count && q.shape[1] == (int64_t)s->head_count * s->head_dim);
-    CHECK(k.shape[0] == s->batch * s->key_count && k.shape[1] == (int64_t)s->kv_head_count * s->head_dim);
-    CHECK(tensor_same_shape(k, v));
+/* ---- forward of a few queries: keys and values are read as they lie ---- */
+
+/* scores[0 .. count-1] of keys from row `row` on, at most VECTOR_LANES. */
+ALWAYS_INLINE void score_keys(enum dtype dtype, const struct attention *a, const float *query, int64_t row,
+                              int64_t column, int64_t count, float *scores) {
+    int64_t p = a->shape.head_dim;
+    vector_f32 sum[VECTOR_LANES] = {{0}};
+    for (int64_t i = 0; i < p; i += VECTOR_LANES) {
+        vector_f32 left = vector_load(query + i);
+#pragma GCC unroll 16
+        for (int j = 0; j < VECTOR_LANES; j++) {
+            const void *key = matrix_at(&a->k, row + (j < count ? j : 0), column + i);
+            sum[j] += left * numbers_load(dtype, key, 0, at_most(p - i, VECTOR_LANES));
+        }
+    }
+    vector_store(scores, vector_sums(sum));
+}
+
+/* out [row_floats] += weight * values */
+ALWAYS_INLINE void add_value(enum dtype dtype, const void *values, int64_t count, float weight, float *out) {
+    for (int64_t i = 0; i < count; i += VECTOR_LANES)
+        vector_store(out + i, vector_load(out + i) +
+                                  numbers_load(dtype, values, i, at_most(count - i, VECTOR_LANES)) * weight);
+}
+
+ALWAYS_INLINE void query_forward(enum dtype dtype, const struct attention *a, int64_t batch, int64_t query,
+                                 int64_t head) {
+    int64_t p = a->shape.head_dim, row = batch * a->shape.query_count + query, end = query + a->offset + 1;
+    int64_t column = head / a->group * p, first = batch * a->shape.key_count;
+    float *out = scratch_task((size_t)(2 * a->row_floats) * sizeof(float)), *floats = out + a->row_floats;
+    float scores[KEY_BLOCK];
+    struct softmax softmax = softmax_start();
+    for (int64_t i = 0; i < p; i += VECTOR_LANES) {
+        vector_store(floats + i, numbers_load(dtype, matrix_at(&a->q, row, head * p), i, at_most(p - i, VECTOR_LANES)));
+        vector_store(out + i, (vector_f32){0});
+    }
+    for (int64_t key = 0; key < end; key += KEY_BLOCK) {
+        int64_t keys = at_most(end - key, KEY_BLOCK);
+        for (int64_t j = 0; j < keys; j += VECTOR_LANES)
+            score_keys(dtype, a, floats, first + key + j, column, keys - j, scores + j);
+        hide_keys(scores, keys, keys);
+        softmax_row(DTYPE_F32, &softmax, scores, keys, a->exponent, scores, out, a->row_floats);
+        for (int64_t j = 0; j < keys; j++)
+            add_value(dtype, matrix_at(&a->v, first + key + j, column), p, scores[j], out);
+    }
+    store_query(a, &softmax, out, row, head);
+}
+
+static void query_task(void *context, int64_t index) {
+    const struct attention *a = context;
+    int64_t head = index % a->shape.head_count, query = index / a->shape.head_count % a->shape.query_count;
+    int64_t batch = index / a->shape.head_count / a->shape.query_count;
+    if (a->dtype == DTYPE_F32)
+        query_forward(DTYPE_F32, a, batch, query, head);
+    else
+        query_forward(DTYPE_BF16, a, batch, query, head);
+}
+
+/* ---- checks and the calls ---- */
+
+static struct attention attention_of(struct attention_shape s, struct tensor q, struct tensor k, struct tensor v,
+                                     struct tensor out, struct tensor logsumexp) {
+    int64_t columns = (int64_t)s.head_count * s.head_dim, kv_columns = (int64_t)s.kv_head_count * s.head_dim;
+    CHECK(is_fast(q) && k.dtype == q.dtype && v.dtype == q.dtype && out.dtype == q.dtype);
+    CHECK(logsumexp.dtype == DTYPE_F32 && s.scale > 0);
+    CHECK(s.head_count % s.kv_head_count == 0 && s.key_count >= s.query_count);
+    CHECK(q.shape[0] == s.batch * s.query_count && q.shape[1] == columns);
+    CHECK(k.shape[0] == s.batch * s.key_count && k.shape[1] == kv_columns);
+    CHECK(tensor_same_shape(k, v) && tensor_same_shape(q, out));
+    return (struct attention){
+        .shape = s,
+        .out = out,
+        .logsumexp = logsumexp,
+        .q = matrix_of(q, columns, tensor_none()),
+        .k = matrix_of(k, kv_columns, tensor_none()),
+        .v = matrix_of(v, kv_columns, tensor_none()),
+        .dtype = q.dtype,
+        .group = s.head_count / s.kv_head_count,
+        .offset = s.key_count - s.query_count,
+        .row_floats = divide_up(s.head_dim, VECTOR_LANES) * VECTOR_LANES,
+        .exponent = (float)(s.scale * 1.44269504088896341),
+    };
+}
+
+/* Tasks as large as leaves enough of them. */
+static void cut_queries(struct attention *a) {
+    int64_t pairs = a->shape.batch * a->shape.kv_head_count;
+    int64_t least = divide_up(divide_up(TASK_QUERIES_MIN, a->group), QUERY_BLOCK) * QUERY_BLOCK;
+    int64_t wanted = divide_up(a->shape.query_count, divide_up(TASKS_WANTED, pairs + 1));
+    a->task_queries = divide_up(wanted > least ? wanted : least, QUERY_BLOCK) * QUERY_BLOCK;
+    a->query_tasks = divide_up(a->shape.query_count, a->task_queries);
 }
 
 static void attention_forward(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
                               struct tensor out, struct tensor logsumexp) {
-    if (is_f64(q)) {
+    if (q.dtype == DTYPE_F64) {
         kernels_ref()->attention_forward(shape, q, k, v, out, logsumexp);
         return;
     }
-    check_shapes(&shape, q, k, v);
-    CHECK(tensor_same_shape(q, out) && is_fast(out) && logsumexp.dtype == DTYPE_F32);
-    struct attention a = {.shape = shape, .q = q, .k = k, .v = v, .out = out, .logsumexp = logsumexp,
-                          .query_blocks = (shape.query_count + QUERY_BLOCK - 1) / QUERY_BLOCK};
-    parallel_for(shape.batch * shape.head_count * a.query_blocks, forward_task, &a);
-}
-
-/* ---- backward ------------------------------------------------------------------------------------------------------------ */
-
-/* sum over i of dout[row,i] * out[row,i] for one head: what every score's gradient is measured against. */
-static void row_products(const struct attention *a, int64_t sequence_first, int64_t column, int64_t count, float *delta) {
-    int64_t p = a->shape.head_dim, width = a->dout.shape[1];
-    float *x_buffer = slot_take(SLOT_A, (size_t)p * sizeof *x_buffer), *y_buffer = slot_take(SLOT_B, (size_t)p * sizeof *y_buffer);
-    for (int64_t r = 0; r < count; r++) {
-        struct tensor x = a->dout, y = a->out;
-        size_t at = (size_t)((sequence_first + r) * width + column);
-        x.data = (char *)x.data + at * dtype_size(x.dtype);
-        y.data = (char *)y.data + at * dtype_size(y.dtype);
-        const float *dout = row_as_float(x, 0, p, x_buffer), *out = row_as_float(y, 0, p, y_buffer);
-        double sum = 0;
-        for (int64_t i = 0; i < p; i++)
-            sum += (double)dout[i] * (double)out[i];
-        delta[r] = (float)sum;
+    struct attention a = attention_of(shape, q, k, v, out, logsumexp);
+    if (shape.query_count <= ROW_QUERIES_MAX) {
+        parallel_for(shape.batch * shape.query_count * shape.head_count, query_task, &a);
+        return;
     }
+    cut_queries(&a);
+    parallel_for(shape.batch * shape.kv_head_count * a.query_tasks, forward_task, &a);
 }
 
-struct backward_buffers {
-    float *scores, *dscores; /* [QUERY_BLOCK, KEY_BLOCK] */
-    float *dq, *dk, *dv;     /* [T,P] */
-    float *delta;            /* [T] */
+/* ---- backward ---- */
+
+struct backward_scratch {
+    float *keys, *values, *keys_across;   /* packed B of a chunk: lanes are keys, keys; lanes are columns */
+    int64_t across_floats;                /* of a panel of keys_across */
+    float *queries, *douts;               /* packed A of a block of queries: lanes are queries */
+    float *queries_across, *douts_across; /* lanes are columns */
+    float *packed;                        /* A or B: a block of weights or gradients of scores */
+    float *scores, *dweights;             /* [QUERY_BLOCK, KEY_BLOCK] */
+    struct matrix weights, dscores;       /* over scores; over dweights */
+    float *delta, *logsumexp;             /* [T], of one head; of base 2 */
+    float *dq;                            /* [T, row_floats] of one head */
+    float *dk, *dv;                       /* [chunk][row_floats][CHUNK_STRIDE]: a head's columns by a chunk's keys */
 };
 
-/* One block of queries against one block of keys. */
-static void backward_block(const struct attention *a, const struct backward_buffers *b, int64_t batch, int64_t head,
-                           int64_t first, int64_t rows, int64_t key, int64_t keys) {
-    const struct attention_shape *s = &a->shape;
-    int64_t p = s->head_dim, base = batch * s->query_count, column = head * p;
-    int64_t kv_column = head / (s->head_count / s->kv_head_count) * p;
-    struct operand q = head_operand(a->q, base, first, column, false), k = head_operand(a->k, base, key, kv_column, false);
-    struct operand v = head_operand(a->v, base, key, kv_column, false), dout = head_operand(a->dout, base, first, column, false);
-    block_product(rows, keys, p, q, k, b->scores, KEY_BLOCK, false);
-    block_product(rows, keys, p, dout, v, b->dscores, KEY_BLOCK, false);
-    for (int64_t r = 0; r < rows; r++) {
-        float *scores = b->scores + r * KEY_BLOCK, *dscores = b->dscores + r * KEY_BLOCK, scale = (float)s->scale;
-        float logsumexp = ((const float *)a->logsumexp.data)[(base + first + r) * s->head_count + head];
-        int64_t visible = smaller(keys, first + r + 1 - key);
-        visible = visible < 0 ? 0 : visible;
-        for (int64_t j = 0; j < visible; j++) {
-            scores[j] = fast_exp(scores[j] * scale - logsumexp);
-            dscores[j] = scores[j] * (dscores[j] - b->delta[first + r]) * scale;
-        }
-        memset(scores + visible, 0, (size_t)(keys - visible) * sizeof *scores);
-        memset(dscores + visible, 0, (size_t)(keys - visible) * sizeof *dscores);
-    }
-    dout.depth_in_rows = q.depth_in_rows = k.depth_in_rows = true;
-    block_product(keys, p, rows, block_operand(b->scores, KEY_BLOCK, true), dout, b->dv + key * p, p, true);
-    block_product(keys, p, rows, block_operand(b->dscores, KEY_BLOCK, true), q, b->dk + key * p, p, true);
-    block_product(rows, p, keys, block_operand(b->dscores, KEY_BLOCK, false), k, b->dq + first * p, p, true);
+static struct backward_scratch backward_scratch_place(const struct attention *a, struct parts *parts) {
+    struct backward_scratch s;
+    int64_t p = a->shape.head_dim, t = a->shape.query_count, chunk = at_most(t, CHUNK);
+    int64_t words = words_of(&a->k, p), row_words = words_of(&a->k, QUERY_BLOCK), chunk_words = words_of(&a->k, chunk);
+    s.keys = part_take(parts, block_floats(chunk, words, TILE_COLUMNS));
+    s.values = part_take(parts, block_floats(chunk, words, TILE_COLUMNS));
+    s.keys_across = part_take(parts, block_floats(p, chunk_words, TILE_COLUMNS));
+    s.across_floats = panel_floats(chunk_words, TILE_COLUMNS);
+    s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
+    s.douts = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
+    s.queries_across = part_take(parts, block_floats(p, row_words, TILE_ROWS));
+    s.douts_across = part_take(parts, block_floats(p, row_words, TILE_ROWS));
+    int64_t as_a = block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), TILE_ROWS);
+    int64_t as_b = block_floats(KEY_BLOCK, row_words, TILE_COLUMNS);
+    s.packed = part_take(parts, as_a > as_b ? as_a : as_b);
+    s.scores = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
+    s.dweights = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
+    s.weights = block_over(a, s.scores);
+    s.dscores = block_over(a, s.dweights);
+    s.delta = part_take(parts, t);
+    s.logsumexp = part_take(parts, t);
+    s.dq = part_take(parts, t * a->row_floats);
+    s.dk = part_take(parts, divide_up(t, CHUNK) * a->row_floats * CHUNK_STRIDE);
+    s.dv = part_take(parts, divide_up(t, CHUNK) * a->row_floats * CHUNK_STRIDE);
+    return s;
 }
 
-static void store_head(struct tensor t, int64_t sequence_first, int64_t column, int64_t count, int64_t p,
-                       const float *values) {
-    for (int64_t r = 0; r < count; r++) {
-        struct tensor to = t;
-        to.data = (char *)t.data + (size_t)((sequence_first + r) * t.shape[1] + column) * dtype_size(t.dtype);
-        store_row(to, 0, p, values + r * p);
+static struct backward_scratch backward_scratch_take(const struct attention *a) {
+    struct parts parts = {0};
+    backward_scratch_place(a, &parts);
+    parts = (struct parts){.memory = scratch_task((size_t)parts.floats * sizeof(float))};
+    return backward_scratch_place(a, &parts);
+}
+
+/* What every gradient of a query's weights is measured against: sum over i of dout[i] * out[i]. */
+static void prepare_queries(const struct attention *a, const struct backward_scratch *s, int64_t batch, int64_t head) {
+    int64_t p = a->shape.head_dim, t = a->shape.query_count;
+    for (int64_t i = 0; i < t; i++) {
+        int64_t row = batch * t + i, at = row * a->dout.columns + head * p;
+        s->delta[i] = a->dtype == DTYPE_F32 ? row_dot(DTYPE_F32, a->dout.data, a->kept_out.data, at, p)
+                                            : row_dot(DTYPE_BF16, a->dout.data, a->kept_out.data, at, p);
+        s->logsumexp[i] = ((const float *)a->logsumexp.data)[row * a->shape.head_count + head] * 1.44269504f;
     }
+}
+
+ALWAYS_INLINE void soften_block_backward(enum dtype dtype, const struct attention *a, const struct backward_scratch *s,
+                                         int64_t first, int64_t rows, int64_t key, int64_t keys) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *scores = s->scores + r * KEY_BLOCK;
+        hide_keys(scores, at_most(keys, first + r + 1 - key), keys);
+        softmax_row_backward(dtype, scores, s->dweights + r * KEY_BLOCK, keys, a->exponent, s->logsumexp[first + r],
+                             s->delta[first + r], (void *)matrix_at(&s->weights, r, 0),
+                             (void *)matrix_at(&s->dscores, r, 0));
+    }
+}
+
+/* A block of queries, packed in s, against `keys` keys from `key` on, of the chunk that begins at `chunk`. */
+static void backward_block(const struct attention *a, const struct backward_scratch *s, int64_t first, int64_t rows,
+                           int64_t chunk, int64_t key, int64_t keys) {
+    int64_t p = a->shape.head_dim, words = words_of(&a->k, p), row_words = words_of(&a->k, rows);
+    int64_t sums = chunk / CHUNK * a->row_floats * CHUNK_STRIDE + key - chunk;
+    bool pairs = is_paired(a);
+    block_multiply(pairs, s->queries, panel_lane(a, s->keys, key - chunk), words, s->scores, KEY_BLOCK, rows, keys,
+                   false);
+    block_multiply(pairs, s->douts, panel_lane(a, s->values, key - chunk), words, s->dweights, KEY_BLOCK, rows, keys,
+                   false);
+    if (a->dtype == DTYPE_F32)
+        soften_block_backward(DTYPE_F32, a, s, first, rows, key, keys);
+    else
+        soften_block_backward(DTYPE_BF16, a, s, first, rows, key, keys);
+    pack_b(LANES_ARE_COLUMNS, &s->weights, 0, keys, 0, rows, s->packed);
+    block_multiply(pairs, s->douts_across, s->packed, row_words, s->dv + sums, CHUNK_STRIDE, p, keys, true);
+    pack_b(LANES_ARE_COLUMNS, &s->dscores, 0, keys, 0, rows, s->packed);
+    block_multiply(pairs, s->queries_across, s->packed, row_words, s->dk + sums, CHUNK_STRIDE, p, keys, true);
+    pack_a(LANES_ARE_ROWS, &s->dscores, 0, rows, 0, keys, s->packed);
+    block_multiply_panels(pairs, s->packed, panel_row(a, s->keys_across, key - chunk), s->across_floats,
+                          words_of(&a->k, keys), s->dq + first * a->row_floats, a->row_floats, rows, p, key > 0);
+}
+
+/* All queries of a head that see keys of the chunk. */
+static void backward_chunk(const struct attention *a, const struct backward_scratch *s, int64_t batch, int64_t head,
+                           int64_t chunk) {
+    int64_t p = a->shape.head_dim, t = a->shape.query_count, row = batch * t;
+    for (int64_t first = chunk; first < t; first += QUERY_BLOCK) {
+        int64_t rows = at_most(t - first, QUERY_BLOCK), end = at_most(first + rows, chunk + CHUNK);
+        pack_a(LANES_ARE_ROWS, &a->q, row + first, rows, head * p, p, s->queries);
+        pack_a(LANES_ARE_ROWS, &a->dout, row + first, rows, head * p, p, s->douts);
+        pack_a(LANES_ARE_COLUMNS, &a->q, head * p, p, row + first, rows, s->queries_across);
+        pack_a(LANES_ARE_COLUMNS, &a->dout, head * p, p, row + first, rows, s->douts_across);
+        for (int64_t key = chunk; key < end; key += KEY_BLOCK)
+            backward_block(a, s, first, rows, chunk, key, at_most(end - key, KEY_BLOCK));
+    }
+}
+
+static void pack_chunk(const struct attention *a, const struct backward_scratch *s, int64_t batch, int64_t kv_head,
+                       int64_t chunk) {
+    int64_t p = a->shape.head_dim, t = a->shape.query_count, row = batch * t + chunk, keys = at_most(t - chunk, CHUNK);
+    pack_b(LANES_ARE_ROWS, &a->k, row, keys, kv_head * p, p, s->keys);
+    pack_b(LANES_ARE_ROWS, &a->v, row, keys, kv_head * p, p, s->values);
+    pack_b(LANES_ARE_COLUMNS, &a->k, kv_head * p, p, row, keys, s->keys_across);
+}
+
+/* The gradients of keys or values of one head lie with the keys along the rows: turned round, a square at a time. */
+ALWAYS_INLINE void store_across(enum dtype dtype, const struct attention *a, struct tensor t, const float *sums,
+                                int64_t batch, int64_t column, float scale) {
+    int64_t p = a->shape.head_dim, rows = a->shape.query_count;
+    for (int64_t key = 0; key < rows; key += VECTOR_LANES) {
+        const float *from = sums + key / CHUNK * a->row_floats * CHUNK_STRIDE + key % CHUNK;
+        for (int64_t i = 0; i < p; i += VECTOR_LANES) {
+            vector_f32 v[VECTOR_LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < VECTOR_LANES; j++)
+                v[j] = vector_load(from + (i + j) * CHUNK_STRIDE) * scale;
+            vector_transpose(v);
+            for (int64_t j = 0; j < at_most(rows - key, VECTOR_LANES); j++)
+                numbers_store(dtype, t.data, (batch * rows + key + j) * t.shape[1] + column + i,
+                              at_most(p - i, VECTOR_LANES), v[j]);
+        }
+    }
+}
+
+ALWAYS_INLINE void store_gradients(enum dtype dtype, const struct attention *a, const struct backward_scratch *s,
+                                   int64_t batch, int64_t kv_head) {
+    int64_t column = kv_head * a->shape.head_dim;
+    store_across(dtype, a, a->dk, s->dk, batch, column, (float)a->shape.scale);
+    store_across(dtype, a, a->dv, s->dv, batch, column, 1);
+}
+
+ALWAYS_INLINE void store_dq(enum dtype dtype, const struct attention *a, const struct backward_scratch *s, int64_t batch,
+                            int64_t head) {
+    int64_t p = a->shape.head_dim, t = a->shape.query_count;
+    for (int64_t i = 0; i < t; i++)
+        row_store(dtype, a->dq.data, (batch * t + i) * a->dq.shape[1] + head * p, s->dq + i * a->row_floats, p,
+                  (float)a->shape.scale);
 }
 
 /* All heads that read one key-value head, one after the other: the sums into dk and dv have one order. */
 static void backward_task(void *context, int64_t index) {
     const struct attention *a = context;
-    const struct attention_shape *s = &a->shape;
-    int64_t p = s->head_dim, t = s->query_count, batch = index / s->kv_head_count, kv_head = index % s->kv_head_count;
-    int64_t heads = s->head_count / s->kv_head_count;
-    size_t bytes = (size_t)(t * p) * sizeof(float);
-    struct backward_buffers b = {
-        .scores = slot_take(SLOT_C, 2 * QUERY_BLOCK * KEY_BLOCK * sizeof(float)),
-        .dq = slot_take(SLOT_D, bytes),
-        .dk = slot_take(SLOT_E, bytes),
-        .dv = slot_take(SLOT_F, bytes),
-        .delta = slot_take(SLOT_G, (size_t)t * sizeof(float)),
-    };
-    b.dscores = b.scores + QUERY_BLOCK * KEY_BLOCK;
-    memset(b.dk, 0, bytes);
-    memset(b.dv, 0, bytes);
-    for (int64_t h = 0; h < heads; h++) {
-        int64_t head = kv_head * heads + h;
-        memset(b.dq, 0, bytes);
-        row_products(a, batch * t, head * p, t, b.delta);
-        for (int64_t first = 0; first < t; first += QUERY_BLOCK) {
-            int64_t rows = smaller(QUERY_BLOCK, t - first);
-            for (int64_t key = 0; key < first + rows; key += KEY_BLOCK)
-                backward_block(a, &b, batch, head, first, rows, key, smaller(KEY_BLOCK, first + rows - key));
+    int64_t t = a->shape.query_count;
+    int64_t batch = index / a->shape.kv_head_count, kv_head = index % a->shape.kv_head_count;
+    size_t sum_bytes = (size_t)(divide_up(t, CHUNK) * a->row_floats * CHUNK_STRIDE) * sizeof(float);
+    struct backward_scratch s = backward_scratch_take(a);
+    memset(s.dk, 0, sum_bytes);
+    memset(s.dv, 0, sum_bytes);
+    for (int64_t head = kv_head * a->group; head < (kv_head + 1) * a->group; head++) {
+        prepare_queries(a, &s, batch, head);
+        for (int64_t chunk = 0; chunk < t; chunk += CHUNK) {
+            if (t > CHUNK || head == kv_head * a->group)
+                pack_chunk(a, &s, batch, kv_head, chunk);
+            backward_chunk(a, &s, batch, head, chunk);
         }
-        store_head(a->dq, batch * t, head * p, t, p, b.dq);
+        if (a->dtype == DTYPE_F32)
+            store_dq(DTYPE_F32, a, &s, batch, head);
+        else
+            store_dq(DTYPE_BF16, a, &s, batch, head);
     }
-    store_head(a->dk, batch * t, kv_head * p, t, p, b.dk);
-    store_head(a->dv, batch * t, kv_head * p, t, p, b.dv);
+    if (a->dtype == DTYPE_F32)
+        store_gradients(DTYPE_F32, a, &s, batch, kv_head);
+    else
+        store_gradients(DTYPE_BF16, a, &s, batch, kv_head);
 }
 
 static void attention_backward(struct attention_shape shape, struct tensor dout, struct tensor q, struct tensor k,
                                struct tensor v, struct tensor out, struct tensor logsumexp, struct tensor dq,
                                struct tensor dk, struct tensor dv) {
-    if (is_f64(q)) {
+    if (q.dtype == DTYPE_F64) {
         kernels_ref()->attention_backward(shape, dout, q, k, v, out, logsumexp, dq, dk, dv);
         return;
     }
-    check_shapes(&shape, q, k, v);
+    struct attention a = attention_of(shape, q, k, v, out, logsumexp);
     CHECK_OP(shape.query_count, ==, shape.key_count);
-    struct attention a = {.shape = shape, .q = q, .k = k, .v = v, .out = out, .logsumexp = logsumexp, .dout = dout,
-                          .dq = dq, .dk = dk, .dv = dv};
+    CHECK(dout.dtype == q.dtype && dq.dtype == q.dtype && dk.dtype == q.dtype && dv.dtype == q.dtype);
+    CHECK(tensor_same_shape(dout, q) && tensor_same_shape(dq, q));
+    CHECK(tensor_same_shape(dk, k) && tensor_same_shape(dv, v));
+    a.dout = matrix_of(dout, q.shape[1], tensor_none());
+    a.kept_out = matrix_of(out, q.shape[1], tensor_none());
+    a.dq = dq;
+    a.dk = dk;
+    a.dv = dv;
     parallel_for(shape.batch * shape.kv_head_count, backward_task, &a);
 }
 

@@ -1,7 +1,7 @@
 /* Vectors as wide as the instruction set that a copy is compiled for. Private to kernels/cpu/isa/.
  *
- * Plain GCC vector extensions: the compiler turns them into this instruction set's instructions. Loads and stores need
- * no alignment. A "word" is 32 bits: a float, or two neighbouring bf16.
+ * GCC vector extensions: the compiler turns them into this instruction set's instructions, but for the few that it does
+ * not find by itself. Loads and stores need no alignment. A "word" is 32 bits: a float, or two neighbouring bf16.
  */
 #pragma once
 
@@ -180,7 +180,24 @@ ALWAYS_INLINE vector_f32 vector_select(vector_i32 mask, vector_f32 yes, vector_f
 
 /* The larger one of every lane; b's where one is NaN. */
 ALWAYS_INLINE vector_f32 vector_max(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
     return vector_select(a > b, a, b);
+#endif
+}
+
+/* The smaller one of every lane; b's where one is NaN. */
+ALWAYS_INLINE vector_f32 vector_min(vector_f32 a, vector_f32 b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
+    return vector_select(a < b, a, b);
+#endif
 }
 
 /* The sum of all lanes, added in a fixed tree. Folding v over itself by interleaving leaves it in every lane. */
@@ -193,6 +210,9 @@ ALWAYS_INLINE float vector_sum(vector_f32 v) {
 
 /* The largest of all lanes. */
 ALWAYS_INLINE float vector_largest(vector_f32 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(v);
+#endif
 #pragma GCC unroll 4
     for (int stage = 1; stage < VECTOR_LANES; stage *= 2)
         v = vector_max(vector_interleave_low(v, v), vector_interleave_high(v, v));
