@@ -88,6 +88,18 @@ expect 0 '' -- "$cadre" tokenize --model "$run" --text 'The keeper' --json
 expect 0 '' -- "$cadre" train --model.preset tiny --dry-run
 grep -q 'exchange back grad' "$work/out" || complain "--dry-run printed no schedule"
 
+# Figures, not tests: only that they come, name their roof, and that nonsense is refused.
+expect 0 '' -- "$cadre" bench train --preset tiny --rounds 2 --precision fp32 --json
+grep -q '"name":"train".*"roof_gflops":.*"event_ms":{' "$work/out" || complain "bench train printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" bench attention --rounds 1 --precision bf16 --sequence-length 64
+grep -q 'backward .*% of' "$work/out" || complain "bench attention printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" bench train --preset tiny --rounds 2 --precision fp32 --json --peer "echo '{\"tokens_per_s\": 1000}'"
+grep -q '"ratio":' "$work/out" || complain "bench --peer printed $(cat "$work/out")"
+expect 2 'nearest known word is gemm' -- "$cadre" bench gem
+expect 2 'fp32, bf16 or both' -- "$cadre" bench moe --precision fp8
+expect 2 'rounds' -- "$cadre" bench roof --rounds 0
+expect 1 'peer' -- "$cadre" bench train --preset tiny --rounds 1 --precision fp32 --peer false
+
 # A damaged checkpoint is one line, and nothing is written with it.
 printf 'x' | dd of="$run/checkpoints/step-000008/model.safetensors" bs=1 seek=5000 conv=notrunc 2>/dev/null
 expect 1 'is damaged' -- "$cadre" generate --model "$run/checkpoints/step-000008" --prompt x

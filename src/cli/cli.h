@@ -8,3 +8,4 @@ enum status cmd_generate(int argc, char **argv) MUST_USE;
 enum status cmd_eval(int argc, char **argv) MUST_USE;
 enum status cmd_tokenize(int argc, char **argv) MUST_USE;
 enum status cmd_inspect(int argc, char **argv) MUST_USE;
+enum status cmd_bench(int argc, char **argv) MUST_USE;

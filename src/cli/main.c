@@ -15,6 +15,7 @@ static const struct verb verbs[] = {
     {"eval", "loss and bits per byte of a model on text", cmd_eval},
     {"tokenize", "learn a tokenizer and cut text into tokens", cmd_tokenize},
     {"inspect", "what a model or a preset is and takes", cmd_inspect},
+    {"bench", "how fast this machine is, and how close cadre comes", cmd_bench},
 };
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
 

@@ -170,6 +170,13 @@ struct kernel_ops {
      * gets the new parameters as `pack` would. Source: arXiv 1711.05101. */
     void (*adamw)(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
                   struct adamw_settings settings, struct packed packed);
+
+    /* ---- roof ---------------------------------------------------------------------------------------------------- */
+
+    /* Multiply-adds of operands of a dtype on registers only, by the fastest unit that the products use, on the calling
+     * thread. Returns the operations done, two a multiply-add. */
+    double (*multiply_registers)(enum dtype dtype, int64_t rounds);
+    const char *(*multiply_unit)(enum dtype dtype); /* what that unit is called */
 };
 
 /* The specification: plain C, runs anywhere, slow. */

@@ -177,9 +177,9 @@ static void describe(const struct trainer *t) {
              (long long)c->model.hidden_size, (long long)c->model.vocab_size);
     log_info("data    %s tokens to learn from, %s held out", text_count(tokens, t->corpus.train.token_count),
              text_count(held_out, t->corpus.valid.token_count));
-    log_info("machine %d threads, %s kernels, %s, %.0f GFLOP/s at best; %s of tensors", threads_count(),
-             t->model->context.ops->name, c->train.precision == PRECISION_BF16 ? "bf16" : "fp32",
-             1e-9 * t->roof_operations_per_s,
+    log_info("machine %d threads, %s, %.0f GFLOP/s at best with %s; %s of tensors", threads_count(),
+             c->train.precision == PRECISION_BF16 ? "bf16" : "fp32", 1e-9 * t->roof_operations_per_s,
+             t->model->context.ops->multiply_unit(t->model->context.compute),
              text_bytes(bytes, (double)(t->model->memory.total + t->workspace->memory.total)));
 }
 
@@ -192,8 +192,7 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     TRY(open_data(t));
     TRY(open_tokenizer(t));
     TRY(create_model(t));
-    TRY(roof_measure(t->model->context.ops, t->model->device, t->model->context.compute, 0.3,
-                     &t->roof_operations_per_s));
+    t->roof_operations_per_s = roof_multiply(t->model->context.ops, t->model->context.compute, 0.2);
     describe(t);
     TRY(start_or_resume(t, &summary->resumed));
     TRY(open_loader(t, t->state.sequences, &t->loader));

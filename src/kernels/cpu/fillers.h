@@ -13,6 +13,7 @@ void pointwise_fill_portable(struct kernel_ops *ops);
 void router_fill_portable(struct kernel_ops *ops);
 void loss_fill_portable(struct kernel_ops *ops);
 void adamw_fill_portable(struct kernel_ops *ops);
+void roof_fill_portable(struct kernel_ops *ops);
 
 #ifdef CADRE_X86
 void product_fill_avx2(struct kernel_ops *ops);
@@ -22,6 +23,7 @@ void pointwise_fill_avx2(struct kernel_ops *ops);
 void router_fill_avx2(struct kernel_ops *ops);
 void loss_fill_avx2(struct kernel_ops *ops);
 void adamw_fill_avx2(struct kernel_ops *ops);
+void roof_fill_avx2(struct kernel_ops *ops);
 
 void product_fill_avx512(struct kernel_ops *ops);
 void attention_fill_avx512(struct kernel_ops *ops);
@@ -30,6 +32,7 @@ void pointwise_fill_avx512(struct kernel_ops *ops);
 void router_fill_avx512(struct kernel_ops *ops);
 void loss_fill_avx512(struct kernel_ops *ops);
 void adamw_fill_avx512(struct kernel_ops *ops);
+void roof_fill_avx512(struct kernel_ops *ops);
 
 void product_fill_avx512bf16(struct kernel_ops *ops);
 void attention_fill_avx512bf16(struct kernel_ops *ops);
@@ -38,6 +41,7 @@ void pointwise_fill_avx512bf16(struct kernel_ops *ops);
 void router_fill_avx512bf16(struct kernel_ops *ops);
 void loss_fill_avx512bf16(struct kernel_ops *ops);
 void adamw_fill_avx512bf16(struct kernel_ops *ops);
+void roof_fill_avx512bf16(struct kernel_ops *ops);
 
 void product_fill_amx(struct kernel_ops *ops);
 void attention_fill_amx(struct kernel_ops *ops);
@@ -46,4 +50,5 @@ void pointwise_fill_amx(struct kernel_ops *ops);
 void router_fill_amx(struct kernel_ops *ops);
 void loss_fill_amx(struct kernel_ops *ops);
 void adamw_fill_amx(struct kernel_ops *ops);
+void roof_fill_amx(struct kernel_ops *ops);
 #endif

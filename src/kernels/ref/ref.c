@@ -130,6 +130,8 @@ const struct kernel_ops *kernels_ref(void) {
         .embedding_backward = ref_embedding_backward,
         .cross_entropy = ref_cross_entropy,
         .adamw = ref_adamw,
+        .multiply_registers = ref_multiply_registers,
+        .multiply_unit = ref_multiply_unit,
     };
     return &ref;
 }

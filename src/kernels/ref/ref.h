@@ -103,3 +103,5 @@ void ref_cross_entropy(struct tensor logits, struct tensor target, double scale,
                        struct tensor row_loss, struct tensor dlogits);
 void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
                struct adamw_settings settings, struct packed packed);
+double ref_multiply_registers(enum dtype dtype, int64_t rounds);
+const char *ref_multiply_unit(enum dtype dtype);

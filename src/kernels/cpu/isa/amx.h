@@ -39,6 +39,7 @@ HEADER_FUNCTION void amx_prepare(void) {
         shape.row_bytes[i] = 4 * AMX_WORDS;
         shape.rows[i] = AMX_ROWS;
     }
+    __asm__ volatile("" : : "r"(&shape) : "memory"); /* GCC 12 believes that only the first bytes are read */
     _tile_loadconfig(&shape);
     is_prepared = true;
 }

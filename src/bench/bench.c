@@ -1,0 +1,100 @@
+#include "bench/bench.h"
+
+#include "base/clock.h"
+#include "base/json.h"
+#include "base/memory.h"
+#include "base/random.h"
+#include "base/threads.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { ROUNDS_MAX = 1000 };
+static const double ROUND_SECONDS = 0.05;
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+struct bench_time bench_time_of(double *seconds, int count) {
+    qsort(seconds, (size_t)count, sizeof *seconds, compare_doubles);
+    double median = count % 2 ? seconds[count / 2] : 0.5 * (seconds[count / 2 - 1] + seconds[count / 2]);
+    return (struct bench_time){median, seconds[0], seconds[count - 1]};
+}
+
+struct bench_time bench_call(const struct bench *bench, void (*call)(void *context), void *context) {
+    double seconds[ROUNDS_MAX];
+    int rounds = bench->rounds < ROUNDS_MAX ? bench->rounds : ROUNDS_MAX;
+    call(context); /* the first one touches memory */
+    for (int i = 0; i < rounds; i++) {
+        double begin = clock_seconds(), now = begin;
+        int64_t calls = 0;
+        do {
+            call(context);
+            calls++;
+            now = clock_seconds();
+        } while (now - begin < ROUND_SECONDS);
+        seconds[i] = (now - begin) / (double)calls;
+    }
+    return bench_time_of(seconds, rounds);
+}
+
+const char *bench_precision_name(enum dtype precision) {
+    return precision == DTYPE_BF16 ? "bf16" : precision == DTYPE_F32 ? "fp32" : dtype_name(precision);
+}
+
+static void print_json(const struct bench *bench, const struct bench_figure *f, double rate) {
+    bool counts_bytes = f->operations == 0;
+    json_t *object = json_pack("{s:s,s:s,s:s,s:s,s:i,s:f,s:f,s:f,s:f,s:f,s:f}", "name", f->name, "case", f->label,
+                               "precision", bench_precision_name(f->precision), "kernels", bench->ops->name, "threads",
+                               threads_count(), "ms", 1e3 * f->time.median, "ms_least", 1e3 * f->time.least, "ms_most",
+                               1e3 * f->time.most, counts_bytes ? "gb_per_s" : "gflops", 1e-9 * rate,
+                               counts_bytes ? "roof_gb_per_s" : "roof_gflops", 1e-9 * f->roof, "share",
+                               f->roof > 0 ? rate / f->roof : 0);
+    CHECK(object != NULL);
+    json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
+    putchar('\n');
+    json_decref(object);
+}
+
+void bench_print(const struct bench *bench, const struct bench_figure *f) {
+    double rate = (f->operations > 0 ? f->operations : f->bytes) / f->time.median;
+    if (bench->json) {
+        print_json(bench, f, rate);
+    } else {
+        printf("%-10s %-44s %-5s %9.3f ms (%.3f to %.3f) %8.1f %s", f->name, f->label,
+               bench_precision_name(f->precision), 1e3 * f->time.median, 1e3 * f->time.least, 1e3 * f->time.most,
+               1e-9 * rate, f->operations > 0 ? "GFLOP/s" : "GB/s");
+        if (f->roof > 0)
+            printf("  %5.1f%% of %.0f", 100 * rate / f->roof, 1e-9 * f->roof);
+        putchar('\n');
+    }
+    fflush(stdout);
+}
+
+struct tensor bench_tensor(const struct bench *bench, struct arena *arena, struct tensor shape, double scale) {
+    static uint64_t stream;
+    int64_t count = tensor_elements(shape);
+    shape.data = arena_take(arena, tensor_bytes(shape));
+    if (!shape.data)
+        return shape;
+    float *values = memory_must((size_t)count, sizeof *values);
+    stream++;
+    for (int64_t i = 0; i < count; i++) /* uniform in -scale .. scale: any numbers do, as long as none is special */
+        values[i] = (float)(scale * (2 * (double)(random_bits(1, stream, (uint64_t)i) >> 40) / (1 << 24) - 1));
+    if (shape.dtype == DTYPE_BF16)
+        for (int64_t i = 0; i < count; i++)
+            ((uint16_t *)values)[i] = float_to_bf16(values[i]);
+    bench->device->copy_from_host(shape.data, values, tensor_bytes(shape));
+    free(values);
+    return shape;
+}
+
+struct tensor bench_indices(const struct bench *bench, struct arena *arena, const int32_t *values, int64_t count) {
+    struct tensor t = tensor_1d(NULL, DTYPE_I32, count);
+    t.data = arena_take(arena, tensor_bytes(t));
+    if (t.data)
+        bench->device->copy_from_host(t.data, values, tensor_bytes(t));
+    return t;
+}

@@ -1,0 +1,55 @@
+/* Measuring: how long a call takes, and what share of the machine's roof that is. A speed is a figure for people, never
+ * a test. Every figure stands beside a roof that was measured in the same call. */
+#pragma once
+
+#include "device/device.h"
+#include "train/run_config.h"
+
+enum { BENCH_PRECISIONS_MAX = 2 };
+
+struct bench {
+    const struct kernel_ops *ops;
+    const struct device *device;
+    enum dtype precisions[BENCH_PRECISIONS_MAX];
+    int precision_count;
+    int rounds; /* timed, the median counts */
+    bool json;
+    const char *preset;      /* of `train` */
+    const char *peer;        /* shell command that `train` alternates with; NULL: none */
+    int64_t sequence_length; /* 0: the benchmark's own list */
+};
+
+struct bench_time { /* seconds */
+    double median, least, most;
+};
+
+/* `count` > 0 numbers, which are sorted. */
+struct bench_time bench_time_of(double *seconds, int count);
+
+/* Time of one call: in every round it is repeated until a twentieth of a second has passed. */
+struct bench_time bench_call(const struct bench *bench, void (*call)(void *context), void *context);
+
+/* One figure. roof: operations or bytes a second. */
+struct bench_figure {
+    const char *name, *label;
+    enum dtype precision;
+    struct bench_time time;
+    double operations, bytes; /* one of them is 0 */
+    double roof;
+};
+
+/* One line, or one JSON object, on stdout. */
+void bench_print(const struct bench *bench, const struct bench_figure *figure);
+
+const char *bench_precision_name(enum dtype precision);
+
+/* A tensor in fresh memory of the arena filled with small random numbers. */
+struct tensor bench_tensor(const struct bench *bench, struct arena *arena, struct tensor shape, double scale);
+struct tensor bench_indices(const struct bench *bench, struct arena *arena, const int32_t *values, int64_t count);
+
+/* The benchmarks; each prints its figures. */
+enum status bench_roof(const struct bench *bench) MUST_USE;      /* multiply and memory, 1 .. all threads */
+enum status bench_gemm(const struct bench *bench) MUST_USE;      /* dense products, packed weights */
+enum status bench_moe(const struct bench *bench) MUST_USE;       /* grouped products */
+enum status bench_attention(const struct bench *bench) MUST_USE; /* causal */
+enum status bench_train(const struct bench *bench) MUST_USE;     /* whole steps of a preset on random tokens */

@@ -1,0 +1,67 @@
+#include "bench/bench.h"
+
+#include "train/roof.h"
+#include <math.h>
+#include <stdio.h>
+
+enum { HEADS = 8, HEAD_DIM = 64, TOKENS = 8192 };
+
+struct attention {
+    const struct kernel_ops *ops;
+    struct attention_shape shape;
+    struct tensor q, k, v, out, logsumexp, dout, dq, dk, dv;
+};
+
+static void run_forward(void *context) {
+    const struct attention *a = context;
+    a->ops->attention_forward(a->shape, a->q, a->k, a->v, a->out, a->logsumexp);
+}
+
+static void run_backward(void *context) {
+    const struct attention *a = context;
+    a->ops->attention_backward(a->shape, a->dout, a->q, a->k, a->v, a->out, a->logsumexp, a->dq, a->dk, a->dv);
+}
+
+static void take(const struct bench *bench, int64_t length, enum dtype dtype, struct arena *arena, struct attention *a) {
+    int64_t batch = length < TOKENS ? TOKENS / length : 1, rows = batch * length;
+    struct tensor shape = tensor_2d(NULL, dtype, rows, HEADS * HEAD_DIM);
+    *a = (struct attention){.ops = bench->ops,
+                            .shape = {batch, length, length, HEADS, HEADS, HEAD_DIM, 1 / sqrt(HEAD_DIM)}};
+    struct tensor *all[] = {&a->q, &a->k, &a->v, &a->out, &a->dout, &a->dq, &a->dk, &a->dv};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        *all[i] = bench_tensor(bench, arena, shape, 1);
+    a->logsumexp = bench_tensor(bench, arena, tensor_2d(NULL, DTYPE_F32, rows, HEADS), 1);
+}
+
+static enum status measure(const struct bench *bench, int64_t length, enum dtype dtype, double roof) {
+    struct attention a;
+    struct arena arena;
+    arena_init_counting(&arena);
+    take(bench, length, dtype, &arena, &a);
+    TRY(arena_init(&arena, bench->device, arena.used));
+    take(bench, length, dtype, &arena, &a);
+    /* Only what is below the diagonal counts: two products forward, five backward. */
+    double product = 2.0 * (double)a.shape.batch * HEADS * HEAD_DIM * (double)length * (double)length / 2;
+    for (int backward = 0; backward < 2; backward++) {
+        char label[96];
+        snprintf(label, sizeof label, "%lld x %lld tokens, 8 heads of 64, %s", (long long)a.shape.batch,
+                 (long long)length, backward ? "backward" : "forward");
+        struct bench_figure figure = {.name = "attention", .label = label, .precision = dtype, .roof = roof,
+                                      .operations = (backward ? 5 : 2) * product};
+        figure.time = bench_call(bench, backward ? run_backward : run_forward, &a);
+        bench_print(bench, &figure);
+    }
+    arena_release(&arena);
+    return STATUS_OK;
+}
+
+enum status bench_attention(const struct bench *bench) {
+    for (int i = 0; i < bench->precision_count; i++) {
+        double roof = roof_multiply(bench->ops, bench->precisions[i], 0.2);
+        int64_t first = bench->sequence_length > 0 ? bench->sequence_length : 512;
+        int64_t last = bench->sequence_length > 0 ? first : 8192;
+        for (int64_t length = first; length <= last; length *= 2)
+            TRY(measure(bench, length, bench->precisions[i], roof));
+    }
+    return STATUS_OK;
+}

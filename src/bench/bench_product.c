@@ -1,0 +1,154 @@
+/* Products: dense ones over packed weights, and grouped ones over the routings that a model meets. */
+#include "bench/bench.h"
+
+#include "base/memory.h"
+#include "base/random.h"
+#include "train/roof.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { GROUPS_MAX = 256 };
+static const double ROOF_SECONDS = 0.2;
+
+/* E (0: dense), N routed rows from `tokens` rows of x, O, I; the busiest expert has `skew` times the rows of another. */
+struct shape {
+    const char *label;
+    int64_t experts, rows, tokens, out, in;
+    double skew;
+};
+
+struct product {
+    const struct kernel_ops *ops;
+    struct tensor x, dy, y, dx, dw, rows, offsets, w;
+    struct packed packed;
+};
+
+static void run_pack(void *context) {
+    const struct product *p = context;
+    p->ops->pack(p->w, p->packed);
+}
+
+static void run_forward(void *context) {
+    const struct product *p = context;
+    p->ops->product_forward(p->x, p->rows, p->offsets, p->packed, p->y, false);
+}
+
+static void run_backward_input(void *context) {
+    const struct product *p = context;
+    p->ops->product_backward_input(p->dy, tensor_none(), p->offsets, p->packed, p->dx, false);
+}
+
+static void run_backward_weight(void *context) {
+    const struct product *p = context;
+    p->ops->product_backward_weight(p->dy, tensor_none(), p->x, p->rows, p->offsets, p->dw);
+}
+
+/* What a training step does with these weights: packs them once, multiplies three times. */
+static void run_step(void *context) {
+    run_pack(context);
+    run_forward(context);
+    run_backward_input(context);
+    run_backward_weight(context);
+}
+
+/* Rows per expert: even but for the first one, with some unevenness as a router has it. */
+static void make_offsets(const struct shape *s, int32_t *offset) {
+    double share[GROUPS_MAX], sum = 0;
+    for (int64_t e = 0; e < s->experts; e++)
+        sum += share[e] = (e == 0 ? s->skew : 1) * (s->skew == 1 ? 1 : 0.8 + 0.4 * random_uniform(2, 0, (uint64_t)e));
+    double before = 0;
+    offset[0] = 0;
+    for (int64_t e = 0; e < s->experts; e++) {
+        before += share[e];
+        offset[e + 1] = (int32_t)lround((double)s->rows * before / sum);
+    }
+}
+
+static void take(const struct bench *bench, const struct shape *s, enum dtype dtype, struct arena *arena,
+                 struct product *p) {
+    int64_t groups = s->experts > 0 ? s->experts : 1;
+    int32_t offset[GROUPS_MAX + 1], *row = memory_must((size_t)s->rows, sizeof *row);
+    make_offsets(s, offset);
+    for (int64_t r = 0; r < s->rows; r++)
+        row[r] = (int32_t)(random_bits(3, 0, (uint64_t)r) % (uint64_t)s->tokens);
+    *p = (struct product){.ops = bench->ops, .rows = tensor_none(), .offsets = tensor_none()};
+    p->x = bench_tensor(bench, arena, tensor_2d(NULL, dtype, s->tokens, s->in), 1);
+    p->dy = bench_tensor(bench, arena, tensor_2d(NULL, dtype, s->rows, s->out), 1);
+    p->y = bench_tensor(bench, arena, tensor_2d(NULL, dtype, s->rows, s->out), 1);
+    p->dx = bench_tensor(bench, arena, tensor_2d(NULL, dtype, s->rows, s->in), 1);
+    p->w = bench_tensor(bench, arena, tensor_3d(NULL, DTYPE_F32, groups, s->out, s->in), 0.05);
+    p->dw = bench_tensor(bench, arena, p->w, 0);
+    if (s->experts > 0) {
+        p->rows = bench_indices(bench, arena, row, s->rows);
+        p->offsets = bench_indices(bench, arena, offset, s->experts + 1);
+    }
+    p->packed = (struct packed){NULL, dtype, groups, s->out, s->in, true};
+    p->packed.data = arena_take(arena, bench->ops->packed_bytes(p->packed));
+    free(row);
+}
+
+static void measure(const struct bench *bench, const char *name, const struct shape *s, struct product *p, double roof) {
+    static const struct {
+        const char *label;
+        void (*run)(void *context);
+        double products;
+    } parts[] = {{"forward", run_forward, 1},
+                 {"input gradient", run_backward_input, 1},
+                 {"weight gradient", run_backward_weight, 1},
+                 {"packing and all three", run_step, 3}};
+    double operations = 2 * (double)s->rows * (double)s->out * (double)s->in;
+    run_pack(p);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        char label[96];
+        snprintf(label, sizeof label, "%s, %s", s->label, parts[i].label);
+        struct bench_figure figure = {.name = name, .label = label, .precision = p->packed.dtype,
+                                      .operations = parts[i].products * operations, .roof = roof};
+        figure.time = bench_call(bench, parts[i].run, p);
+        bench_print(bench, &figure);
+    }
+}
+
+static enum status measure_shape(const struct bench *bench, const char *name, const struct shape *s, enum dtype dtype,
+                                 double roof) {
+    struct product p;
+    struct arena arena;
+    arena_init_counting(&arena);
+    take(bench, s, dtype, &arena, &p);
+    TRY(arena_init(&arena, bench->device, arena.used));
+    take(bench, s, dtype, &arena, &p);
+    measure(bench, name, s, &p, roof);
+    arena_release(&arena);
+    return STATUS_OK;
+}
+
+static enum status measure_all(const struct bench *bench, const char *name, const struct shape *shapes, int count) {
+    for (int i = 0; i < bench->precision_count; i++) {
+        double roof = roof_multiply(bench->ops, bench->precisions[i], ROOF_SECONDS);
+        for (int k = 0; k < count; k++)
+            TRY(measure_shape(bench, name, &shapes[k], bench->precisions[i], roof));
+    }
+    return STATUS_OK;
+}
+
+enum status bench_gemm(const struct bench *bench) {
+    static const struct shape shapes[] = {
+        {"4096 x 512 -> 1536", 0, 4096, 4096, 1536, 512, 1}, {"4096 x 512 -> 512", 0, 4096, 4096, 512, 512, 1},
+        {"4096 x 512 -> 8192", 0, 4096, 4096, 8192, 512, 1}, {"512 x 512 -> 1536", 0, 512, 512, 1536, 512, 1},
+        {"128 x 512 -> 1536", 0, 128, 128, 1536, 512, 1},    {"37 x 512 -> 1536", 0, 37, 37, 1536, 512, 1},
+        {"1 x 768 -> 2048", 0, 1, 1, 2048, 768, 1},
+    };
+    return measure_all(bench, "gemm", shapes, sizeof shapes / sizeof *shapes);
+}
+
+enum status bench_moe(const struct bench *bench) {
+    static const struct shape shapes[] = {
+        {"8 experts top-2 of 4096", 8, 8192, 4096, 1024, 512, 1},
+        {"8 experts top-2 of 4096, 10:1", 8, 8192, 4096, 1024, 512, 10},
+        {"8 experts top-2 of 512", 8, 1024, 512, 1024, 512, 1},
+        {"64 experts top-8 of 1024", 64, 8192, 1024, 256, 512, 1},
+        {"64 experts top-8 of 1024, 10:1", 64, 8192, 1024, 256, 512, 10},
+        {"64 experts top-8 of 128", 64, 1024, 128, 256, 512, 1},
+    };
+    return measure_all(bench, "moe", shapes, sizeof shapes / sizeof *shapes);
+}

@@ -1,0 +1,165 @@
+/* Whole training steps of a preset on random tokens, with the time of every kind of event. */
+#include "bench/bench.h"
+
+#include "base/clock.h"
+#include "base/json.h"
+#include "base/memory.h"
+#include "base/random.h"
+#include "base/threads.h"
+#include "parallel/step.h"
+#include "train/roof.h"
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { PEER_LINE_BYTES = 4096 };
+static const double ROOF_SECONDS = 0.2;
+
+struct training {
+    struct run_config config;
+    struct model *model;
+    struct workspace *workspace;
+    struct comm comm;
+    struct step_runner runner;
+    int32_t *tokens;
+    int64_t token_count, step;
+    double event_seconds[EVENT_KIND_COUNT]; /* of the timed steps together */
+};
+
+static void note_event(void *context, const struct event *event, double seconds) {
+    struct training *t = context;
+    t->event_seconds[event->kind] += seconds;
+}
+
+static enum status training_open(struct training *t, const struct bench *bench, enum dtype dtype) {
+    const char *pairs[] = {"model.preset", bench->preset};
+    TRY(run_config_resolve(&t->config, NULL, pairs, 1));
+    struct run_config *c = &t->config;
+    if (c->model.vocab_size == 0)
+        c->model.vocab_size = c->data.vocab_size;
+    if (bench->sequence_length > 0)
+        c->train.sequence_length = bench->sequence_length;
+    int64_t batch = c->train.batch_sequences, micro = c->train.micro_batch_sequences, length = c->train.sequence_length;
+    struct model_options model = {bench->ops, bench->device, dtype, DTYPE_F32, length, true};
+    struct workspace_options workspace = {micro, length, true, c->train.recompute == RECOMPUTE_BLOCK};
+    TRY(model_create(&c->model, model, &t->model));
+    TRY(workspace_create(t->model, workspace, &t->workspace));
+    TRY(model_initialize(t->model, 1));
+    t->comm = comm_self();
+    TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->comm, &c->optim, (int)(batch / micro)));
+    t->token_count = batch * length;
+    TRY(memory_alloc(&t->tokens, (size_t)(batch * (length + 1)), sizeof *t->tokens));
+    for (int64_t i = 0; i < batch * (length + 1); i++)
+        t->tokens[i] = (int32_t)(random_bits(4, 0, (uint64_t)i) % (uint64_t)c->model.vocab_size);
+    return STATUS_OK;
+}
+
+static void training_close(struct training *t) {
+    if (t->runner.model)
+        step_runner_release(&t->runner);
+    if (t->workspace)
+        workspace_destroy(t->workspace);
+    model_destroy(t->model);
+    free(t->tokens);
+}
+
+static enum status run_step(struct training *t, double *seconds) {
+    struct step_result result;
+    double begin = clock_seconds();
+    TRY(step_run(&t->runner, (struct step_input){t->tokens, ++t->step, 1000000}, &result));
+    *seconds = clock_seconds() - begin;
+    return result.skipped ? status_fail(STATUS_NUMERIC, "step %lld was not finite", (long long)t->step) : STATUS_OK;
+}
+
+/* Runs the peer's command; its last JSON line names the tokens a second. */
+static enum status run_peer(const char *command, double *tokens_per_s) {
+    char line[PEER_LINE_BYTES];
+    *tokens_per_s = 0;
+    FILE *pipe = popen(command, "r");
+    if (!pipe)
+        return status_fail(STATUS_IO, "cannot run the peer: %s", command);
+    while (fgets(line, sizeof line, pipe)) {
+        json_t *object = json_loads(line, 0, NULL);
+        if (json_is_number(json_object_get(object, "tokens_per_s")))
+            *tokens_per_s = json_number_value(json_object_get(object, "tokens_per_s"));
+        json_decref(object);
+    }
+    if (pclose(pipe) != 0 || *tokens_per_s <= 0)
+        return status_fail(STATUS_IO, "the peer gave no \"tokens_per_s\": %s", command);
+    return STATUS_OK;
+}
+
+static void print_json(const struct bench *bench, const struct training *t, struct bench_time time, double roof,
+                       double operations, double peer) {
+    json_t *events = json_object();
+    for (int i = 0; i < EVENT_KIND_COUNT; i++)
+        if (t->event_seconds[i] > 0)
+            json_object_set_new(events, event_kind_name((enum event_kind)i),
+                                json_real(1e3 * t->event_seconds[i] / bench->rounds));
+    json_t *object = json_pack(
+        "{s:s,s:s,s:s,s:s,s:i,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:o}", "name", "train", "case", bench->preset, "precision",
+        bench_precision_name(t->model->context.compute), "kernels", bench->ops->name, "threads", threads_count(),
+        "tokens_per_s", (double)t->token_count / time.median, "ms", 1e3 * time.median, "ms_least", 1e3 * time.least,
+        "ms_most", 1e3 * time.most, "gflops", 1e-9 * operations / time.median, "roof_gflops", 1e-9 * roof, "share",
+        operations / time.median / roof, "event_ms", events);
+    CHECK(object != NULL);
+    if (peer > 0) {
+        json_object_set_new(object, "peer_tokens_per_s", json_real(peer));
+        json_object_set_new(object, "ratio", json_real((double)t->token_count / time.median / peer));
+    }
+    json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
+    putchar('\n');
+    json_decref(object);
+}
+
+static void print_table(const struct bench *bench, const struct training *t, struct bench_time time, double roof,
+                        double operations, double peer) {
+    printf("train      %s, %s, %d threads: %.0f tokens/s, %.1f ms a step (%.1f to %.1f), %.0f GFLOP/s, %.1f%% of %.0f (%s)\n",
+           bench->preset, bench_precision_name(t->model->context.compute), threads_count(),
+           (double)t->token_count / time.median, 1e3 * time.median, 1e3 * time.least, 1e3 * time.most,
+           1e-9 * operations / time.median, 100 * operations / time.median / roof, 1e-9 * roof,
+           bench->ops->multiply_unit(t->model->context.compute));
+    for (int i = 0; i < EVENT_KIND_COUNT; i++)
+        if (t->event_seconds[i] > 0)
+            printf("             %-20s %9.2f ms\n", event_kind_name((enum event_kind)i),
+                   1e3 * t->event_seconds[i] / bench->rounds);
+    if (peer > 0)
+        printf("             peer: %.0f tokens/s; ours is %.2f times as fast\n", peer,
+               (double)t->token_count / time.median / peer);
+}
+
+static enum status measure(const struct bench *bench, struct training *t) {
+    double *seconds, *peer, roof = roof_multiply(bench->ops, t->model->context.compute, ROOF_SECONDS);
+    double operations = model_train_operations_per_token(&t->config.model, t->config.train.sequence_length) *
+                        (double)t->token_count;
+    TRY(memory_alloc(&seconds, (size_t)bench->rounds, sizeof *seconds));
+    TRY(memory_alloc(&peer, (size_t)bench->rounds, sizeof *peer));
+    enum status status = STATUS_OK;
+    for (int i = 0; i < 2 && status == STATUS_OK; i++) /* warm: memory touched, scratch grown */
+        status = run_step(t, &seconds[0]);
+    t->runner.observer = (struct step_observer){note_event, t};
+    for (int i = 0; i < bench->rounds && status == STATUS_OK; i++) {
+        status = run_step(t, &seconds[i]);
+        if (status == STATUS_OK && bench->peer)
+            status = run_peer(bench->peer, &peer[i]);
+    }
+    if (status == STATUS_OK) {
+        struct bench_time time = bench_time_of(seconds, bench->rounds);
+        double theirs = bench->peer ? bench_time_of(peer, bench->rounds).median : 0;
+        (bench->json ? print_json : print_table)(bench, t, time, roof, operations, theirs);
+    }
+    free(seconds);
+    free(peer);
+    return status;
+}
+
+enum status bench_train(const struct bench *bench) {
+    enum status status = STATUS_OK;
+    for (int i = 0; i < bench->precision_count && status == STATUS_OK; i++) {
+        struct training t = {.step = 0};
+        status = training_open(&t, bench, bench->precisions[i]);
+        if (status == STATUS_OK)
+            status = measure(bench, &t);
+        training_close(&t);
+    }
+    return status;
+}

@@ -1,0 +1,111 @@
+#include "cli/cli.h"
+
+#include "base/log.h"
+#include "base/text.h"
+#include "base/threads.h"
+#include "bench/bench.h"
+#include "cli/arguments.h"
+#include <stdio.h>
+#include <string.h>
+
+struct bench_verb {
+    const char *name, *help;
+    enum status (*run)(const struct bench *bench);
+};
+
+static const struct bench_verb verbs[] = {
+    {"roof", "what this machine can do: multiplications, memory; for 1 .. all threads", bench_roof},
+    {"gemm", "dense products over packed weights, forward and both gradients", bench_gemm},
+    {"moe", "grouped products over ragged groups, gathered", bench_moe},
+    {"attention", "causal attention, forward and backward, sequence 512 to 8192", bench_attention},
+    {"train", "whole training steps of a preset on random tokens", bench_train},
+};
+enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
+
+struct bench_flags {
+    const char *what, *precision, *kernels, *preset, *peer;
+    int64_t threads, rounds, sequence_length;
+    bool json;
+};
+
+static enum status choose_precisions(const char *name, struct bench *bench) {
+    if (strcmp(name, "fp32") != 0)
+        bench->precisions[bench->precision_count++] = DTYPE_BF16;
+    if (strcmp(name, "bf16") != 0)
+        bench->precisions[bench->precision_count++] = DTYPE_F32;
+    if (bench->precision_count == 2 && strcmp(name, "both") != 0)
+        return status_fail(STATUS_USAGE, "--precision is fp32, bf16 or both, not \"%s\"", name);
+    return STATUS_OK;
+}
+
+static enum status find_verb(const char *word, const struct bench_verb **verb) {
+    const char *names[VERB_COUNT];
+    for (int i = 0; i < VERB_COUNT; i++) {
+        names[i] = verbs[i].name;
+        if (word && strcmp(word, names[i]) == 0) {
+            *verb = &verbs[i];
+            return STATUS_OK;
+        }
+    }
+    if (!word)
+        return status_fail(STATUS_USAGE, "what to measure is missing: roof, gemm, moe, attention or train");
+    int nearest = text_nearest(word, names, VERB_COUNT);
+    if (nearest >= 0)
+        return status_fail(STATUS_USAGE, "cannot measure \"%s\"; the nearest known word is %s", word, names[nearest]);
+    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention or train", word);
+}
+
+static void print_help(const struct argument *known, int count) {
+    arguments_print_help("bench", "roof | gemm | moe | attention | train", known, count);
+    printf("\n");
+    for (int i = 0; i < VERB_COUNT; i++)
+        printf("  %-10s %s\n", verbs[i].name, verbs[i].help);
+    printf("\nEvery figure is a median over the rounds, beside the roof that the same call measured: multiply-adds on\n"
+           "registers only. Operations of a training step are 6 a parameter that a token multiplies with, and causal\n"
+           "attention; those of a product 2 M N K. Leave the machine alone meanwhile.\n");
+}
+
+static enum status check_flags(const struct bench_flags *f) {
+    if (f->rounds < 1 || f->rounds > 1000)
+        return status_fail(STATUS_USAGE, "--rounds is 1 to 1000, not %lld", (long long)f->rounds);
+    if (f->threads < 0 || f->threads > 4096)
+        return status_fail(STATUS_USAGE, "--threads is 0 to 4096, not %lld", (long long)f->threads);
+    if (f->sequence_length < 0 || f->sequence_length > 1 << 20)
+        return status_fail(STATUS_USAGE, "--sequence-length is 1 to %d, not %lld", 1 << 20,
+                           (long long)f->sequence_length);
+    if (f->peer && strcmp(f->what, "train") != 0)
+        return status_fail(STATUS_USAGE, "--peer is for cadre bench train");
+    return STATUS_OK;
+}
+
+enum status cmd_bench(int argc, char **argv) {
+    struct bench_flags f = {.precision = "both", .kernels = "auto", .preset = "bench", .rounds = 5};
+    bool help;
+    const struct argument known[] = {
+        {"precision", ARGUMENT_STRING, &f.precision, "fp32, bf16 or both (both)"},
+        {"threads", ARGUMENT_INTEGER, &f.threads, "0: one for each processor (0)"},
+        {"rounds", ARGUMENT_INTEGER, &f.rounds, "timed rounds, or steps; the median counts (5)"},
+        {"preset", ARGUMENT_STRING, &f.preset, "of train (bench)"},
+        {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "of train and attention (the preset's; a list)"},
+        {"peer", ARGUMENT_STRING, &f.peer, "of train: a command to alternate with; prints {\"tokens_per_s\": N}"},
+        {"kernels", ARGUMENT_STRING, &f.kernels, "instruction set (auto)"},
+        {"json", ARGUMENT_SWITCH, &f.json, "one JSON object a line"},
+    };
+    enum { COUNT = sizeof known / sizeof *known };
+    struct arguments arguments = {known, COUNT, NULL, NULL, &f.what};
+    const struct bench_verb *verb = NULL;
+    TRY(arguments_parse(arguments, argc, argv, &help));
+    if (help) {
+        print_help(known, COUNT);
+        return STATUS_OK;
+    }
+    log_set_level(LOG_QUIET);
+    TRY(find_verb(f.what, &verb));
+    TRY(check_flags(&f));
+    struct bench bench = {.device = device_cpu(), .rounds = (int)f.rounds, .json = f.json, .preset = f.preset,
+                          .peer = f.peer, .sequence_length = f.sequence_length};
+    TRY(choose_precisions(f.precision, &bench));
+    TRY(kernels_choose(f.kernels, &bench.ops));
+    threads_set_count((int)f.threads);
+    return verb->run(&bench);
+}
