@@ -35,7 +35,9 @@ static enum status price(const struct run_config *c, struct cost *cost) {
     parameter_table_release(&table);
     cost->operations_per_token = model_train_operations_per_token(&c->model, c->train.sequence_length);
     enum dtype compute = run_config_compute(c);
-    struct model_options options = {NULL, device_cpu(), compute, DTYPE_F32, c->train.sequence_length, true};
+    const struct kernel_ops *ops;
+    TRY(kernels_choose(c->run.kernels, &ops));
+    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, c->train.sequence_length, true};
     TRY(model_plan(&c->model, options, &cost->model));
     struct workspace_options workspace = {c->train.micro_batch_sequences, c->train.sequence_length, true, false};
     TRY(workspace_plan_config(&c->model, compute, workspace, &cost->kept));

@@ -87,6 +87,17 @@ ALWAYS_INLINE void amx_multiply(struct amx_rows a0, struct amx_rows a1, bool bot
     }
 }
 
+/* sums [32,32] = the first `rows` rows of packed A times a panel of B; other rows hold anything. */
+HEADER_FUNCTION void amx_tile_sums(const float *a, const float *b, int64_t words, float *sums, int64_t rows) {
+    const int64_t chunks = words / AMX_WORDS;
+    struct amx_rows upper = {a, AMX_WORDS, AMX_TILE_FLOATS};
+    struct amx_rows lower = {a + chunks * AMX_TILE_FLOATS, AMX_WORDS, AMX_TILE_FLOATS};
+    if (rows > AMX_ROWS)
+        amx_multiply(upper, lower, true, b, chunks, sums, AMX_LANES, false);
+    else
+        amx_multiply(upper, lower, false, b, chunks, sums, AMX_LANES, false);
+}
+
 /* c, of rows x columns at most 32 x 32, = or += . */
 HEADER_FUNCTION void amx_tile(const float *a, const float *b, int64_t words, float *c, int64_t c_stride, int64_t rows,
                             int64_t columns, bool add) {
@@ -102,10 +113,7 @@ HEADER_FUNCTION void amx_tile(const float *a, const float *b, int64_t words, flo
         return;
     }
     float spilled[2 * AMX_ROWS][AMX_LANES] __attribute__((aligned(64)));
-    if (both)
-        amx_multiply(upper, lower, true, b, chunks, spilled[0], AMX_LANES, false);
-    else
-        amx_multiply(upper, lower, false, b, chunks, spilled[0], AMX_LANES, false);
+    amx_tile_sums(a, b, words, spilled[0], rows);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++)
             c[i * c_stride + j] = add ? c[i * c_stride + j] + spilled[i][j] : spilled[i][j];

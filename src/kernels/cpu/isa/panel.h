@@ -27,6 +27,7 @@ enum { TILE_ROWS = 6, TILE_STEP = 2 };
 #else
 enum { TILE_ROWS = 4, TILE_STEP = 2 };
 #endif
+enum { PREFETCH_WORDS = 12 }; /* how far ahead of the product the panel of B is asked for */
 enum { TILE_VECTORS = 2, TILE_COLUMNS = TILE_VECTORS * VECTOR_LANES };
 
 /* Lanes of a panel when `lanes` are left: the last panel of A may be narrower, in steps. */
@@ -116,6 +117,26 @@ ALWAYS_INLINE vector_u32 word_of_columns(int element_bytes, const struct matrix 
     return k + 1 < end ? word | row_of_columns(element_bytes, matrix_at(m, k + 1, column), lanes) << 16 : word;
 }
 
+/* The same for two vectors of lanes. Where bf16 come in pairs, two rows of 32 are interleaved at once. */
+ALWAYS_INLINE void two_words_of_columns(int element_bytes, const struct matrix *m, int64_t k, int64_t end,
+                                        int64_t column, vector_f32 *low, vector_f32 *high) {
+#ifdef __AVX512BF16__
+    if (element_bytes == 2 && column + 2 * VECTOR_LANES <= m->columns && k + 1 < end) {
+        /* Unpacking works within quarters of a vector: quarters are dealt out so that lanes come in order. */
+        const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        __m512i even = _mm512_permutexvar_epi64(deal, _mm512_loadu_si512(matrix_at(m, k, column)));
+        __m512i odd = _mm512_permutexvar_epi64(deal, _mm512_loadu_si512(matrix_at(m, k + 1, column)));
+        *low = (vector_f32)_mm512_unpacklo_epi16(even, odd);
+        *high = (vector_f32)_mm512_unpackhi_epi16(even, odd);
+        return;
+    }
+#endif
+    *low = (vector_f32)word_of_columns(element_bytes, m, k, end, column);
+    *high = (vector_f32)(vector_u32){0};
+    if (column + VECTOR_LANES < m->columns)
+        *high = (vector_f32)word_of_columns(element_bytes, m, k, end, column + VECTOR_LANES);
+}
+
 enum { COPY_WORDS = 4 }; /* k words at a time: memory is read along rows, panels are written in whole lines */
 
 /* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower.
@@ -129,6 +150,15 @@ ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64
         for (int64_t j = 0; j < lane_count; j += width) {
             int stride = panel_width(lane_count - j, width);
             float *panel = out + j / width * panel_floats(panel_words, width);
+            if (width == TILE_COLUMNS) {
+                for (int64_t i = word; i < word_end; i++) {
+                    vector_f32 low, high;
+                    two_words_of_columns(element_bytes, m, k + i * elements, end, first + j, &low, &high);
+                    vector_store(panel + i * TILE_COLUMNS, low);
+                    vector_store(panel + i * TILE_COLUMNS + VECTOR_LANES, high);
+                }
+                continue;
+            }
             for (int v = 0; v < stride && j + v < lane_count; v += VECTOR_LANES)
                 for (int64_t i = word; i < word_end; i++)
                     vector_store(panel + i * stride + v,
@@ -160,17 +190,24 @@ ALWAYS_INLINE void pack(enum lanes lanes, const struct matrix *m, int64_t first,
 /* Columns of the matrix as the rows of A: a chunk of words of 16 lanes is turned round. */
 HEADER_FUNCTION void amx_pack_columns(const struct matrix *m, int64_t first, int64_t lane_count, int64_t k, int64_t count,
                              float *out) {
-    int64_t chunks = words_of(m, count) / AMX_WORDS;
-    for (int64_t lane = 0; lane < lane_count; lane += AMX_ROWS)
-        for (int64_t c = 0; c < chunks; c++, out += AMX_TILE_FLOATS) {
-            vector_f32 v[VECTOR_LANES];
+    int64_t chunks = words_of(m, count) / AMX_WORDS, tile = chunks * AMX_TILE_FLOATS;
+    for (int64_t lane = 0; lane < lane_count; lane += 2 * AMX_ROWS, out += 2 * tile)
+        for (int64_t c = 0; c < chunks; c++) {
+            vector_f32 upper[VECTOR_LANES], lower[VECTOR_LANES];
+            float *to = out + c * AMX_TILE_FLOATS;
 #pragma GCC unroll 16
             for (int i = 0; i < AMX_WORDS; i++)
-                v[i] = (vector_f32)word_of_columns(2, m, k + 2 * (c * AMX_WORDS + i), k + count, first + lane);
-            vector_transpose(v);
+                two_words_of_columns(2, m, k + 2 * (c * AMX_WORDS + i), k + count, first + lane, &upper[i], &lower[i]);
+            vector_transpose(upper);
 #pragma GCC unroll 16
             for (int i = 0; i < AMX_ROWS; i++)
-                vector_store(out + i * AMX_WORDS, v[i]);
+                vector_store(to + i * AMX_WORDS, upper[i]);
+            if (lane + AMX_ROWS >= lane_count)
+                continue;
+            vector_transpose(lower);
+#pragma GCC unroll 16
+            for (int i = 0; i < AMX_ROWS; i++)
+                vector_store(to + tile + i * AMX_WORDS, lower[i]);
         }
 }
 #endif
@@ -199,6 +236,8 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, const f
     vector_f32 sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
     for (int64_t k = 0; k < words; k++, a += height, b += TILE_COLUMNS) {
         vector_f32 right0 = vector_load(b), right1 = vector_load(b + VECTOR_LANES);
+        __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS);
+        __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS + VECTOR_LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
             vector_f32 left = vector_splat_word(pairs, a + i);

@@ -20,8 +20,10 @@ enum {
     ROWS_MIN = 64,           /* where there would be too few tasks */
     BLOCK_COLUMNS = 256,     /* that all rows meet before the next ones: their weights stay in the second cache */
     TASK_COLUMNS_MAX = 1024, /* of a task */
-    TASKS_WANTED = 48,
-    SIDE_MAX = 256, /* rows and columns of a task that packs both operands */
+    THREAD_TASKS = 8, /* wanted for every thread: enough to even out */
+    SIDE_MAX = 512,   /* rows and columns of a task that packs both operands */
+    SIDE_MIN = 128,
+    WEIGHT_TASKS = 4, /* of SIDE_MAX that a thread has at least; fewer of the smaller ones do */
     STACK_ROWS = 48, /* the same where sums must be rounded, and stand on the stack before: */
     STACK_COLUMNS = 64, /* multiples of every copy's tile */
 };
@@ -143,6 +145,23 @@ static struct rows_scratch rows_scratch_take(const struct rows_job *job, const s
     return (struct rows_scratch){memory, memory + a_floats, stride};
 }
 
+#ifdef __AMX_BF16__
+/* All of k against one block of columns, for y in bf16: every tile of sums is rounded while it is in the first cache. */
+static void rows_task_tiles(const struct rows_job *job, const struct task *task, const float *a, int64_t column,
+                            const float *panel) {
+    int64_t words = words_of(&job->x, job->k), rows = task->row_end - task->row;
+    int64_t end = at_most(task->column_end, column + BLOCK_COLUMNS);
+    float sums[2 * AMX_ROWS * AMX_LANES] __attribute__((aligned(64)));
+    amx_prepare();
+    for (; column < end; column += AMX_LANES, panel += job->panel_floats)
+        for (int64_t i = 0; i < rows; i += 2 * AMX_ROWS) {
+            int64_t height = at_most(rows - i, 2 * AMX_ROWS);
+            amx_tile_sums(a + i * words, panel, words, sums, height);
+            store_bf16(job, sums, task->row + i, height, column, at_most(end - column, AMX_LANES), AMX_LANES);
+        }
+}
+#endif
+
 /* One block of k against one block of columns. */
 static void rows_task_columns(const struct rows_job *job, const struct task *task, const struct rows_scratch *scratch,
                               int64_t k, int64_t count, int64_t column) {
@@ -151,6 +170,12 @@ static void rows_task_columns(const struct rows_job *job, const struct task *tas
     const float *panel = job->panels + task->expert * job->group_floats + column / TILE_COLUMNS * job->panel_floats +
                          k / word_elements(&job->x) * TILE_COLUMNS;
     float *sums = scratch->c + (first && last ? 0 : column - task->column);
+#ifdef __AMX_BF16__
+    if (!in_y && first && last && word_elements(&job->x) == 2) {
+        rows_task_tiles(job, task, scratch->a, column, panel);
+        return;
+    }
+#endif
     block_multiply_panels(word_elements(&job->x) == 2, scratch->a, panel, job->panel_floats, words_of(&job->x, count),
                           in_y ? (float *)y_at(job, task->row, column) : sums,
                           in_y ? job->y.shape[1] : scratch->c_stride, rows, columns,
@@ -193,18 +218,20 @@ static int64_t list_tasks(struct tensor offsets, int64_t group_count, struct ten
     return count;
 }
 
-/* Large tasks, or smaller ones where there would be too few: first fewer columns, then fewer rows. */
+/* Large tasks, or smaller ones where there would be too few: first fewer columns, then fewer rows. It may ask for the
+ * number of threads: a number of the result is the same however the rest is cut. */
 static struct cut choose_cut(struct tensor offsets, int64_t group_count, struct tensor y) {
     int64_t limit = TASK_COLUMNS_MAX, rows = ROWS_MAX, columns = y.shape[1];
     struct cut cut = {rows, part_size(columns, limit, TILE_COLUMNS)};
-    while (list_tasks(offsets, group_count, y, cut, NULL) < TASKS_WANTED && (limit > BLOCK_COLUMNS || rows > ROWS_MIN)) {
+    int64_t wanted = (int64_t)THREAD_TASKS * threads_count();
+    while (list_tasks(offsets, group_count, y, cut, NULL) < wanted && (limit > BLOCK_COLUMNS || rows > ROWS_MIN)) {
         if (limit > BLOCK_COLUMNS)
             limit /= 2;
         else
             rows /= 2;
         cut = (struct cut){rows, part_size(columns, limit, TILE_COLUMNS)};
     }
-    while (list_tasks(offsets, group_count, y, cut, NULL) < TASKS_WANTED / 4 && limit > TILE_COLUMNS) {
+    while (list_tasks(offsets, group_count, y, cut, NULL) < wanted / 4 && limit > TILE_COLUMNS) {
         limit /= 2;
         cut.columns = part_size(columns, limit, TILE_COLUMNS);
     }
@@ -340,11 +367,16 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
                              .offsets = offsets,
                              .row_count = row_count,
                              .out = out,
-                             .in = in,
-                             .task_rows = part_size(out, SIDE_MAX, TILE_ROWS),
-                             .task_columns = part_size(in, SIDE_MAX, TILE_COLUMNS)};
-    job.row_tasks = divide_up(out, job.task_rows);
-    job.column_tasks = divide_up(in, job.task_columns);
+                             .in = in};
+    for (int64_t side = SIDE_MAX; side >= SIDE_MIN; side /= 2) { /* as large as leaves enough tasks: less is packed */
+        job.task_rows = part_size(out, side, TILE_ROWS);
+        job.task_columns = part_size(in, side, TILE_COLUMNS);
+        job.row_tasks = divide_up(out, job.task_rows);
+        job.column_tasks = divide_up(in, job.task_columns);
+        int64_t task_count = groups.shape[0] * job.row_tasks * job.column_tasks;
+        if (task_count * SIDE_MAX >= side * WEIGHT_TASKS * threads_count())
+            break;
+    }
     parallel_for(groups.shape[0] * job.row_tasks * job.column_tasks, weight_task, &job);
 }
 
@@ -394,8 +426,8 @@ static void gemm(struct tensor a, bool transpose_a, struct tensor b, bool transp
                            .b = {matrix_of(b, b.shape[1], tensor_none()), transpose_b ? LANES_ARE_ROWS : LANES_ARE_COLUMNS},
                            .c = c,
                            .k = k,
-                           .task_rows = part_size(c.shape[0], in_c ? SIDE_MAX : STACK_ROWS, TILE_ROWS),
-                           .task_columns = part_size(c.shape[1], in_c ? SIDE_MAX : STACK_COLUMNS, TILE_COLUMNS),
+                           .task_rows = part_size(c.shape[0], in_c ? SIDE_MAX / 2 : STACK_ROWS, TILE_ROWS),
+                           .task_columns = part_size(c.shape[1], in_c ? SIDE_MAX / 2 : STACK_COLUMNS, TILE_COLUMNS),
                            .accumulate = accumulate};
     job.column_tasks = divide_up(c.shape[1], job.task_columns);
     parallel_for(divide_up(c.shape[0], job.task_rows) * job.column_tasks, gemm_task, &job);
