@@ -1298,13 +1298,14 @@ static int find_backends(void **state) {
 
 static int summarize(void **state) {
     (void)state;
-    static const char *const all[] = {"ref", "portable", "avx2", "avx512", "avx512bf16"};
+    static const char *const all[] = {"ref", "portable", "avx2", "avx512", "avx512bf16", "amx"};
     for (int b = 0; b < backend_count; b++)
         printf("%s: %ld cases, %ld calls, largest error %.2f of its bound\n", backend_names[b], case_count,
                calls_made[b], worst_share[b]);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (!is_available(all[i]))
-            printf("%s: not exercised here, this processor cannot run it\n", all[i]);
+            printf("%s: not exercised here, this processor cannot run it%s\n", all[i],
+                   strcmp(all[i], "amx") == 0 && is_available("amxmodel") ? "; its code ran on tiles in software (amxmodel)" : "");
     test_release();
     return 0;
 }

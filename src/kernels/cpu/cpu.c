@@ -55,6 +55,13 @@ static const struct backend backends[] = {
      {product_fill_portable, attention_fill_portable, norm_fill_portable, pointwise_fill_portable,
       router_fill_portable, loss_fill_portable, adamw_fill_portable,
       roof_fill_portable}},
+#ifdef CADRE_AMX_MODEL
+    {"amxmodel", /* right, not fast */
+     avx512bf16_runs,
+     {product_fill_amxmodel, attention_fill_amxmodel, norm_fill_amxmodel, pointwise_fill_amxmodel,
+      router_fill_amxmodel, loss_fill_amxmodel, adamw_fill_amxmodel,
+      roof_fill_amxmodel}},
+#endif
 #ifdef CADRE_X86
     {"avx2",
      avx2_runs,

@@ -51,4 +51,15 @@ void router_fill_amx(struct kernel_ops *ops);
 void loss_fill_amx(struct kernel_ops *ops);
 void adamw_fill_amx(struct kernel_ops *ops);
 void roof_fill_amx(struct kernel_ops *ops);
+
+#ifdef CADRE_AMX_MODEL /* amx with the tiles in software, for tests */
+void product_fill_amxmodel(struct kernel_ops *ops);
+void attention_fill_amxmodel(struct kernel_ops *ops);
+void norm_fill_amxmodel(struct kernel_ops *ops);
+void pointwise_fill_amxmodel(struct kernel_ops *ops);
+void router_fill_amxmodel(struct kernel_ops *ops);
+void loss_fill_amxmodel(struct kernel_ops *ops);
+void adamw_fill_amxmodel(struct kernel_ops *ops);
+void roof_fill_amxmodel(struct kernel_ops *ops);
+#endif
 #endif

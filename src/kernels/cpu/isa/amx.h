@@ -16,6 +16,9 @@
 #include "kernels/cpu/isa/matrix.h"
 
 #include <immintrin.h>
+#ifdef CADRE_AMX_MODEL
+#include "kernels/cpu/isa/amx_model.h"
+#endif
 
 enum { AMX_ROWS = 16, AMX_WORDS = 16, AMX_TILE_FLOATS = AMX_ROWS * AMX_WORDS, AMX_LANES = 32 };
 
@@ -50,6 +53,7 @@ ALWAYS_INLINE void amx_multiply(struct amx_rows a0, struct amx_rows a1, bool bot
     const size_t c_bytes = (size_t)c_stride * sizeof *c, a_bytes = (size_t)a0.row_floats * sizeof *c;
     const size_t b_bytes = AMX_LANES * sizeof *b;
     float *c_below = c + AMX_ROWS * c_stride;
+    __asm__ volatile("" : : : "memory"); /* GCC does not know that tiles are loaded from memory: what was stored stands */
     if (add) {
         _tile_loadd(0, c, c_bytes);
         _tile_loadd(1, c + AMX_WORDS, c_bytes);
@@ -98,7 +102,8 @@ HEADER_FUNCTION void amx_tile_sums(const float *a, const float *b, int64_t words
         amx_multiply(upper, lower, false, b, chunks, sums, AMX_LANES, false);
 }
 
-/* c, of rows x columns at most 32 x 32, = or += . */
+/* c, of rows x columns at most 32 x 32, = or += . With `add` the sum begins at what c holds, whether the tile is whole
+ * or not: a number does not depend on how the product was cut into tasks. */
 HEADER_FUNCTION void amx_tile(const float *a, const float *b, int64_t words, float *c, int64_t c_stride, int64_t rows,
                             int64_t columns, bool add) {
     const int64_t chunks = words / AMX_WORDS;
@@ -113,10 +118,15 @@ HEADER_FUNCTION void amx_tile(const float *a, const float *b, int64_t words, flo
         return;
     }
     float spilled[2 * AMX_ROWS][AMX_LANES] __attribute__((aligned(64)));
-    amx_tile_sums(a, b, words, spilled[0], rows);
+    const size_t row_bytes = (size_t)columns * sizeof *c;
+    if (add) {
+        memset(spilled, 0, sizeof spilled);
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(spilled[i], c + i * c_stride, row_bytes);
+    }
+    amx_multiply(upper, lower, both, b, chunks, spilled[0], AMX_LANES, add);
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++)
-            c[i * c_stride + j] = add ? c[i * c_stride + j] + spilled[i][j] : spilled[i][j];
+        memcpy(c + i * c_stride, spilled[i], row_bytes);
 }
 
 /* Rows first..first+row_count-1 of elements k..k+count-1, as the rows of A. */
