@@ -92,8 +92,8 @@ static struct forward_scratch forward_scratch_place(const struct attention *a, i
     s.keys = part_take(parts, block_floats(keys, words, TILE_COLUMNS));
     s.values = part_take(parts, block_floats(p, key_words, TILE_COLUMNS));
     s.value_floats = panel_floats(key_words, TILE_COLUMNS);
-    s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
-    s.packed = part_take(parts, block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), TILE_ROWS));
+    s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, A_LANES));
+    s.packed = part_take(parts, block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), A_LANES));
     s.scores = part_take(parts, QUERY_BLOCK * KEY_BLOCK);
     s.weights = block_over(a, s.scores);
     s.out = part_take(parts, QUERY_BLOCK * a->row_floats);
@@ -303,11 +303,11 @@ static struct backward_scratch backward_scratch_place(const struct attention *a,
     s.values = part_take(parts, block_floats(chunk, words, TILE_COLUMNS));
     s.keys_across = part_take(parts, block_floats(p, chunk_words, TILE_COLUMNS));
     s.across_floats = panel_floats(chunk_words, TILE_COLUMNS);
-    s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
-    s.douts = part_take(parts, block_floats(QUERY_BLOCK, words, TILE_ROWS));
-    s.queries_across = part_take(parts, block_floats(p, row_words, TILE_ROWS));
-    s.douts_across = part_take(parts, block_floats(p, row_words, TILE_ROWS));
-    int64_t as_a = block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), TILE_ROWS);
+    s.queries = part_take(parts, block_floats(QUERY_BLOCK, words, A_LANES));
+    s.douts = part_take(parts, block_floats(QUERY_BLOCK, words, A_LANES));
+    s.queries_across = part_take(parts, block_floats(p, row_words, A_LANES));
+    s.douts_across = part_take(parts, block_floats(p, row_words, A_LANES));
+    int64_t as_a = block_floats(QUERY_BLOCK, words_of(&a->k, KEY_BLOCK), A_LANES);
     int64_t as_b = block_floats(KEY_BLOCK, row_words, TILE_COLUMNS);
     s.packed = part_take(parts, as_a > as_b ? as_a : as_b);
     s.scores = part_take(parts, QUERY_BLOCK * KEY_BLOCK);

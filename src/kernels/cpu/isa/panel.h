@@ -5,9 +5,10 @@
  * last pair of an odd k is filled with 0. Lanes beyond an operand hold anything: they only reach numbers of C that
  * are not stored.
  *
- *      A:  row tiles of TILE_ROWS            B:  column panels of TILE_COLUMNS
- *          [tile][k word][TILE_ROWS]             [panel][k word][TILE_COLUMNS]
+ *      A:  panels of four row tiles          B:  column panels of TILE_COLUMNS
+ *          [panel][k word][A_LANES]              [panel][k word][TILE_COLUMNS]
  *
+ * (Four tiles of rows are whole vectors: one tile would be three quarters of one, and packing would store all of it.)
  * Packing stores whole vectors: what a vector has beyond its panel falls on the next k word, which is stored later, or
  * behind the panel, where VECTOR_LANES words are left free. (That also keeps panels from lying on the same cache sets.)
  *
@@ -27,6 +28,7 @@ enum { TILE_ROWS = 6, TILE_STEP = 2 };
 #else
 enum { TILE_ROWS = 4, TILE_STEP = 2 };
 #endif
+enum { A_LANES = 4 * TILE_ROWS };
 enum { PREFETCH_WORDS = 12 }; /* how far ahead of the product the panel of B is asked for */
 enum { TILE_VECTORS = 2, TILE_COLUMNS = TILE_VECTORS * VECTOR_LANES };
 
@@ -172,7 +174,7 @@ ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64
 /* Which side of the stored matrix the lanes are. */
 enum lanes { LANES_ARE_ROWS, LANES_ARE_COLUMNS };
 
-/* Lanes first..first+lane_count-1 of k..k+count-1 into panels of `width` lanes (a constant): TILE_ROWS for A,
+/* Lanes first..first+lane_count-1 of k..k+count-1 into panels of `width` lanes (a constant): A_LANES for A,
  * TILE_COLUMNS for B. */
 ALWAYS_INLINE void pack(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                         int64_t count, int width, float *out) {
@@ -220,7 +222,7 @@ HEADER_FUNCTION void pack_a(enum lanes lanes, const struct matrix *m, int64_t fi
         return;
     }
 #endif
-    pack(lanes, m, first, lane_count, k, count, TILE_ROWS, out);
+    pack(lanes, m, first, lane_count, k, count, A_LANES, out);
 }
 
 HEADER_FUNCTION void pack_b(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
@@ -230,11 +232,16 @@ HEADER_FUNCTION void pack_b(enum lanes lanes, const struct matrix *m, int64_t fi
 
 /* ---- the register tile ---- */
 
-/* c, of rows x columns at most height x TILE_COLUMNS, = or += with add. height and pairs are constants. */
-ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, const float *b, int64_t words, float *c,
-                                 int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+/* c, of rows x columns at most height x TILE_COLUMNS, = or += with add. height and pairs are constants; a_lanes: of the
+ * panel that the rows stand in. */
+ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, int64_t a_lanes, const float *b, int64_t words,
+                                 float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
     vector_f32 sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < words; k++, a += height, b += TILE_COLUMNS) {
+    for (int64_t i = 0; i < (add ? rows : 0); i++) { /* c may come from far: it does so while we multiply */
+        __builtin_prefetch(c + i * c_stride, 1);
+        __builtin_prefetch(c + i * c_stride + TILE_COLUMNS - 1, 1);
+    }
+    for (int64_t k = 0; k < words; k++, a += a_lanes, b += TILE_COLUMNS) {
         vector_f32 right0 = vector_load(b), right1 = vector_load(b + VECTOR_LANES);
         __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS);
         __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS + VECTOR_LANES);
@@ -263,28 +270,33 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, const f
             c[i * c_stride + j] = add ? c[i * c_stride + j] + spilled[i][j] : spilled[i][j];
 }
 
-ALWAYS_INLINE void tile_multiply_any(bool pairs, const float *a, const float *b, int64_t words, float *c,
-                                     int64_t c_stride, int64_t rows, int64_t columns, bool add) {
+ALWAYS_INLINE void tile_multiply_any(bool pairs, const float *a, int64_t a_lanes, const float *b, int64_t words,
+                                     float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
     switch (panel_width(rows, TILE_ROWS) / TILE_STEP) {
     case 1:
-        tile_multiply(TILE_STEP, pairs, a, b, words, c, c_stride, rows, columns, add);
+        tile_multiply(TILE_STEP, pairs, a, a_lanes, b, words, c, c_stride, rows, columns, add);
         break;
     case 2:
-        tile_multiply(2 * TILE_STEP, pairs, a, b, words, c, c_stride, rows, columns, add);
+        tile_multiply(2 * TILE_STEP, pairs, a, a_lanes, b, words, c, c_stride, rows, columns, add);
         break;
     default:
-        tile_multiply(TILE_ROWS, pairs, a, b, words, c, c_stride, rows, columns, add);
+        tile_multiply(TILE_ROWS, pairs, a, a_lanes, b, words, c, c_stride, rows, columns, add);
     }
+}
+
+/* Where lane `lane` of packed A begins, a multiple of A_LANES. */
+ALWAYS_INLINE int64_t a_lane_floats(bool pairs, int64_t words, int64_t lane) {
+    return BF16_TILES && pairs ? lane * words : lane / A_LANES * panel_floats(words, A_LANES);
 }
 
 ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
                                      float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-        int64_t height = at_most(rows - i, TILE_ROWS);
+        int64_t panel = i / A_LANES * A_LANES, a_lanes = panel_width(rows - panel, A_LANES);
         for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
-            tile_multiply_any(pairs, a + i / TILE_ROWS * panel_floats(words, TILE_ROWS),
-                              b + j / TILE_COLUMNS * b_panel_floats, words, c + i * c_stride + j, c_stride, height,
-                              at_most(columns - j, TILE_COLUMNS), add);
+            tile_multiply_any(pairs, a + panel / A_LANES * panel_floats(words, A_LANES) + (i - panel), a_lanes,
+                              b + j / TILE_COLUMNS * b_panel_floats, words, c + i * c_stride + j, c_stride,
+                              at_most(rows - i, TILE_ROWS), at_most(columns - j, TILE_COLUMNS), add);
     }
 }
 

@@ -138,7 +138,7 @@ struct rows_scratch {
 
 static struct rows_scratch rows_scratch_take(const struct rows_job *job, const struct task *task, int64_t k_block) {
     int64_t rows = task->row_end - task->row, columns = task->column_end - task->column;
-    int64_t a_floats = divide_up(block_floats(rows, words_of(&job->x, k_block), TILE_ROWS), VECTOR_LANES) * VECTOR_LANES;
+    int64_t a_floats = divide_up(block_floats(rows, words_of(&job->x, k_block), A_LANES), VECTOR_LANES) * VECTOR_LANES;
     int64_t stride = k_block < job->k ? columns : at_most(columns, BLOCK_COLUMNS);
     int64_t c_floats = job->y.dtype == DTYPE_BF16 ? rows * stride : 0;
     float *memory = scratch_task(sizeof(float) * (size_t)(a_floats + c_floats));
@@ -310,7 +310,7 @@ static void multiply_both(const struct operand *a, const struct operand *b, int6
     const bool pairs = word_elements(&a->matrix) == 2;
     int64_t block = part_size(end - first, K_WORDS_MAX / 2 * word_elements(&a->matrix), 2 * VECTOR_LANES);
     int64_t words = words_of(&a->matrix, block), b_floats = block_floats(columns, words, TILE_COLUMNS);
-    float *packed_b = scratch_task(sizeof(float) * (size_t)(b_floats + block_floats(rows, words, TILE_ROWS)));
+    float *packed_b = scratch_task(sizeof(float) * (size_t)(b_floats + block_floats(rows, words, A_LANES)));
     float *packed_a = packed_b + b_floats;
     for (int64_t k = first; k < end; k += block) {
         int64_t count = at_most(end - k, block);
