@@ -141,6 +141,14 @@ ALWAYS_INLINE void two_words_of_columns(int element_bytes, const struct matrix *
 
 enum { COPY_WORDS = 4 }; /* k words at a time: memory is read along rows, panels are written in whole lines */
 
+/* Rows k..end-1 are copied next: their `lanes` lanes from `column` on are asked for. */
+ALWAYS_INLINE void ask_for_rows(const struct matrix *m, int64_t k, int64_t end, int64_t column, int lanes) {
+    for (; k < end; k++)
+        for (const char *from = matrix_at(m, k, column), *last = from + (lanes - 1) * m->element_bytes; from <= last;
+             from += 64)
+            __builtin_prefetch(from);
+}
+
 /* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower.
  * panel_words: of the panels written to, which may be parts of longer ones. */
 ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
@@ -148,23 +156,21 @@ ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64
     const int elements = BF16_PAIRS && element_bytes == 2 ? 2 : 1;
     int64_t words = words_of(m, count), end = k + count;
     for (int64_t word = 0; word < words; word += COPY_WORDS) {
-        int64_t word_end = word + COPY_WORDS < words ? word + COPY_WORDS : words;
+        int64_t word_end = at_most(word + COPY_WORDS, words);
         for (int64_t j = 0; j < lane_count; j += width) {
             int stride = panel_width(lane_count - j, width);
             float *panel = out + j / width * panel_floats(panel_words, width);
-            if (width == TILE_COLUMNS) {
+            ask_for_rows(m, k + word_end * elements, at_most(end, k + (word_end + COPY_WORDS) * elements), first + j,
+                         stride);
+            for (int v = 0; v < stride && j + v < lane_count; v += 2 * VECTOR_LANES)
                 for (int64_t i = word; i < word_end; i++) {
                     vector_f32 low, high;
-                    two_words_of_columns(element_bytes, m, k + i * elements, end, first + j, &low, &high);
-                    vector_store(panel + i * TILE_COLUMNS, low);
-                    vector_store(panel + i * TILE_COLUMNS + VECTOR_LANES, high);
+                    float *to = panel + i * stride + v;
+                    two_words_of_columns(element_bytes, m, k + i * elements, end, first + j + v, &low, &high);
+                    vector_store(to, low);
+                    if (v + VECTOR_LANES < stride)
+                        vector_store(to + VECTOR_LANES, high);
                 }
-                continue;
-            }
-            for (int v = 0; v < stride && j + v < lane_count; v += VECTOR_LANES)
-                for (int64_t i = word; i < word_end; i++)
-                    vector_store(panel + i * stride + v,
-                                 (vector_f32)word_of_columns(element_bytes, m, k + i * elements, end, first + j + v));
         }
     }
 }

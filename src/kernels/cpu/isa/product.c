@@ -14,6 +14,8 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/isa/weights.h"
 
+#include <math.h>
+
 enum {
     K_WORDS_MAX = 512,       /* of a packed block */
     ROWS_MAX = 256,          /* of a task */
@@ -23,7 +25,7 @@ enum {
     THREAD_TASKS = 8, /* wanted for every thread: enough to even out */
     SIDE_MAX = 512,   /* rows and columns of a task that packs both operands */
     SIDE_MIN = 128,
-    WEIGHT_TASKS = 4, /* of SIDE_MAX that a thread has at least; fewer of the smaller ones do */
+    PACK_COST = 40, /* packing a number for a task costs as much as so many multiplications */
     STACK_ROWS = 48, /* the same where sums must be rounded, and stand on the stack before: */
     STACK_COLUMNS = 64, /* multiples of every copy's tile */
 };
@@ -308,7 +310,7 @@ struct operand {
 static void multiply_both(const struct operand *a, const struct operand *b, int64_t first, int64_t end, int64_t row,
                           int64_t rows, int64_t column, int64_t columns, float *c, int64_t c_stride, bool add) {
     const bool pairs = word_elements(&a->matrix) == 2;
-    int64_t block = part_size(end - first, K_WORDS_MAX / 2 * word_elements(&a->matrix), 2 * VECTOR_LANES);
+    int64_t block = part_size(end - first, K_WORDS_MAX / 4 * word_elements(&a->matrix), 2 * VECTOR_LANES);
     int64_t words = words_of(&a->matrix, block), b_floats = block_floats(columns, words, TILE_COLUMNS);
     float *packed_b = scratch_task(sizeof(float) * (size_t)(b_floats + block_floats(rows, words, A_LANES)));
     float *packed_a = packed_b + b_floats;
@@ -343,6 +345,32 @@ static void weight_task(void *context, int64_t index) {
                       (float *)job->dw.data + (expert * job->out + row) * job->in + column, job->in, true);
 }
 
+/* What one group's dw costs when it is cut into row_tasks x column_tasks, in multiplications per routed row and thread:
+ * small tasks pack more than they must, large ones leave threads without work at the end. */
+static double weight_tasks_cost(const struct weight_job *job, int64_t groups, int64_t row_tasks, int64_t column_tasks) {
+    double rows = (double)divide_up(job->out, row_tasks), columns = (double)divide_up(job->in, column_tasks);
+    double tasks = (double)(groups * row_tasks * column_tasks), rounds = tasks / threads_count();
+    if (rounds < 4)
+        rounds = ceil(rounds);
+    return (rounds + 0.25) * (rows * columns + PACK_COST * (rows + columns));
+}
+
+/* May ask for the number of threads: a number of dw is the same however the rest is cut. */
+static void cut_weight_tasks(struct weight_job *job, int64_t groups) {
+    double least = INFINITY;
+    for (int64_t r = divide_up(job->out, SIDE_MAX); r <= divide_up(job->out, SIDE_MIN); r++)
+        for (int64_t c = divide_up(job->in, SIDE_MAX); c <= divide_up(job->in, SIDE_MIN); c++) {
+            double cost = weight_tasks_cost(job, groups, r, c);
+            if (cost >= least)
+                continue;
+            least = cost;
+            job->task_rows = part_size(job->out, divide_up(job->out, r), TILE_ROWS);
+            job->task_columns = part_size(job->in, divide_up(job->in, c), TILE_COLUMNS);
+        }
+    job->row_tasks = divide_up(job->out, job->task_rows);
+    job->column_tasks = divide_up(job->in, job->task_columns);
+}
+
 static void product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
                                     struct tensor offsets, struct tensor dw) {
     if (dw.dtype == DTYPE_F64) {
@@ -368,15 +396,7 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
                              .row_count = row_count,
                              .out = out,
                              .in = in};
-    for (int64_t side = SIDE_MAX; side >= SIDE_MIN; side /= 2) { /* as large as leaves enough tasks: less is packed */
-        job.task_rows = part_size(out, side, TILE_ROWS);
-        job.task_columns = part_size(in, side, TILE_COLUMNS);
-        job.row_tasks = divide_up(out, job.task_rows);
-        job.column_tasks = divide_up(in, job.task_columns);
-        int64_t task_count = groups.shape[0] * job.row_tasks * job.column_tasks;
-        if (task_count * SIDE_MAX >= side * WEIGHT_TASKS * threads_count())
-            break;
-    }
+    cut_weight_tasks(&job, groups.shape[0]);
     parallel_for(groups.shape[0] * job.row_tasks * job.column_tasks, weight_task, &job);
 }
 
