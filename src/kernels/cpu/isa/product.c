@@ -20,7 +20,7 @@ enum {
     K_WORDS_MAX = 512,       /* of a packed block */
     ROWS_MAX = 256,          /* of a task */
     ROWS_MIN = 64,           /* where there would be too few tasks */
-    BLOCK_COLUMNS = 256,     /* that all rows meet before the next ones: their weights stay in the second cache */
+    BLOCK_COLUMNS = 128,     /* that all rows meet before the next ones: their weights stay in the second cache */
     TASK_COLUMNS_MAX = 1024, /* of a task */
     THREAD_TASKS = 8, /* wanted for every thread: enough to even out */
     SIDE_MAX = 512,   /* rows and columns of a task that packs both operands */
