@@ -233,14 +233,24 @@ enum status model_config_write(const struct model_config *c, const char *path, i
     return status;
 }
 
-double model_train_operations_per_token(const struct model_config *c, int64_t sequence_length) {
+struct model_operations model_forward_operations(const struct model_config *c, int64_t sequence_length) {
     double d = (double)c->hidden_size, heads = (double)(c->num_attention_heads * c->head_dim);
     double kv = (double)(c->num_key_value_heads * c->head_dim);
-    double mlp = 3 * d * (double)c->intermediate_size;
+    double inner = (double)c->intermediate_size;
     if (c->num_experts > 0)
-        mlp = d * (double)c->num_experts + 3 * d * (double)(c->num_experts_per_tok * c->moe_intermediate_size);
-    double block = 2 * d * heads + 2 * d * kv + mlp;
-    double products = (double)c->num_hidden_layers * block + d * (double)c->vocab_size;
-    double attention = (double)c->num_hidden_layers * heads * (double)sequence_length;
-    return 6 * products + 6 * attention;
+        inner = (double)(c->num_experts_per_tok * c->moe_intermediate_size);
+    struct model_operations forward = {
+        .attention = 2 * (2 * d * heads + 2 * d * kv) + 2 * heads * (double)sequence_length,
+        .route = 2 * d * (double)c->num_experts,
+        .experts = 2 * 3 * d * inner,
+        .head = 2 * d * (double)c->vocab_size,
+    };
+    forward.recompute = forward.attention + forward.route + 2 * 2 * d * inner;
+    return forward;
+}
+
+double model_train_operations_per_token(const struct model_config *c, int64_t sequence_length) {
+    struct model_operations forward = model_forward_operations(c, sequence_length);
+    double block = forward.attention + forward.route + forward.experts;
+    return 3 * ((double)c->num_hidden_layers * block + forward.head);
 }

@@ -44,7 +44,18 @@ enum status model_config_write(const struct model_config *config, const char *pa
 extern const struct setting model_settings[];
 extern const int model_setting_count;
 
-/* Operations (a multiply-add is two) of forward and backward, per token, at sequence length T: 6 for each parameter
- * that a token is multiplied with (attention, router, K experts, output head; not the embedding's lookup) and causal
- * attention counted as half of the square. Recomputation is not counted. */
+/* Operations (a multiply-add is two) that each phase's forward spends on a token at sequence length T: 2 for each
+ * parameter that the token is multiplied with, and causal attention counted as half of the square. The backward of a
+ * phase takes twice as many. The phases that are not here (embedding, exchange, norms) only move and add. */
+struct model_operations {
+    double attention, route; /* of one block */
+    double experts;          /* of one block: K experts, or the dense layer */
+    double recompute;        /* of one block: its forward again, without the experts' last product */
+    double head;
+};
+struct model_operations model_forward_operations(const struct model_config *config, int64_t sequence_length);
+
+/* Forward and backward of all phases together, per token: 6 for each parameter that a token is multiplied with
+ * (attention, router, K experts, output head; not the embedding's lookup), and attention. Recomputation is not
+ * counted. */
 double model_train_operations_per_token(const struct model_config *config, int64_t sequence_length);

@@ -1,0 +1,14 @@
+/* What an event of the schedule takes at least, to hold its time against what the machine can do at best. */
+#pragma once
+
+#include "model/workspace.h"
+#include "parallel/schedule.h"
+
+struct event_cost {
+    double operations; /* a multiply-add is two; 0 where an event multiplies nothing worth counting */
+    double bytes;      /* read and written in memory, of the events that walk all parameters; 0 for others */
+};
+
+/* Over a step without recomputation the operations add up to model_train_operations_per_token times its tokens. Bytes
+ * are counted for clear, gradient norm and optimizer, as if no cache held any of them. */
+struct event_cost event_cost(const struct event *event, const struct model *model, const struct workspace *workspace);
