@@ -69,6 +69,13 @@ for file in config.ini metrics.jsonl samples.txt checkpoints/step-000008/config.
 done
 [ "$(ls "$run/tensorboard" | wc -l)" -eq 1 ] || complain "no TensorBoard events"
 expect 0 'is complete' -- "$cadre" train --config "$run/config.ini"
+[ ! -e "$run/trace.json" ] || complain "train wrote a trace that nobody asked for"
+expect 0 'attention grad ' -- "$cadre" train --config "$run/config.ini" --run.directory "$work/profiled" --train.steps 3 --profile
+grep -q '^experts  .* GFLOP/s .*%$' "$work/err" || complain "train --profile printed no table: $(cat "$work/err")"
+grep -q '^optimizer  .* GB/s .*%$' "$work/err" || complain "train --profile printed no bytes: $(cat "$work/err")"
+[ "$(cat "$work/out")" = "$work/profiled" ] || complain "train --profile printed $(cat "$work/out") on stdout"
+[ "$(grep -c '"name":"step","ph":"X"' "$work/profiled/trace.json")" -eq 3 ] || complain "trace.json does not hold 3 steps"
+expect 0 'no step was left' -- "$cadre" train --config "$work/profiled/config.ini" --profile
 expect 2 'model.hidden_size' -- "$cadre" train --config "$run/config.ini" --model.hidden_size 128
 
 expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3

@@ -102,13 +102,15 @@ static void print_help(const struct argument *known, int count) {
 
 enum status cmd_train(int argc, char **argv) {
     const char *config_path = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX];
-    bool help, quiet = false, verbose = false, dry = false, json = false;
+    bool help, quiet = false, verbose = false, dry = false, json = false, profile = false;
     int pair_count = 0;
     const struct argument known[] = {
         {"config", ARGUMENT_STRING, &config_path, "settings from an INI file; the command line wins"},
         {"dry-run", ARGUMENT_SWITCH, &dry, "print the schedule of a step and do nothing"},
         {"quiet", ARGUMENT_SWITCH, &quiet, "only warnings and errors"},
         {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
+        {"profile", ARGUMENT_SWITCH, &profile,
+         "time every kind of event: a table at the end, the last steps in trace.json for chrome://tracing"},
         {"json", ARGUMENT_SWITCH, &json, "how the run ended as one JSON object, instead of its directory"},
     };
     enum { COUNT = sizeof known / sizeof *known };
@@ -124,6 +126,6 @@ enum status cmd_train(int argc, char **argv) {
     TRY(run_config_resolve(&config, config_path, pairs, pair_count));
     if (dry)
         return dry_run(&config);
-    TRY(train_run(&config, (struct train_hooks){write_sample, NULL}, &summary));
+    TRY(train_run(&config, (struct train_hooks){write_sample, NULL, profile}, &summary));
     return finish(&config, &summary, json, argc, argv);
 }

@@ -9,6 +9,7 @@
 #include "data/loader.h"
 #include "data/tokenizer.h"
 #include "train/evaluate.h"
+#include "train/profile.h"
 #include "train/report.h"
 #include "train/roof.h"
 #include "train/run_directory.h"
@@ -36,6 +37,7 @@ struct trainer {
     struct step_runner runner;
     struct train_state state;
     struct train_report report;
+    struct profile profile; /* zeroed without hooks.profile */
     int32_t *tokens; /* [batch_sequences, T+1] */
     char *checkpoints, *samples_path;
     double roof_operations_per_s;
@@ -43,6 +45,7 @@ struct trainer {
 };
 
 enum { SKIPPED_STEPS_MAX = 3, PROBE_STEPS = 4 };
+static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
 
 static volatile sig_atomic_t stop_requested;
 
@@ -196,12 +199,15 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     describe(t);
     TRY(start_or_resume(t, &summary->resumed));
     TRY(open_loader(t, t->state.sequences, &t->loader));
+    if (t->hooks.profile)
+        TRY(profile_init(&t->profile, &t->runner, true));
     return train_report_open(&t->report, c, t->model, t->state.step, t->roof_operations_per_s);
 }
 
 static void tear_down(struct trainer *t) {
     train_report_close(&t->report);
     loader_close(t->loader);
+    profile_release(&t->profile);
     step_runner_release(&t->runner);
     workspace_destroy(t->workspace);
     model_destroy(t->model);
@@ -290,14 +296,22 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     const struct run_config *c = t->config;
     int64_t step = t->state.step;
     bool last = step == c->train.steps;
+    double begin = clock_seconds();
     if (last || is_due(step, c->train.eval_every_steps)) {
         TRY(evaluate_held_out(t, last ? 0 : c->train.eval_tokens, summary));
         TRY(train_report_evaluation(&t->report, step, summary->valid_loss, summary->valid_bits_per_byte));
+        profile_note(&t->profile, SPAN_EVALUATION, begin);
     }
-    if (is_due(step, c->train.sample_every_steps) || (last && c->train.sample_every_steps > 0))
+    begin = clock_seconds();
+    if (is_due(step, c->train.sample_every_steps) || (last && c->train.sample_every_steps > 0)) {
         TRY(add_sample(t));
-    if (last || stop_requested || is_due(step, c->checkpoint.every_steps))
+        profile_note(&t->profile, SPAN_SAMPLE, begin);
+    }
+    begin = clock_seconds();
+    if (last || stop_requested || is_due(step, c->checkpoint.every_steps)) {
         TRY(save(t));
+        profile_note(&t->profile, SPAN_CHECKPOINT, begin);
+    }
     return STATUS_OK;
 }
 
@@ -315,10 +329,13 @@ static enum status note_skipped(struct trainer *t, const struct step_result *res
 static enum status run_step(struct trainer *t, struct train_summary *summary) {
     struct run_config *c = t->config;
     struct step_result result;
+    profile_begin_step(&t->profile, t->state.step + 1);
     double begin = clock_seconds();
     TRY(loader_next(t->loader, t->tokens));
+    profile_note(&t->profile, SPAN_DATA, begin);
     TRY(step_run(&t->runner, (struct step_input){t->tokens, t->state.step + 1, c->train.steps}, &result));
     double seconds = clock_seconds() - begin;
+    profile_note(&t->profile, SPAN_STEP, begin);
     t->state.step++;
     t->state.sequences += c->train.batch_sequences;
     t->state.tokens += c->train.batch_sequences * c->train.sequence_length;
@@ -326,7 +343,9 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
         TRY(note_skipped(t, &result));
     else
         t->skipped_in_a_row = 0;
+    begin = clock_seconds();
     TRY(train_report_step(&t->report, t->workspace, &t->state, &result, seconds));
+    profile_note(&t->profile, SPAN_REPORT, begin);
     return after_step(t, summary);
 }
 
@@ -344,6 +363,35 @@ static void finish_summary(const struct trainer *t, double seconds, int64_t firs
     summary->interrupted = stop_requested && t->state.step < t->config->train.steps;
 }
 
+static void show_lines(char *lines) {
+    for (char *line = strtok(lines, "\n"); line; line = strtok(NULL, "\n"))
+        log_info("%s", line);
+}
+
+/* The memory's roof is measured last, so that its buffers are not in the run's peak. */
+static enum status finish_profile(const struct trainer *t) {
+    if (t->profile.spans[SPAN_STEP].calls == 0) {
+        log_info("profile: no step was left to run, nothing was measured");
+        return STATUS_OK;
+    }
+    struct roof_bandwidth memory;
+    struct text table = {0};
+    char *path = run_directory_path(t->config, "trace.json");
+    enum status status = roof_bandwidth(t->model->context.ops, t->model->device, BANDWIDTH_BYTES, &memory);
+    if (status == STATUS_OK) {
+        struct profile_roof roof = {t->roof_operations_per_s, fmax(memory.read, memory.copy)};
+        log_info("profile of %lld steps; at best %.0f GFLOP/s, %.1f GB/s of memory; the last steps are in %s",
+                 (long long)t->profile.spans[SPAN_STEP].calls, 1e-9 * roof.operations_per_s, 1e-9 * roof.bytes_per_s,
+                 path);
+        profile_print(&t->profile, roof, &table);
+        show_lines(table.data);
+        status = profile_write_trace(&t->profile, path);
+    }
+    text_release(&table);
+    free(path);
+    return status;
+}
+
 static enum status run_all(struct trainer *t, struct train_summary *summary) {
     TRY(set_up(t, summary));
     watch_signals();
@@ -353,6 +401,8 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
     while (status == STATUS_OK && t->state.step < t->config->train.steps && !stop_requested)
         status = run_step(t, summary);
     finish_summary(t, clock_seconds() - begin, first_token, summary);
+    if (t->hooks.profile && status == STATUS_OK)
+        status = finish_profile(t);
     return status;
 }
 

@@ -12,6 +12,8 @@ struct train_hooks {
     enum status (*write_sample)(void *context, struct model *model, const struct tokenizer *tokenizer,
                                 struct text *out);
     void *context;
+    /* Time every event: at the end a table on stderr, and trace.json in the run's directory (train/profile.h). */
+    bool profile;
 };
 
 /* What a training process takes beside its tensors: libraries, the code that they generate, working memory of the

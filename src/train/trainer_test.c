@@ -56,6 +56,7 @@ static int tear_down(void **state) {
 struct call {
     const char *directory, *threads, *precision, *steps, *more_key, *more_value;
     int64_t interrupt_at; /* 0: never */
+    bool profile;
 };
 
 static enum status interrupt(void *context, struct model *model, const struct tokenizer *tokenizer, struct text *out) {
@@ -82,7 +83,8 @@ static enum status train(struct call call, struct train_summary *summary) {
     int should_interrupt = call.interrupt_at > 0;
     enum status status = run_config_resolve(&config, NULL, pairs, call.more_key ? 11 : 10);
     if (status == STATUS_OK)
-        status = train_run(&config, (struct train_hooks){interrupt, &should_interrupt}, summary ? summary : &unused);
+        status = train_run(&config, (struct train_hooks){interrupt, &should_interrupt, call.profile},
+                           summary ? summary : &unused);
     free(directory);
     return status;
 }
@@ -190,6 +192,40 @@ static void test_resumed_is_uninterrupted(void **state) {
     }
 }
 
+/* With a profile the numbers are the same, and the trace is there. */
+static void test_profile_changes_no_number(void **state) {
+    (void)state;
+    assert_int_equal(train((struct call){.directory = "plain"}, NULL), STATUS_OK);
+    assert_int_equal(train((struct call){.directory = "profiled", .profile = true}, NULL), STATUS_OK);
+    assert_same_run("plain", "profiled");
+    char *path = text_format("%s/profiled/trace.json", root);
+    json_t *trace;
+    assert_int_equal(json_read_file(path, 1 << 24, &trace), STATUS_OK);
+    assert_true(json_array_size(json_object_get(trace, "traceEvents")) > 10 * STEPS);
+    json_decref(trace);
+    assert_int_equal(file_remove(path), STATUS_OK);
+    assert_int_equal(train((struct call){.directory = "profiled", .profile = true}, NULL), STATUS_OK);
+    assert_false(file_exists(path)); /* complete: no step ran */
+    free(path);
+}
+
+static int no_room_for_a_trace(void *context, enum file_operation operation, const char *path) {
+    (void)context;
+    return operation == FILE_WRITE && strstr(path, "trace.json") ? ENOSPC : 0;
+}
+
+static void test_trace_on_a_full_disk(void **state) {
+    (void)state;
+    struct train_summary summary;
+    file_set_fault(no_room_for_a_trace, NULL);
+    enum status status = train((struct call){.directory = "untraced", .profile = true}, NULL);
+    file_set_fault(NULL, NULL);
+    assert_int_equal(status, STATUS_IO);
+    assert_non_null(strstr(status_text(), "trace.json"));
+    assert_int_equal(train((struct call){.directory = "untraced"}, &summary), STATUS_OK);
+    assert_true(summary.resumed && summary.step == STEPS); /* the run itself was saved */
+}
+
 static void flip_a_byte(const char *name) {
     char *path = path_join(root, name), *data;
     size_t size;
@@ -253,6 +289,8 @@ int main(void) {
         cmocka_unit_test(test_golden_losses),
         cmocka_unit_test(test_threads_do_not_change_a_bit),
         cmocka_unit_test(test_resumed_is_uninterrupted),
+        cmocka_unit_test(test_profile_changes_no_number),
+        cmocka_unit_test(test_trace_on_a_full_disk),
         cmocka_unit_test(test_damaged_checkpoint_falls_back_to_the_one_before),
         cmocka_unit_test(test_full_disk_keeps_the_last_checkpoint),
         cmocka_unit_test(test_refusals),
