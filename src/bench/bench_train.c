@@ -6,13 +6,15 @@
 #include "base/memory.h"
 #include "base/random.h"
 #include "base/threads.h"
-#include "parallel/step.h"
+#include "train/profile.h"
 #include "train/roof.h"
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 enum { PEER_LINE_BYTES = 4096 };
 static const double ROOF_SECONDS = 0.2;
+static const size_t BANDWIDTH_BYTES = (size_t)128 << 20;
 
 struct training {
     struct run_config config;
@@ -22,13 +24,8 @@ struct training {
     struct step_runner runner;
     int32_t *tokens;
     int64_t token_count, step;
-    double event_seconds[EVENT_KIND_COUNT]; /* of the timed steps together */
+    struct profile profile; /* of the timed steps */
 };
-
-static void note_event(void *context, const struct event *event, double seconds) {
-    struct training *t = context;
-    t->event_seconds[event->kind] += seconds;
-}
 
 static enum status training_open(struct training *t, const struct bench *bench, enum dtype dtype) {
     const char *pairs[] = {"model.preset", bench->preset};
@@ -54,6 +51,7 @@ static enum status training_open(struct training *t, const struct bench *bench, 
 }
 
 static void training_close(struct training *t) {
+    profile_release(&t->profile);
     if (t->runner.model)
         step_runner_release(&t->runner);
     if (t->workspace)
@@ -67,6 +65,7 @@ static enum status run_step(struct training *t, double *seconds) {
     double begin = clock_seconds();
     TRY(step_run(&t->runner, (struct step_input){t->tokens, ++t->step, 1000000}, &result));
     *seconds = clock_seconds() - begin;
+    profile_note(&t->profile, SPAN_STEP, begin);
     return result.skipped ? status_fail(STATUS_NUMERIC, "step %lld was not finite", (long long)t->step) : STATUS_OK;
 }
 
@@ -88,13 +87,13 @@ static enum status run_peer(const char *command, double *tokens_per_s) {
     return STATUS_OK;
 }
 
-static void print_json(const struct bench *bench, const struct training *t, struct bench_time time, double roof,
-                       double operations, double peer) {
+static enum status print_json(const struct bench *bench, const struct training *t, struct bench_time time,
+                              double roof, double operations, double peer) {
     json_t *events = json_object();
     for (int i = 0; i < EVENT_KIND_COUNT; i++)
-        if (t->event_seconds[i] > 0)
+        if (t->profile.events[i].seconds > 0)
             json_object_set_new(events, event_kind_name((enum event_kind)i),
-                                json_real(1e3 * t->event_seconds[i] / bench->rounds));
+                                json_real(1e3 * t->profile.events[i].seconds / bench->rounds));
     json_t *object = json_pack(
         "{s:s,s:s,s:s,s:s,s:i,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:o}", "name", "train", "case", bench->preset, "precision",
         bench_precision_name(t->model->context.compute), "kernels", bench->ops->name, "threads", threads_count(),
@@ -109,22 +108,26 @@ static void print_json(const struct bench *bench, const struct training *t, stru
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
     putchar('\n');
     json_decref(object);
+    return STATUS_OK;
 }
 
-static void print_table(const struct bench *bench, const struct training *t, struct bench_time time, double roof,
-                        double operations, double peer) {
+static enum status print_table(const struct bench *bench, const struct training *t, struct bench_time time,
+                               double roof, double operations, double peer) {
+    struct roof_bandwidth memory;
+    struct text table = {0};
+    TRY(roof_bandwidth(bench->ops, bench->device, BANDWIDTH_BYTES, &memory));
     printf("train      %s, %s, %d threads: %.0f tokens/s, %.1f ms a step (%.1f to %.1f), %.0f GFLOP/s, %.1f%% of %.0f (%s)\n",
            bench->preset, bench_precision_name(t->model->context.compute), threads_count(),
            (double)t->token_count / time.median, 1e3 * time.median, 1e3 * time.least, 1e3 * time.most,
            1e-9 * operations / time.median, 100 * operations / time.median / roof, 1e-9 * roof,
            bench->ops->multiply_unit(t->model->context.compute));
-    for (int i = 0; i < EVENT_KIND_COUNT; i++)
-        if (t->event_seconds[i] > 0)
-            printf("             %-20s %9.2f ms\n", event_kind_name((enum event_kind)i),
-                   1e3 * t->event_seconds[i] / bench->rounds);
+    profile_print(&t->profile, (struct profile_roof){roof, fmax(memory.read, memory.copy)}, &table);
+    fputs(text_string(&table), stdout);
+    text_release(&table);
     if (peer > 0)
         printf("             peer: %.0f tokens/s; ours is %.2f times as fast\n", peer,
                (double)t->token_count / time.median / peer);
+    return STATUS_OK;
 }
 
 static enum status measure(const struct bench *bench, struct training *t) {
@@ -136,7 +139,8 @@ static enum status measure(const struct bench *bench, struct training *t) {
     enum status status = STATUS_OK;
     for (int i = 0; i < 2 && status == STATUS_OK; i++) /* warm: memory touched, scratch grown */
         status = run_step(t, &seconds[0]);
-    t->runner.observer = (struct step_observer){note_event, t};
+    if (status == STATUS_OK)
+        status = profile_init(&t->profile, &t->runner, false);
     for (int i = 0; i < bench->rounds && status == STATUS_OK; i++) {
         status = run_step(t, &seconds[i]);
         if (status == STATUS_OK && bench->peer)
@@ -145,7 +149,7 @@ static enum status measure(const struct bench *bench, struct training *t) {
     if (status == STATUS_OK) {
         struct bench_time time = bench_time_of(seconds, bench->rounds);
         double theirs = bench->peer ? bench_time_of(peer, bench->rounds).median : 0;
-        (bench->json ? print_json : print_table)(bench, t, time, roof, operations, theirs);
+        status = (bench->json ? print_json : print_table)(bench, t, time, roof, operations, theirs);
     }
     free(seconds);
     free(peer);
