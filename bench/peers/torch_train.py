@@ -29,16 +29,12 @@ EPSILON, ROPE_THETA, INIT_DEVIATION = 1e-6, 10000.0, 0.02
 BALANCE_COEFFICIENT, Z_COEFFICIENT = 0.01, 0.001
 
 
-def compute_dtype():
-    """What autocast multiplies in; float32 without it."""
-    return torch.bfloat16 if torch.is_autocast_cpu_enabled() else torch.float32
-
-
 class RMSNorm(nn.Module):
     """In float32; the result in the dtype of the products that read it, so that each does not cast it again."""
 
-    def __init__(self, width):
+    def __init__(self, width, c):
         super().__init__()
+        self.dtype = c["dtype"]
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
@@ -47,7 +43,7 @@ class RMSNorm(nn.Module):
             y = F.rms_norm(x, self.weight.shape, self.weight, EPSILON)
         else:
             y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * self.weight
-        return y.to(compute_dtype())
+        return y.to(self.dtype)
 
 
 def linear(inputs, outputs):
@@ -76,7 +72,7 @@ class Attention(nn.Module):
         self.c = c
         self.query, self.key = linear(c["D"], c["H"] * c["P"]), linear(c["D"], c["G"] * c["P"])
         self.value, self.output = linear(c["D"], c["G"] * c["P"]), linear(c["H"] * c["P"], c["D"])
-        self.query_norm, self.key_norm = RMSNorm(c["P"]), RMSNorm(c["P"])
+        self.query_norm, self.key_norm = RMSNorm(c["P"], c), RMSNorm(c["P"], c)
 
     def forward(self, x, cos, sin):
         batch, length, _ = x.shape
@@ -134,7 +130,8 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.attention_norm, self.attention, self.mlp_norm = RMSNorm(c["D"]), Attention(c), RMSNorm(c["D"])
+        self.attention_norm, self.mlp_norm = RMSNorm(c["D"], c), RMSNorm(c["D"], c)
+        self.attention = Attention(c)
         self.mlp = MoE(c) if c["E"] else SwiGLU(c["D"], c["F"])
 
     def forward(self, x, cos, sin):
@@ -150,21 +147,20 @@ class Model(nn.Module):
         self.c = c
         self.embedding, self.head = nn.Embedding(c["V"], c["D"]), linear(c["D"], c["V"])
         self.blocks = nn.ModuleList(Block(c) for _ in range(c["L"]))
-        self.norm = RMSNorm(c["D"])
+        self.norm = RMSNorm(c["D"], c)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=INIT_DEVIATION)
         frequency = ROPE_THETA ** (-torch.arange(0, c["P"], 2) / c["P"])
         angle = torch.outer(torch.arange(c["T"]), frequency).repeat(1, 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle.cos().to(c["dtype"]), persistent=False)
+        self.register_buffer("sin", angle.sin().to(c["dtype"]), persistent=False)
 
     def forward(self, ids, targets):
         x = self.embedding(ids)
-        cos, sin = self.cos.to(compute_dtype()), self.sin.to(compute_dtype())
         router_loss = 0.0
         for block in self.blocks:
-            x, loss = block(x, cos, sin)
+            x, loss = block(x, self.cos, self.sin)
             router_loss = router_loss + loss / self.c["L"]
         logits = self.head(self.norm(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) + router_loss
@@ -199,8 +195,8 @@ def storage_of(tensor):
     return storage.data_ptr(), storage.nbytes()
 
 
-def saved_bytes(model, forward):
-    """Memory that a forward keeps for its backward, each piece once, without the weights themselves."""
+def saved_bytes(model, forward, dtype):
+    """Memory that a forward keeps for its backward, each piece once, without weights and autocast's copies of them."""
     pieces, weights = {}, {storage_of(p)[0] for p in model.parameters()}
 
     def note(tensor):
@@ -211,7 +207,11 @@ def saved_bytes(model, forward):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
-    return sum(pieces.values())
+    copied = 0
+    if dtype == torch.bfloat16:
+        linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "router" not in name]
+        copied = sum(2 * m.weight.numel() for m in linears)
+    return sum(pieces.values()) - copied
 
 
 def read_arguments():
@@ -236,14 +236,15 @@ def main():
         torch.set_num_threads(arguments.threads)
     base = process_bytes("VmRSS")
     torch.manual_seed(1)
-    c = PRESETS[arguments.preset]
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    c = dict(PRESETS[arguments.preset], dtype=dtype)  # dtype: of products
     model = Model(c)
     run = torch.compile(model) if arguments.compile else model
     optimizer, optimizer_name = make_optimizer(model)
     ids = torch.randint(c["V"], (c["B"], c["T"] + 1))
 
     def forward():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.precision == "bf16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return run(ids[:, :-1], ids[:, 1:])
 
     def step():
@@ -271,7 +272,7 @@ def main():
         "attention": "fused" if hasattr(F, "scaled_dot_product_attention") else "softmax",
         "parameters": sum(p.numel() for p in parameters), "tokens_per_s": c["B"] * c["T"] / median, "ms": 1e3 * median,
         "state_bytes": state, "peak_rss_bytes": peak, "base_rss_bytes": base,
-        "activation_bytes": peak - base - state, "saved_bytes": saved_bytes(model, forward) if not arguments.compile else None,
+        "activation_bytes": peak - base - state, "saved_bytes": None if arguments.compile else saved_bytes(model, forward, dtype),
     }))  # fmt: skip
 
 
