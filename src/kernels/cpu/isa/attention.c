@@ -18,9 +18,9 @@
 #include "kernels/cpu/scratch.h"
 
 enum {
-    QUERY_BLOCK = 64,
+    QUERY_BLOCK = 48,
     KEY_BLOCK = 128,          /* whole panels, whole tiles of pairs */
-    CHUNK = 512,              /* keys of one pass of backward; a multiple of both blocks */
+    CHUNK = 384,              /* keys of one pass of backward; a multiple of both blocks */
     CHUNK_STRIDE = CHUNK + 16, /* rows of sums do not all lie on the same cache sets */
     TASKS_WANTED = 64,
     TASK_QUERIES_MIN = 256, /* rows of the heads of a group together: fewer do not repay packing keys and values */
