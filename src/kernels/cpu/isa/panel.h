@@ -28,15 +28,17 @@ enum { TILE_ROWS = 6, TILE_STEP = 2 };
 #else
 enum { TILE_ROWS = 4, TILE_STEP = 2 };
 #endif
-enum { A_LANES = 4 * TILE_ROWS };
+enum { A_LANES = 4 * TILE_ROWS }; /* whole vectors */
 enum { PREFETCH_WORDS = 12 }; /* how far ahead of the product the panel of B is asked for */
 enum { TILE_VECTORS = 2, TILE_COLUMNS = TILE_VECTORS * VECTOR_LANES };
 
-/* Lanes of a panel when `lanes` are left: the last panel of A may be narrower, in steps. */
+/* Lanes of a panel when `lanes` are left: the last panel of A may be narrower, in steps; in whole vectors where it is more
+ * than one, for then what a vector has beyond the panel would fall on what the first vector stored before. */
 ALWAYS_INLINE int panel_width(int64_t lanes, int width) {
     if (width == TILE_COLUMNS || lanes >= width)
         return width;
-    return (int)((lanes + TILE_STEP - 1) / TILE_STEP * TILE_STEP);
+    int step = lanes > VECTOR_LANES ? VECTOR_LANES : TILE_STEP;
+    return (int)((lanes + step - 1) / step * step);
 }
 
 /* From one panel to the next: room for what the last vector stores beyond its panel. */
