@@ -394,7 +394,11 @@ static void pack_chunk(const struct attention *a, const struct backward_scratch 
     int64_t p = a->shape.head_dim, t = a->shape.query_count, row = batch * t + chunk, keys = at_most(t - chunk, CHUNK);
     pack_b(LANES_ARE_ROWS, &a->k, row, keys, kv_head * p, p, s->keys);
     pack_b(LANES_ARE_ROWS, &a->v, row, keys, kv_head * p, p, s->values);
-    pack_b(LANES_ARE_COLUMNS, &a->k, kv_head * p, p, row, keys, s->keys_across);
+    int64_t chunk_words = words_of(&a->k, at_most(t, CHUNK)); /* the last chunk's panels lie as far apart as the others' */
+    if (a->k.element_bytes == 4)
+        pack_columns(4, &a->k, kv_head * p, p, row, keys, TILE_COLUMNS, chunk_words, s->keys_across);
+    else
+        pack_columns(2, &a->k, kv_head * p, p, row, keys, TILE_COLUMNS, chunk_words, s->keys_across);
 }
 
 /* The gradients of keys or values of one head lie with the keys along the rows: turned round, a square at a time. */
