@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The presets `bench` and `bench-dense` of cadre in PyTorch, as a competent user would write them, timed on random tokens.
+"""The presets `bench` and `bench-dense` of cadre in PyTorch, as a competent user would write them; timed on random tokens.
 
     python3 bench/peers/torch_train.py --preset bench --precision bf16 --threads 2 --steps 3
 
@@ -272,7 +272,8 @@ def main():
         "attention": "fused" if hasattr(F, "scaled_dot_product_attention") else "softmax",
         "parameters": sum(p.numel() for p in parameters), "tokens_per_s": c["B"] * c["T"] / median, "ms": 1e3 * median,
         "state_bytes": state, "peak_rss_bytes": peak, "base_rss_bytes": base,
-        "activation_bytes": peak - base - state, "saved_bytes": None if arguments.compile else saved_bytes(model, forward, dtype),
+        "activation_bytes": peak - base - state,
+        "saved_bytes": None if arguments.compile else saved_bytes(model, forward, dtype),
     }))  # fmt: skip
 
 
