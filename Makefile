@@ -2,7 +2,7 @@
 BUILD = build
 JOBS ?= $(shell nproc)
 
-.PHONY: all dependencies demo test format clean
+.PHONY: all dependencies demo test bench format clean
 
 all: dependencies
 	@cmake --preset release >$(BUILD)/.configure 2>&1 || (cat $(BUILD)/.configure; exit 1)
@@ -17,6 +17,10 @@ demo: all
 
 test: dependencies
 	@scripts/test
+
+# What this machine can do, and how near cadre comes; a few minutes, leave the machine alone.
+bench: all
+	@for what in roof gemm moe attention train; do $(BUILD)/cadre bench $$what || exit 1; done
 
 format:
 	clang-format -i $$(git ls-files '*.c' '*.h')
