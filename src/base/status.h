@@ -14,6 +14,7 @@ enum status {
     STATUS_FORMAT,      /* a file is not what its format promises */
     STATUS_MEMORY,      /* no memory */
     STATUS_NUMERIC,     /* a number that must be finite is not */
+    STATUS_PEER,        /* another rank is gone, or failed at something that all do together */
     STATUS_INTERRUPTED, /* the user asked to stop; what was running is saved */
 };
 

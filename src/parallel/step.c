@@ -61,30 +61,20 @@ static void run_clear(struct step_runner *runner) {
     model_clear_sums(runner->model, runner->workspace);
 }
 
-static enum status run_reduce(struct step_runner *runner, int block) {
-    struct model *model = runner->model;
-    for (int i = 0; i < model->table.count; i++)
-        if (model->table.rows[i].block == block)
-            TRY(runner->comm->ops->all_reduce_sum(runner->comm, model->gradient[i]));
-    return STATUS_OK;
-}
-
 static double read_sum(const struct step_runner *runner, struct tensor sum) {
     double value;
     runner->model->device->copy_to_host(&value, sum.data, sizeof value);
     return value;
 }
 
-static enum status run_gradient_norm(struct step_runner *runner, struct step_state *state) {
+static void run_gradient_norm(struct step_runner *runner, struct step_state *state) {
     const struct kernel_ops *ops = runner->model->context.ops;
     ops->fill(runner->gradient_square_sum, 0);
     ops->sum_squares(runner->model->all_gradients, runner->gradient_square_sum);
-    TRY(runner->comm->ops->all_reduce_sum(runner->comm, runner->workspace->loss_sum));
     state->result.gradient_norm = sqrt(read_sum(runner, runner->gradient_square_sum));
     state->result.loss = read_sum(runner, runner->workspace->loss_sum) * state->scales.token;
     state->result.skipped = !isfinite(state->result.gradient_norm) || !isfinite(state->result.loss);
     state->result.lr = optimizer_lr(runner->optimizer, state->input.step, state->input.step_count);
-    return STATUS_OK;
 }
 
 static void run_optimizer(struct step_runner *runner, const struct step_state *state, int block) {
@@ -155,10 +145,11 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EMBED_GRAD:
         model_embed_backward(m, w);
         return STATUS_OK;
-    case EVENT_REDUCE:
-        return run_reduce(runner, event->block);
+    case EVENT_REDUCE: /* and so is every gradient */
+        return STATUS_OK;
     case EVENT_GRADIENT_NORM:
-        return run_gradient_norm(runner, state);
+        run_gradient_norm(runner, state);
+        return STATUS_OK;
     case EVENT_OPTIMIZER:
         run_optimizer(runner, state, event->block);
         return STATUS_OK;

@@ -224,7 +224,7 @@ static enum status save(struct trainer *t) {
     char *config_path = run_directory_path(t->config, "config.ini");
     struct checkpoint_sources sources = {t->checkpoints, t->corpus.tokenizer_path, config_path, t->model,
                                          t->tokenizer,   t->state,                 t->config->checkpoint.keep};
-    enum status status = t->comm.ops->agree(&t->comm, checkpoint_save(&sources));
+    enum status status = comm_agree(&t->comm, checkpoint_save(&sources));
     free(config_path);
     return status;
 }
