@@ -73,11 +73,11 @@ static void copy_run(const struct box_sum *b, struct run run) {
     enum dtype from_dtype = b->terms[0].tensor.dtype, to_dtype = b->to.tensor.dtype;
     const char *from = run_at(&b->terms[0], run);
     char *to = run_at(&b->to, run);
-    if (from_dtype == to_dtype && from != to)
-        memcpy(to, from, (size_t)run.count * dtype_size(to_dtype));
+    if (from_dtype == to_dtype)
+        memmove(to, from, (size_t)run.count * dtype_size(to_dtype)); /* both may be the same place */
     else if (from_dtype == DTYPE_BF16)
         cast_run(DTYPE_BF16, DTYPE_F32, from, to, run.count);
-    else if (to_dtype == DTYPE_BF16)
+    else
         cast_run(DTYPE_F32, DTYPE_BF16, from, to, run.count);
 }
 
