@@ -91,6 +91,10 @@ static void run_optimizer(struct step_runner *runner, const struct step_state *s
     }
 }
 
+static int64_t row_count(const struct workspace *w) {
+    return w->batch * w->sequence_length;
+}
+
 static enum status run_event(struct step_runner *runner, struct step_state *state, const struct event *event) {
     struct model *m = runner->model;
     struct workspace *w = runner->workspace;
@@ -110,33 +114,29 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
         block_attention_forward(m, w, event->block, NULL);
         return STATUS_OK;
     case EVENT_ROUTE:
-        block_route_forward(m, w, event->block, true);
-        return STATUS_OK;
+        return block_route_forward(m, w, event->block, true);
     case EVENT_EXCHANGE:
-        block_dispatch(m, w, event->block);
-        return STATUS_OK;
+        return block_dispatch(m, w, event->block);
     case EVENT_EXPERTS:
         block_experts_forward(m, w, event->block);
         return STATUS_OK;
     case EVENT_EXCHANGE_BACK:
-        block_combine(m, w, event->block);
-        return STATUS_OK;
+        return block_combine(m, w, event->block);
     case EVENT_HEAD:
         model_head(m, w, state->scales.token, true);
         return STATUS_OK;
     case EVENT_RECOMPUTE:
-        block_recompute(m, w, event->block);
-        return STATUS_OK;
+        return block_recompute(m, w, event->block);
     case EVENT_EXCHANGE_BACK_GRAD:
-        block_combine_backward(m, w, event->block);
-        return STATUS_OK;
+        return block_combine_backward(m, w, event->block);
     case EVENT_EXPERTS_GRAD:
         block_experts_backward(m, w, event->block);
         return STATUS_OK;
     case EVENT_EXCHANGE_GRAD:
-        block_dispatch_backward(m, w, event->block);
-        return STATUS_OK;
+        return block_dispatch_backward(m, w, event->block);
     case EVENT_ROUTE_GRAD:
+        state->scales = model_loss_scales(m, row_count(w) * runner->micro_batch_count,
+                                          row_count(w) * (event->micro_batch + 1));
         block_route_backward(m, w, event->block, state->scales.router);
         return STATUS_OK;
     case EVENT_ATTENTION_GRAD:
@@ -164,7 +164,7 @@ enum status step_run(struct step_runner *runner, struct step_input input, struct
     struct workspace *w = runner->workspace;
     workspace_shape(w, runner->model, w->options.batch, w->options.sequence_length);
     struct step_state state = {.input = input};
-    state.scales = model_loss_scales(runner->model, w->batch * w->sequence_length, runner->micro_batch_count);
+    state.scales = model_loss_scales(runner->model, row_count(w) * runner->micro_batch_count, 0);
     for (int i = 0; i < runner->schedule.count; i++) {
         const struct event *event = &runner->schedule.events[i];
         for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */

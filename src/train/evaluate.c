@@ -8,16 +8,17 @@ static int64_t stat_count(const struct model *model) {
     return 2 + 2 * model->config.num_experts;
 }
 
-static void run_windows(const struct model *model, struct workspace *w, const int32_t *tokens, int64_t batch,
-                        int64_t length) {
+static enum status run_windows(const struct model *model, struct workspace *w, const int32_t *tokens, int64_t batch,
+                               int64_t length) {
     size_t bytes = (size_t)(batch * length) * sizeof *tokens;
     workspace_shape(w, model, batch, length);
     model->device->copy_from_host(w->ids.data, tokens, bytes);
     model->device->copy_from_host(w->targets.data, tokens + 1, bytes);
     model_embed_forward(model, w);
     for (int block = 0; block < w->block_count; block++)
-        block_forward(model, w, block, NULL, true);
+        TRY(block_forward(model, w, block, NULL, true));
     model_head(model, w, 1, false);
+    return STATUS_OK;
 }
 
 static enum status collect(const struct model *model, struct workspace *w, int64_t predicted,
@@ -52,7 +53,7 @@ enum status evaluate_tokens(const struct model *model, struct workspace *w, cons
         int64_t window = rows > 0 ? length : left;
         if (rows == 0)
             rows = 1;
-        run_windows(model, w, tokens + done, rows, window);
+        TRY(run_windows(model, w, tokens + done, rows, window));
         done += rows * window;
     }
     return collect(model, w, done, evaluation);
