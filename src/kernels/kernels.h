@@ -37,6 +37,12 @@ struct packed {
     bool backward; /* arranged for product_backward_input, too */
 };
 
+/* A box of a tensor of up to three dimensions: the elements from first[dim] on along each. How many, says the call. */
+struct box {
+    struct tensor tensor;
+    int64_t first[3];
+};
+
 struct adamw_settings {
     double lr, beta1, beta2, epsilon, weight_decay;
     int64_t step;      /* 1 for the first update: bias correction */
@@ -88,6 +94,11 @@ struct kernel_ops {
     void (*sum_squares)(struct tensor x, struct tensor sum); /* sum f64 [1] += sum of x^2; NaN and inf carry over */
     void (*gather_scalars)(struct tensor from, struct tensor index, struct tensor to); /* to[i] = from[index[i]], flat,
                                                                                            real; index i32 */
+
+    /* Boxes of `count` elements along each dimension, all inside their tensors: to = (or += with accumulate) the sum of
+     * the terms, in their order; one term is a copy. term_count >= 1; all float, each of a dtype of its own. Summed in f32,
+     * or in f64 where an operand is f64, and rounded once. `to` may be one of the terms, in the same place. */
+    void (*sum_boxes)(const struct box *terms, int term_count, const int64_t count[3], struct box to, bool accumulate);
 
     /* ---- normalisation and position ------------------------------------------------------------------------------ */
 

@@ -12,6 +12,7 @@ void norm_fill_portable(struct kernel_ops *ops);
 void pointwise_fill_portable(struct kernel_ops *ops);
 void router_fill_portable(struct kernel_ops *ops);
 void loss_fill_portable(struct kernel_ops *ops);
+void box_fill_portable(struct kernel_ops *ops);
 void adamw_fill_portable(struct kernel_ops *ops);
 void roof_fill_portable(struct kernel_ops *ops);
 
@@ -22,6 +23,7 @@ void norm_fill_avx2(struct kernel_ops *ops);
 void pointwise_fill_avx2(struct kernel_ops *ops);
 void router_fill_avx2(struct kernel_ops *ops);
 void loss_fill_avx2(struct kernel_ops *ops);
+void box_fill_avx2(struct kernel_ops *ops);
 void adamw_fill_avx2(struct kernel_ops *ops);
 void roof_fill_avx2(struct kernel_ops *ops);
 
@@ -31,6 +33,7 @@ void norm_fill_avx512(struct kernel_ops *ops);
 void pointwise_fill_avx512(struct kernel_ops *ops);
 void router_fill_avx512(struct kernel_ops *ops);
 void loss_fill_avx512(struct kernel_ops *ops);
+void box_fill_avx512(struct kernel_ops *ops);
 void adamw_fill_avx512(struct kernel_ops *ops);
 void roof_fill_avx512(struct kernel_ops *ops);
 
@@ -40,6 +43,7 @@ void norm_fill_avx512bf16(struct kernel_ops *ops);
 void pointwise_fill_avx512bf16(struct kernel_ops *ops);
 void router_fill_avx512bf16(struct kernel_ops *ops);
 void loss_fill_avx512bf16(struct kernel_ops *ops);
+void box_fill_avx512bf16(struct kernel_ops *ops);
 void adamw_fill_avx512bf16(struct kernel_ops *ops);
 void roof_fill_avx512bf16(struct kernel_ops *ops);
 
@@ -49,6 +53,7 @@ void norm_fill_amx(struct kernel_ops *ops);
 void pointwise_fill_amx(struct kernel_ops *ops);
 void router_fill_amx(struct kernel_ops *ops);
 void loss_fill_amx(struct kernel_ops *ops);
+void box_fill_amx(struct kernel_ops *ops);
 void adamw_fill_amx(struct kernel_ops *ops);
 void roof_fill_amx(struct kernel_ops *ops);
 
@@ -59,6 +64,7 @@ void norm_fill_amxmodel(struct kernel_ops *ops);
 void pointwise_fill_amxmodel(struct kernel_ops *ops);
 void router_fill_amxmodel(struct kernel_ops *ops);
 void loss_fill_amxmodel(struct kernel_ops *ops);
+void box_fill_amxmodel(struct kernel_ops *ops);
 void adamw_fill_amxmodel(struct kernel_ops *ops);
 void roof_fill_amxmodel(struct kernel_ops *ops);
 #endif

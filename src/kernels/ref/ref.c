@@ -113,6 +113,7 @@ const struct kernel_ops *kernels_ref(void) {
         .add = ref_add_tensor,
         .sum_squares = ref_sum_squares,
         .gather_scalars = ref_gather_scalars,
+        .sum_boxes = ref_sum_boxes,
         .rmsnorm_forward = ref_rmsnorm_forward,
         .rmsnorm_backward = ref_rmsnorm_backward,
         .qknorm_rope_forward = ref_qknorm_rope_forward,

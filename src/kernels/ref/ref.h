@@ -65,6 +65,7 @@ void ref_cast(struct tensor from, struct tensor to);
 void ref_add_tensor(struct tensor x, struct tensor y);
 void ref_sum_squares(struct tensor x, struct tensor sum);
 void ref_gather_scalars(struct tensor from, struct tensor index, struct tensor to);
+void ref_sum_boxes(const struct box *terms, int term_count, const int64_t count[3], struct box to, bool accumulate);
 
 void ref_rmsnorm_forward(struct tensor x, struct tensor weight, double epsilon, struct tensor y,
                          struct tensor rstd);
