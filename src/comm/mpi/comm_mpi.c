@@ -11,8 +11,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static const double FAREWELL_S = 5; /* how long a rank that failed waits for the others to fail too */
+static const double LINGER_S = 0.5; /* how long one that lost another stays, so that the others see that one gone, not this */
 
 /* This process among the others. */
 struct site {
@@ -20,6 +22,7 @@ struct site {
     struct watch watch;
     struct peer *peers;
     bool watched;
+    struct comm farewell; /* of all ranks, with a tag of its own: who leaves alone must not meet what others still wait for */
 };
 
 /* A communicator: comm->state. */
@@ -259,6 +262,8 @@ static enum status join(struct site *site, int expected_size, const char *starte
     TRY(open_mpi(expected_size, starter, engine));
     TRY(end_create(engine, engine->next_tag++, NULL, engine->size, &end));
     out->world = (struct comm){.ops = &mpi_ops, .rank = engine->rank, .size = engine->size, .state = end};
+    TRY(end_create(engine, engine->next_tag++, NULL, engine->size, &end));
+    site->farewell = (struct comm){.ops = &mpi_ops, .rank = engine->rank, .size = engine->size, .state = end};
     TRY(memory_alloc(&peers, (size_t)engine->size, sizeof *peers));
     peer_describe_self(&self);
     TRY(comm_share(&out->world, &self, sizeof self, peers));
@@ -279,8 +284,7 @@ enum status comm_mpi_open(int expected_size, const char *starter, void (*lost)(c
 }
 
 /* Take leave of all, so that nobody enters MPI_Finalize, which waits for all, before all can. */
-static enum status farewell(struct comm_launch *launch, enum status status) {
-    struct comm *world = &launch->world;
+static enum status take_leave(struct comm *world, enum status status) {
     struct comm_request request;
     int64_t *tables;
     char mine = 1, *all;
@@ -300,18 +304,26 @@ static enum status farewell(struct comm_launch *launch, enum status status) {
     return left;
 }
 
+static void sleep_s(double seconds) {
+    struct timespec time = {.tv_nsec = (long)(1e9 * seconds)};
+    nanosleep(&time, NULL);
+}
+
 void comm_mpi_close(struct comm_launch *launch, enum status status) {
     struct site *site = launch->state;
     if (!launch->world.state || !site->watched)
         return;
     site->watch.leaving = true;
-    if (farewell(launch, status) != STATUS_OK) {
+    if (take_leave(&site->farewell, status) != STATUS_OK) {
+        if (site->watch.told)
+            sleep_s(LINGER_S);
         engine_break(&site->engine, "this rank has left");
         return; /* MPI_Finalize would wait for ranks that do not come: the process ends without */
     }
     watch_close(&site->watch);
     engine_close(&site->engine);
     comm_release(&launch->world);
+    comm_release(&site->farewell);
     MPI_Comm_free(&site->engine.world);
     MPI_Finalize();
     free(site->peers);
