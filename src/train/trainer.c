@@ -189,7 +189,11 @@ static enum status measure_steps(struct trainer *t) {
 }
 
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
-    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, resumed));
+    char path[CHECKPOINT_PATH_BYTES];
+    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, path));
+    *resumed = *path != '\0';
+    if (*resumed && t->hooks.checkpoint_is_good)
+        t->hooks.checkpoint_is_good(path);
     TRY(agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t)));
     if (t->config->train.steps == 0)
         TRY(measure_steps(t));
@@ -273,6 +277,11 @@ static enum status save(struct trainer *t) {
                                          t->config->checkpoint.keep};
     enum status status = checkpoint_save(&sources);
     free(config_path);
+    if (status == STATUS_OK && t->hooks.checkpoint_is_good) {
+        char *path = text_format("%s/step-%06lld", t->checkpoints, (long long)t->state.step);
+        t->hooks.checkpoint_is_good(path);
+        free(path);
+    }
     return status;
 }
 
