@@ -78,12 +78,13 @@ int64_t generator_length(const struct generator *g) {
     return g->caches[0].length;
 }
 
-static void read_chunk(struct generator *g, const int32_t *tokens, int64_t count) {
+static enum status read_chunk(struct generator *g, const int32_t *tokens, int64_t count) {
     workspace_shape(g->workspace, g->model, 1, count);
     g->model->device->copy_from_host(g->workspace->ids.data, tokens, (size_t)count * sizeof *tokens);
     model_embed_forward(g->model, g->workspace);
     for (int block = 0; block < g->workspace->block_count; block++)
-        block_forward(g->model, g->workspace, block, &g->caches[block], false);
+        TRY(block_forward(g->model, g->workspace, block, &g->caches[block], false));
+    return STATUS_OK;
 }
 
 enum status generator_read(struct generator *g, const int32_t *tokens, int64_t count, float **logits) {
@@ -92,7 +93,7 @@ enum status generator_read(struct generator *g, const int32_t *tokens, int64_t c
         return status_fail(STATUS_USAGE, "the text has %lld tokens, this model reads at most %lld",
                            (long long)(generator_length(g) + count), (long long)g->capacity);
     for (int64_t done = 0; done < count; done += CHUNK_TOKENS)
-        read_chunk(g, tokens + done, count - done < CHUNK_TOKENS ? count - done : CHUNK_TOKENS);
+        TRY(read_chunk(g, tokens + done, count - done < CHUNK_TOKENS ? count - done : CHUNK_TOKENS));
     model_logits(g->model, g->workspace, 1, g->logits);
     g->model->device->copy_to_host(g->host_logits, g->logits.data, tensor_bytes(g->logits));
     *logits = g->host_logits;

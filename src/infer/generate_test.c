@@ -40,7 +40,7 @@ static void logits_without_cache(const struct model *model, const int32_t *token
     memcpy(w->ids.data, tokens, (size_t)count * sizeof *tokens);
     model_embed_forward(model, w);
     for (int block = 0; block < w->block_count; block++)
-        block_forward(model, w, block, NULL, false);
+        assert_int_equal(block_forward(model, w, block, NULL, false), STATUS_OK);
     model_logits(model, w, 1, tensor_2d(logits, DTYPE_F32, 1, VOCAB));
     workspace_destroy(w);
 }

@@ -90,7 +90,7 @@ struct kernel_ops {
 
     void (*fill)(struct tensor t, double value);
     void (*cast)(struct tensor from, struct tensor to); /* same shape, any float to any float */
-    void (*add)(struct tensor x, struct tensor y);      /* y += x; same shape, float */
+    void (*add)(struct tensor x, struct tensor y);      /* y += x; same shape, float, or both i32 */
     void (*sum_squares)(struct tensor x, struct tensor sum); /* sum f64 [1] += sum of x^2; NaN and inf carry over */
     void (*gather_scalars)(struct tensor from, struct tensor index, struct tensor to); /* to[i] = from[index[i]], flat,
                                                                                            real; index i32 */
@@ -137,7 +137,8 @@ struct kernel_ops {
      * index; weight [S,K] = their probabilities, divided by their sum with `normalize`. All real. 1 <= K <= E. */
     void (*router_topk_forward)(struct tensor logits, bool normalize, struct tensor prob, struct tensor expert,
                                 struct tensor weight);
-    /* dlogits [S,E] = from dweight [S,K] and the router's losses; count i32 [E] are the rows of each expert. */
+    /* dlogits [S,E] = from dweight [S,K] and the router's losses; count i32 [E] are the rows of each expert, of all
+     * tokens that share the balance loss. */
     void (*router_topk_backward)(struct tensor dweight, struct tensor logits, struct tensor prob,
                                  struct tensor expert, struct tensor weight, bool normalize, struct tensor count,
                                  struct router_loss_scales scales, struct tensor dlogits);

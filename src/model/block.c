@@ -2,15 +2,15 @@
 
 #include "model/dims.h"
 
-struct loss_scales model_loss_scales(const struct model *model, int64_t rows, int64_t micro_batches) {
+struct loss_scales model_loss_scales(const struct model *model, int64_t step_tokens, int64_t tokens_so_far) {
     const struct model_config *c = &model->config;
-    double s = (double)rows, blocks = (double)c->num_hidden_layers, parts = (double)micro_batches;
+    double step = (double)step_tokens, so_far = (double)tokens_so_far, blocks = (double)c->num_hidden_layers;
+    double balance = c->router_aux_loss_coef * (double)c->num_experts;
     /* Balance, per block: E * sum over e of (count_e / S) * (mean of prob_e); z: mean of logsumexp^2. Both are averaged
-     * over the blocks and the micro-batches. */
+     * over the blocks; means are over the step's tokens, the shares count_e / S over those that were routed so far. */
     return (struct loss_scales){
-        .token = 1 / (s * parts),
-        .router = {c->router_aux_loss_coef * (double)c->num_experts / (s * s * blocks * parts),
-                   c->router_z_loss_coef / (s * blocks * parts)},
+        .token = 1 / step,
+        .router = {so_far > 0 ? balance / (step * so_far * blocks) : 0, c->router_z_loss_coef / (step * blocks)},
     };
 }
 
@@ -71,6 +71,8 @@ void model_clear_sums(const struct model *m, struct workspace *w) {
     m->context.ops->fill(w->loss_sum, 0);
     if (tensor_exists(w->all_stats))
         m->context.ops->fill(w->all_stats, 0);
+    if (tensor_exists(w->all_balance_counts))
+        m->context.ops->fill(w->all_balance_counts, 0);
 }
 
 void model_embed_forward(const struct model *m, struct workspace *w) {
@@ -84,21 +86,63 @@ void block_attention_forward(const struct model *m, struct workspace *w, int blo
     attention_forward(&m->context, &dims, &weights, w->x[block], &saved->attention, cache, saved->x_middle);
 }
 
-void block_route_forward(const struct model *m, struct workspace *w, int block, bool with_stats) {
+static void count_rows(const struct model *m, struct workspace *w, int block) {
+    const struct kernel_ops *ops = m->context.ops;
+    struct tensor count = tensor_reshape_2d(w->blocks[block].router.route.count, 1, m->config.num_experts);
+    ops->fill(w->expert_count[block], 0);
+    ops->add(count, w->expert_count[block]);
+    ops->add(count, w->balance_count[block]);
+}
+
+static struct exchange_call exchange_call(const struct model *m, const struct block_saved *saved) {
+    return (struct exchange_call){&m->context, &saved->router.route, saved->slot};
+}
+
+enum status block_route_forward(const struct model *m, struct workspace *w, int block, bool with_stats) {
     struct block_saved *saved = &w->blocks[block];
     m->context.ops->rmsnorm_forward(saved->x_middle, weight(m, PARAMETER_MLP_NORM, block), m->config.rms_norm_eps,
                                     saved->mlp_normed, saved->mlp_rstd);
     if (model_is_dense(m))
-        return;
+        return STATUS_OK;
     struct router_dims dims = dims_router(m, row_count(w));
+    struct exchange_call call = exchange_call(m, saved);
     router_forward(&m->context, &dims, weight(m, PARAMETER_ROUTER, block), saved->mlp_normed, &saved->router,
                    &w->router, with_stats ? w->stats[block] : tensor_none());
+    if (with_stats && w->options.training)
+        count_rows(m, w, block);
+    return w->exchange->announce(w->exchange_self, &call);
 }
 
-void block_dispatch(const struct model *m, struct workspace *w, int block) {
+static enum status dispatch_round(const struct model *m, struct workspace *w, int block, int round) {
     struct block_saved *saved = &w->blocks[block];
-    if (!model_is_dense(m))
-        w->exchange->dispatch(w->exchange_self, &m->context, &saved->router.route, saved->mlp_normed, &saved->rows);
+    struct exchange_call call = exchange_call(m, saved);
+    return w->exchange->dispatch(w->exchange_self, &call, round, saved->mlp_normed, &saved->rows,
+                                         &saved->expert, &w->expert);
+}
+
+static enum status combine_round(const struct model *m, struct workspace *w, int block, int round) {
+    struct exchange_call call = exchange_call(m, &w->blocks[block]);
+    return w->exchange->combine(w->exchange_self, &call, round, w->expert.results, w->x[block + 1]);
+}
+
+/* The first round, where it is the only one. */
+static bool has_one_round(const struct model *m, const struct workspace *w, int block) {
+    return !model_is_dense(m) && w->blocks[block].rounds == 1;
+}
+
+enum status block_dispatch(const struct model *m, struct workspace *w, int block) {
+    struct block_saved *saved = &w->blocks[block];
+    if (model_is_dense(m))
+        return STATUS_OK;
+    struct exchange_call call = exchange_call(m, saved);
+    TRY(w->exchange->begin(w->exchange_self, &call, saved->mlp_normed, &saved->rounds));
+    return saved->rounds == 1 ? dispatch_round(m, w, block, 0) : STATUS_OK;
+}
+
+static void run_experts(const struct model *m, struct workspace *w, int block) {
+    struct block_saved *saved = &w->blocks[block];
+    struct expert_weights weights = expert_weights(m, block);
+    experts_forward(&m->context, &weights, &saved->rows, &saved->expert, &w->expert);
 }
 
 void block_experts_forward(const struct model *m, struct workspace *w, int block) {
@@ -107,35 +151,50 @@ void block_experts_forward(const struct model *m, struct workspace *w, int block
     m->context.ops->cast(saved->x_middle, w->x[block + 1]);
     if (model_is_dense(m))
         dense_forward(&m->context, &weights, saved->mlp_normed, &saved->expert, &w->expert, w->x[block + 1]);
-    else
-        experts_forward(&m->context, &weights, &saved->rows, &saved->expert, &w->expert);
+    else if (has_one_round(m, w, block))
+        run_experts(m, w, block);
 }
 
-void block_combine(const struct model *m, struct workspace *w, int block) {
-    if (!model_is_dense(m))
-        w->exchange->combine(w->exchange_self, &m->context, &w->blocks[block].router.route, w->expert.results,
-                             w->x[block + 1]);
-}
-
-void block_forward(const struct model *m, struct workspace *w, int block, struct attention_cache *cache,
-                   bool with_stats) {
-    block_attention_forward(m, w, block, cache);
-    block_route_forward(m, w, block, with_stats);
-    block_dispatch(m, w, block);
-    block_experts_forward(m, w, block);
-    block_combine(m, w, block);
-}
-
-void block_recompute(const struct model *m, struct workspace *w, int block) {
-    const struct block_saved *saved = &w->blocks[block];
-    struct expert_weights weights = expert_weights(m, block);
-    block_attention_forward(m, w, block, NULL);
-    block_route_forward(m, w, block, false);
-    block_dispatch(m, w, block);
+enum status block_combine(const struct model *m, struct workspace *w, int block) {
     if (model_is_dense(m))
+        return STATUS_OK;
+    if (has_one_round(m, w, block))
+        return combine_round(m, w, block, 0);
+    for (int round = 0; round < w->blocks[block].rounds; round++) {
+        TRY(dispatch_round(m, w, block, round));
+        run_experts(m, w, block);
+        TRY(combine_round(m, w, block, round));
+    }
+    return STATUS_OK;
+}
+
+enum status block_forward(const struct model *m, struct workspace *w, int block, struct attention_cache *cache,
+                          bool with_stats) {
+    block_attention_forward(m, w, block, cache);
+    TRY(block_route_forward(m, w, block, with_stats));
+    TRY(block_dispatch(m, w, block));
+    block_experts_forward(m, w, block);
+    return block_combine(m, w, block);
+}
+
+static void run_experts_inner(const struct model *m, struct workspace *w, int block) {
+    struct block_saved *saved = &w->blocks[block];
+    struct expert_weights weights = expert_weights(m, block);
+    experts_inner_forward(&m->context, &weights, &saved->rows, &saved->expert);
+}
+
+enum status block_recompute(const struct model *m, struct workspace *w, int block) {
+    const struct block_saved *saved = &w->blocks[block];
+    block_attention_forward(m, w, block, NULL);
+    TRY(block_route_forward(m, w, block, false));
+    TRY(block_dispatch(m, w, block));
+    if (model_is_dense(m)) {
+        struct expert_weights weights = expert_weights(m, block);
         dense_inner_forward(&m->context, &weights, saved->mlp_normed, &saved->expert);
-    else
-        experts_inner_forward(&m->context, &weights, &saved->rows, &saved->expert);
+    } else if (has_one_round(m, w, block)) {
+        run_experts_inner(m, w, block);
+    }
+    return STATUS_OK;
 }
 
 void model_head(const struct model *m, struct workspace *w, double token_scale, bool with_gradients) {
@@ -153,29 +212,58 @@ void model_logits(const struct model *m, struct workspace *w, int64_t count, str
     head_logits(&m->context, &dims, &weights, x, &w->head, logits);
 }
 
-void block_combine_backward(const struct model *m, struct workspace *w, int block) {
-    if (model_is_dense(m))
-        return;
-    struct tensor dy = layer_as_compute(&m->context, w->dx, w->attention.dy);
-    w->exchange->combine_backward(w->exchange_self, &m->context, &w->blocks[block].router.route, dy, &w->drows);
+static struct tensor result_gradient(const struct model *m, struct workspace *w) {
+    return layer_as_compute(&m->context, w->dx, w->attention.dy);
+}
+
+static enum status combine_round_backward(const struct model *m, struct workspace *w, int block, int round,
+                                          struct tensor dy) {
+    struct exchange_call call = exchange_call(m, &w->blocks[block]);
+    return w->exchange->combine_backward(w->exchange_self, &call, round, dy, &w->drows);
+}
+
+static void run_experts_backward(const struct model *m, struct workspace *w, int block) {
+    struct block_saved *saved = &w->blocks[block];
+    struct expert_weights weights = expert_weights(m, block);
+    struct expert_gradients gradients = expert_gradients(m, block);
+    experts_backward(&m->context, &weights, &saved->rows, &w->drows, &saved->expert, &w->expert, &gradients);
+}
+
+static enum status dispatch_round_backward(const struct model *m, struct workspace *w, int block, int round) {
+    struct exchange_call call = exchange_call(m, &w->blocks[block]);
+    return w->exchange->dispatch_backward(w->exchange_self, &call, round, w->expert.drows,
+                                                  w->expert.drow_weight, w->dmlp, w->router.dweight);
+}
+
+enum status block_combine_backward(const struct model *m, struct workspace *w, int block) {
+    return has_one_round(m, w, block) ? combine_round_backward(m, w, block, 0, result_gradient(m, w)) : STATUS_OK;
 }
 
 void block_experts_backward(const struct model *m, struct workspace *w, int block) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
     struct expert_gradients gradients = expert_gradients(m, block);
-    if (!model_is_dense(m)) {
-        experts_backward(&m->context, &weights, &saved->rows, &w->drows, &saved->expert, &w->expert, &gradients);
-        return;
-    }
-    struct tensor dy = layer_as_compute(&m->context, w->dx, w->attention.dy);
-    dense_backward(&m->context, &weights, saved->mlp_normed, dy, &saved->expert, &w->expert, &gradients, w->dmlp);
+    if (model_is_dense(m))
+        dense_backward(&m->context, &weights, saved->mlp_normed, result_gradient(m, w), &saved->expert, &w->expert,
+                       &gradients, w->dmlp);
+    else if (has_one_round(m, w, block))
+        run_experts_backward(m, w, block);
 }
 
-void block_dispatch_backward(const struct model *m, struct workspace *w, int block) {
-    if (!model_is_dense(m))
-        w->exchange->dispatch_backward(w->exchange_self, &m->context, &w->blocks[block].router.route, w->expert.drows,
-                                       w->expert.drow_weight, w->dmlp, w->router.dweight);
+enum status block_dispatch_backward(const struct model *m, struct workspace *w, int block) {
+    if (model_is_dense(m))
+        return STATUS_OK;
+    if (has_one_round(m, w, block))
+        return dispatch_round_backward(m, w, block, 0);
+    struct tensor dy = result_gradient(m, w);
+    for (int round = 0; round < w->blocks[block].rounds; round++) {
+        TRY(dispatch_round(m, w, block, round)); /* nothing was kept */
+        run_experts_inner(m, w, block);
+        TRY(combine_round_backward(m, w, block, round, dy));
+        run_experts_backward(m, w, block);
+        TRY(dispatch_round_backward(m, w, block, round));
+    }
+    return STATUS_OK;
 }
 
 void block_route_backward(const struct model *m, struct workspace *w, int block, struct router_loss_scales scales) {
@@ -183,7 +271,7 @@ void block_route_backward(const struct model *m, struct workspace *w, int block,
     if (!model_is_dense(m)) {
         struct router_dims dims = dims_router(m, row_count(w));
         router_backward(&m->context, &dims, weight(m, PARAMETER_ROUTER, block), saved->mlp_normed, &saved->router,
-                        &w->router, scales, gradient(m, PARAMETER_ROUTER, block), w->dmlp);
+                        &w->router, w->balance_count[block], scales, gradient(m, PARAMETER_ROUTER, block), w->dmlp);
     }
     m->context.ops->rmsnorm_backward(w->dmlp, saved->x_middle, weight(m, PARAMETER_MLP_NORM, block), saved->mlp_rstd,
                                      w->dx, true, gradient(m, PARAMETER_MLP_NORM, block));

@@ -64,20 +64,20 @@ static void forward(struct fixture *f) {
     model_clear_sums(f->model, f->workspace);
     model_embed_forward(f->model, f->workspace);
     for (int block = 0; block < f->workspace->block_count; block++)
-        block_forward(f->model, f->workspace, block, NULL, true);
+        assert_int_equal(block_forward(f->model, f->workspace, block, NULL, true), STATUS_OK);
 }
 
 static void backward(struct fixture *f) {
-    struct loss_scales scales = model_loss_scales(f->model, ROWS, 1);
+    struct loss_scales scales = model_loss_scales(f->model, ROWS, ROWS);
     memset(f->model->all_gradients.data, 0, tensor_bytes(f->model->all_gradients));
     forward(f);
     model_head(f->model, f->workspace, scales.token, true);
     for (int block = f->workspace->block_count - 1; block >= 0; block--) {
         if (f->workspace->options.recompute)
-            block_recompute(f->model, f->workspace, block);
-        block_combine_backward(f->model, f->workspace, block);
+            assert_int_equal(block_recompute(f->model, f->workspace, block), STATUS_OK);
+        assert_int_equal(block_combine_backward(f->model, f->workspace, block), STATUS_OK);
         block_experts_backward(f->model, f->workspace, block);
-        block_dispatch_backward(f->model, f->workspace, block);
+        assert_int_equal(block_dispatch_backward(f->model, f->workspace, block), STATUS_OK);
         block_route_backward(f->model, f->workspace, block, scales.router);
         block_attention_backward(f->model, f->workspace, block);
     }

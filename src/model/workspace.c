@@ -37,13 +37,14 @@ struct head_dims dims_head(const struct model *model, int64_t rows) {
                               c->rms_norm_eps};
 }
 
-static void take_block(struct block_saved *saved, const struct model *model, int64_t batch, int64_t sequence_length,
-                       struct arena *arena) {
+static void take_block(struct workspace *w, const struct model *model, int block, struct arena *arena) {
     const struct layer_context *context = &model->context;
-    int64_t rows = batch * sequence_length, d = model->config.hidden_size;
+    struct block_saved *saved = &w->blocks[block];
+    int64_t rows = w->batch * w->sequence_length, d = model->config.hidden_size;
     bool is_dense = model_is_dense(model);
-    struct attention_dims attention = dims_attention(model, batch, sequence_length);
+    struct attention_dims attention = dims_attention(model, w->batch, w->sequence_length);
     struct expert_dims expert = dims_expert(model, rows);
+    saved->slot = block;
     attention_saved_take(&saved->attention, context, &attention, arena);
     saved->x_middle = layer_take(arena, context->real, rows, d);
     saved->mlp_normed = layer_take(arena, context->compute, rows, d);
@@ -52,8 +53,8 @@ static void take_block(struct block_saved *saved, const struct model *model, int
         struct router_dims router = dims_router(model, rows);
         router_saved_take(&saved->router, context, &router, arena);
     }
-    expert_saved_take(&saved->expert, context, &expert, is_dense, arena);
-    saved->rows.weight = saved->expert.weight;
+    if (is_dense || !w->exchange->brings_storage)
+        expert_saved_take(&saved->expert, context, &expert, is_dense, arena);
 }
 
 static void take_activations(struct workspace *w, const struct model *model, int64_t rows, struct arena *arena) {
@@ -65,7 +66,7 @@ static void take_activations(struct workspace *w, const struct model *model, int
         if (share && i > 0)
             w->blocks[i] = w->blocks[0];
         else
-            take_block(&w->blocks[i], model, w->batch, w->sequence_length, arena);
+            take_block(w, model, i, arena);
     }
 }
 
@@ -79,7 +80,8 @@ static void take_scratch(struct workspace *w, const struct model *model, int64_t
         struct router_dims router = dims_router(model, rows);
         router_scratch_take(&w->router, context, &router, arena);
     }
-    expert_scratch_take(&w->expert, context, &expert, model_is_dense(model), arena);
+    if (model_is_dense(model) || !w->exchange->brings_storage)
+        expert_scratch_take(&w->expert, context, &expert, model_is_dense(model), arena);
     head_scratch_take(&w->head, context, &head, arena);
     w->row_loss = layer_take(arena, context->real, rows, 1);
     if (!w->options.training)
@@ -87,6 +89,20 @@ static void take_scratch(struct workspace *w, const struct model *model, int64_t
     attention_scratch_take(&w->attention, context, &attention, arena);
     w->dmlp = layer_take(arena, context->real, rows, d);
     w->dx = layer_take(arena, context->real, rows, d);
+}
+
+static void take_counts(struct workspace *w, const struct model *model, struct arena *arena) {
+    bool is_taken = w->options.training && !model_is_dense(model);
+    struct tensor local = tensor_none();
+    w->all_balance_counts = tensor_none();
+    if (is_taken) {
+        local = layer_take(arena, DTYPE_I32, w->block_count, model->config.num_experts);
+        w->all_balance_counts = layer_take(arena, DTYPE_I32, w->block_count, model->config.num_experts);
+    }
+    for (int i = 0; i < w->block_count; i++) {
+        w->expert_count[i] = is_taken ? tensor_rows(local, i, 1) : tensor_none();
+        w->balance_count[i] = is_taken ? tensor_rows(w->all_balance_counts, i, 1) : tensor_none();
+    }
 }
 
 static void take_sums(struct workspace *w, const struct model *model, struct arena *arena) {
@@ -97,6 +113,7 @@ static void take_sums(struct workspace *w, const struct model *model, struct are
         w->all_stats = layer_take(arena, DTYPE_F64, w->block_count, stat_count);
     for (int i = 0; i < w->block_count; i++)
         w->stats[i] = model_is_dense(model) ? tensor_none() : tensor_rows(w->all_stats, i, 1);
+    take_counts(w, model, arena);
 }
 
 /* The one place that says what a workspace takes. */
@@ -112,15 +129,18 @@ static void take_all(struct workspace *w, const struct model *model, struct aren
     w->memory.total = arena->used;
 }
 
-static enum status prepare(struct workspace *w, const struct model *model, struct workspace_options options) {
+static enum status prepare(struct workspace *w, const struct model *model, struct workspace_options options,
+                           const struct expert_exchange_ops *exchange) {
     w->options = options;
+    w->exchange = exchange;
     w->block_count = (int)model->config.num_hidden_layers;
     w->batch = options.batch;
     w->sequence_length = options.sequence_length;
-    w->exchange = expert_exchange_local();
     TRY(memory_alloc(&w->x, (size_t)w->block_count + 1, sizeof *w->x));
     TRY(memory_alloc(&w->blocks, (size_t)w->block_count, sizeof *w->blocks));
     TRY(memory_alloc(&w->stats, (size_t)w->block_count, sizeof *w->stats));
+    TRY(memory_alloc(&w->expert_count, (size_t)w->block_count, sizeof *w->expert_count));
+    TRY(memory_alloc(&w->balance_count, (size_t)w->block_count, sizeof *w->balance_count));
     struct arena counting;
     arena_init_counting(&counting);
     take_all(w, model, &counting);
@@ -131,7 +151,7 @@ enum status workspace_plan(const struct model *model, struct workspace_options o
                            struct workspace_memory *memory) {
     struct workspace *w;
     TRY(memory_alloc(&w, 1, sizeof *w));
-    enum status status = prepare(w, model, options);
+    enum status status = prepare(w, model, options, expert_exchange_local());
     *memory = w->memory;
     workspace_destroy(w);
     return status;
@@ -146,9 +166,16 @@ enum status workspace_plan_config(const struct model_config *config, enum dtype 
 }
 
 enum status workspace_create(const struct model *model, struct workspace_options options, struct workspace **out) {
+    return workspace_create_exchanging(model, options, expert_exchange_local(), NULL, out);
+}
+
+enum status workspace_create_exchanging(const struct model *model, struct workspace_options options,
+                                        const struct expert_exchange_ops *exchange, void *exchange_self,
+                                        struct workspace **out) {
     struct workspace *w;
     TRY(memory_alloc(&w, 1, sizeof *w));
-    enum status status = prepare(w, model, options);
+    enum status status = prepare(w, model, options, exchange);
+    w->exchange_self = exchange_self;
     if (status == STATUS_OK)
         status = arena_init(&w->arena, model->device, w->memory.total);
     if (status != STATUS_OK) {
@@ -167,6 +194,8 @@ void workspace_destroy(struct workspace *w) {
     free(w->x);
     free(w->blocks);
     free(w->stats);
+    free(w->expert_count);
+    free(w->balance_count);
     free(w);
 }
 

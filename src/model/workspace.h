@@ -29,7 +29,8 @@ struct block_saved {
     struct tensor mlp_normed, mlp_rstd;  /* compute [S,D]; real [S] */
     struct router_saved router;
     struct expert_rows rows;
-    struct expert_saved expert;
+    struct expert_saved expert;          /* of the experts' rows; not the arena's where the exchange brings storage */
+    int slot, rounds;                    /* of the exchange */
 };
 
 struct workspace {
@@ -49,6 +50,12 @@ struct workspace {
     struct tensor row_loss;         /* real [S] */
     struct tensor *stats;           /* L of f64 [2+2E], see router_stats; none in a dense model */
     struct tensor all_stats;        /* f64 [L*(2+2E)] */
+    /* Rows of each expert, training a MoE only (else none): of this rank in the last micro-batch, and summed over the
+     * step's micro-batches so far, for the balance loss. Backward reads the sum; whoever shares the batch with other
+     * ranks adds theirs to it before that (parallel/balance.h). */
+    struct tensor *expert_count;      /* L of i32 [E] */
+    struct tensor *balance_count;     /* L of i32 [E] */
+    struct tensor all_balance_counts; /* i32 [L*E] */
     const struct expert_exchange_ops *exchange;
     void *exchange_self;
     struct workspace_memory memory; /* of the largest layout */
@@ -56,7 +63,7 @@ struct workspace {
     int block_count;
 };
 
-/* What workspace_create would take. */
+/* What workspace_create would take; all experts are here. */
 enum status workspace_plan(const struct model *model, struct workspace_options options,
                            struct workspace_memory *memory) MUST_USE;
 /* The same from a configuration alone. */
@@ -65,6 +72,11 @@ enum status workspace_plan_config(const struct model_config *config, enum dtype 
 
 enum status workspace_create(const struct model *model, struct workspace_options options,
                              struct workspace **out) MUST_USE;
+/* The same where others move the experts' rows: exchange is borrowed for the life of the workspace. What rows take is not
+ * the workspace's where the exchange brings storage. */
+enum status workspace_create_exchanging(const struct model *model, struct workspace_options options,
+                                        const struct expert_exchange_ops *exchange, void *exchange_self,
+                                        struct workspace **out) MUST_USE;
 void workspace_destroy(struct workspace *workspace);
 
 /* Lay out for a batch and sequence no larger than the options'. Contents are lost. */

@@ -1,39 +1,60 @@
-#include "nn/exchange.h"
+#include "nn/experts.h"
 
-static void local_dispatch(void *self, const struct layer_context *context, const struct route *route,
-                           struct tensor tokens, struct expert_rows *rows) {
+static enum status local_announce(void *self, const struct exchange_call *call) {
     (void)self;
-    rows->data = tokens;
-    rows->rows = route->row_token;
-    rows->offsets = route->offsets;
-    context->ops->gather_scalars(route->weight, route->row_slot, rows->weight);
+    (void)call;
+    return STATUS_OK;
 }
 
-static void local_combine(void *self, const struct layer_context *context, const struct route *route,
-                          struct tensor results, struct tensor y) {
+static enum status local_begin(void *self, const struct exchange_call *call, struct tensor tokens, int *rounds) {
     (void)self;
-    context->ops->combine_rows(results, route->slot_row, y, true);
+    (void)call;
+    (void)tokens;
+    *rounds = 1;
+    return STATUS_OK;
 }
 
-static void local_combine_backward(void *self, const struct layer_context *context, const struct route *route,
-                                   struct tensor dy, struct expert_rows *drows) {
+static enum status local_dispatch(void *self, const struct exchange_call *call, int round, struct tensor tokens,
+                                  struct expert_rows *rows, struct expert_saved *saved,
+                                  struct expert_scratch *scratch) {
     (void)self;
-    (void)context;
-    drows->data = dy;
-    drows->rows = route->row_token;
-    drows->offsets = route->offsets;
+    (void)round;
+    (void)scratch;
+    const struct route *route = call->route;
+    *rows = (struct expert_rows){tokens, route->row_token, route->offsets, saved->weight};
+    call->context->ops->gather_scalars(route->weight, route->row_slot, rows->weight);
+    return STATUS_OK;
 }
 
-static void local_dispatch_backward(void *self, const struct layer_context *context, const struct route *route,
-                                    struct tensor drows, struct tensor drow_weight, struct tensor dtokens,
-                                    struct tensor dweight) {
+static enum status local_combine(void *self, const struct exchange_call *call, int round, struct tensor results,
+                                 struct tensor y) {
     (void)self;
-    context->ops->combine_rows(drows, route->slot_row, dtokens, false);
-    context->ops->gather_scalars(drow_weight, route->slot_row, dweight);
+    (void)round;
+    call->context->ops->combine_rows(results, call->route->slot_row, y, true);
+    return STATUS_OK;
+}
+
+static enum status local_combine_backward(void *self, const struct exchange_call *call, int round, struct tensor dy,
+                                          struct expert_rows *drows) {
+    (void)self;
+    (void)round;
+    *drows = (struct expert_rows){dy, call->route->row_token, call->route->offsets, tensor_none()};
+    return STATUS_OK;
+}
+
+static enum status local_dispatch_backward(void *self, const struct exchange_call *call, int round,
+                                           struct tensor drows, struct tensor drow_weight, struct tensor dtokens,
+                                           struct tensor dweight) {
+    (void)self;
+    (void)round;
+    call->context->ops->combine_rows(drows, call->route->slot_row, dtokens, false);
+    call->context->ops->gather_scalars(drow_weight, call->route->slot_row, dweight);
+    return STATUS_OK;
 }
 
 const struct expert_exchange_ops *expert_exchange_local(void) {
-    static const struct expert_exchange_ops local = {local_dispatch, local_combine, local_combine_backward,
+    static const struct expert_exchange_ops local = {false,         local_announce,         local_begin,
+                                                     local_dispatch, local_combine, local_combine_backward,
                                                      local_dispatch_backward};
     return &local;
 }

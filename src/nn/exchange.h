@@ -1,7 +1,17 @@
 /* The joint between a layer of experts and whoever moves its rows: nn declares it, a single process uses the local
- * form, parallel/ supplies the all-to-all. Forward sends each routed row to the rank that owns its expert (dispatch)
- * and brings the results home (combine); backward goes the same ways in reverse. Every call happens for every block
- * and every step, whatever the routing: an expert without rows takes part with a count of zero. */
+ * form, parallel/ supplies the all-to-all (expert_parallel.h). Forward sends each routed row to the rank that owns its
+ * expert (dispatch) and brings the results home (combine); backward goes the same ways in reverse. Every call happens
+ * for every block and every step, whatever the routing: an expert without rows takes part with a count of zero.
+ *
+ * An exchange may need several rounds, each with a part of the rows, where one would take more memory than it may.
+ *
+ *   forward                     announce, begin;  then for each round: dispatch, the experts' forward, combine
+ *   backward of one round       combine_backward, the experts' backward, dispatch_backward;
+ *                               what dispatch left, and gate and up, are kept from forward
+ *   backward of several         for each round: dispatch, the experts' inner forward, then as above; nothing is kept
+ *
+ * All functions are Collective over the ranks that share the experts; where a message or memory fails they say so.
+ */
 #pragma once
 
 #include "nn/layer.h"
@@ -25,21 +35,39 @@ struct expert_rows {
     struct tensor weight;  /* real [N]: the router's weight of each row; saved for backward */
 };
 
-struct expert_exchange_ops {
-    /* tokens compute [S,D] -> rows. */
-    void (*dispatch)(void *self, const struct layer_context *context, const struct route *route, struct tensor tokens,
-                     struct expert_rows *rows);
-    /* results compute [N,D], in the order of rows, already multiplied by their weight: y real [S,D] += . */
-    void (*combine)(void *self, const struct layer_context *context, const struct route *route,
-                    struct tensor results, struct tensor y);
-    /* dy compute [S,D] -> the gradient of each row's result, as data and rows of *drows. */
-    void (*combine_backward)(void *self, const struct layer_context *context, const struct route *route,
-                             struct tensor dy, struct expert_rows *drows);
-    /* drows real [N,D], drow_weight real [N] -> dtokens real [S,D] =, dweight real [S,K] = . */
-    void (*dispatch_backward)(void *self, const struct layer_context *context, const struct route *route,
-                              struct tensor drows, struct tensor drow_weight, struct tensor dtokens,
-                              struct tensor dweight);
+struct expert_saved;   /* nn/experts.h: what the experts keep of their rows, */
+struct expert_scratch; /* and what they need while they work on them */
+
+/* Whose rows: those of one layer's route, in one micro-batch. */
+struct exchange_call {
+    const struct layer_context *context;
+    const struct route *route;
+    int slot; /* where the exchange keeps what must last until backward: one for each layer that runs in between */
 };
 
-/* All experts live here: nothing moves, rows are read through the permutation. Its `self` is NULL. */
+struct expert_exchange_ops {
+    /* True where dispatch brings the storage of *saved and *scratch: how many rows arrive is not known before. */
+    bool brings_storage;
+    /* As soon as the route is known: ranks begin to tell each other how many rows they will send. */
+    enum status (*announce)(void *self, const struct exchange_call *call) MUST_USE;
+    /* tokens compute [S,D], untouched until the last dispatch. rounds = how many, the same on every rank. */
+    enum status (*begin)(void *self, const struct exchange_call *call, struct tensor tokens, int *rounds) MUST_USE;
+    /* The rows of this round's tokens -> rows; also saved and scratch where it brings them. */
+    enum status (*dispatch)(void *self, const struct exchange_call *call, int round, struct tensor tokens,
+                            struct expert_rows *rows, struct expert_saved *saved,
+                            struct expert_scratch *scratch) MUST_USE;
+    /* results compute [N,D], in the order of rows, already multiplied by their weight. After the last round
+     * y real [S,D] += the results of all. */
+    enum status (*combine)(void *self, const struct exchange_call *call, int round, struct tensor results,
+                           struct tensor y) MUST_USE;
+    /* dy compute [S,D] -> the gradient of each row's result, as data, rows and offsets of *drows. */
+    enum status (*combine_backward)(void *self, const struct exchange_call *call, int round, struct tensor dy,
+                                    struct expert_rows *drows) MUST_USE;
+    /* drows real [N,D], drow_weight real [N]. After the last round dtokens real [S,D] =, dweight real [S,K] = . */
+    enum status (*dispatch_backward)(void *self, const struct exchange_call *call, int round, struct tensor drows,
+                                     struct tensor drow_weight, struct tensor dtokens, struct tensor dweight) MUST_USE;
+};
+
+/* All experts live here: nothing moves, rows are read through the permutation, in one round. Its `self` is NULL; it
+ * cannot fail. */
 const struct expert_exchange_ops *expert_exchange_local(void);

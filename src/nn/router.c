@@ -52,11 +52,12 @@ void router_forward(const struct layer_context *context, const struct router_dim
 
 void router_backward(const struct layer_context *context, const struct router_dims *dims, struct tensor weight,
                      struct tensor x, const struct router_saved *saved, const struct router_scratch *scratch,
-                     struct router_loss_scales scales, struct tensor dgradient, struct tensor dx) {
+                     struct tensor count, struct router_loss_scales scales, struct tensor dgradient,
+                     struct tensor dx) {
     const struct kernel_ops *ops = context->ops;
     const struct route *route = &saved->route;
     ops->router_topk_backward(scratch->dweight, saved->logits, saved->prob, route->expert, route->weight,
-                              dims->normalize, route->count, scales, scratch->dlogits);
+                              dims->normalize, count, scales, scratch->dlogits);
     ops->gemm(scratch->dlogits, true, as_real(context, x, scratch), false, dgradient, true);
     ops->gemm(scratch->dlogits, false, weight, false, dx, true);
 }

@@ -20,7 +20,7 @@ enum status pass_forward(const struct model *model, struct workspace *w, struct 
     for (int block = 0; block < w->block_count; block++) {
         TRY(gather_finish(model, traffic, block));
         TRY(gather_start(model, traffic, block + 1)); /* into the slot of the block before, which has computed */
-        block_forward(model, w, block, NULL, true);
+        TRY(block_forward(model, w, block, NULL, true));
     }
     model_head(model, w, 1, false);
     return STATUS_OK;

@@ -64,6 +64,8 @@ enum status step_runner_init(struct step_runner *runner, struct model *model, st
                                 step_schedule_options(model, runner->traffic, settings.micro_batch_count,
                                                       workspace->options.recompute));
     if (status == STATUS_OK)
+        status = balance_init(&runner->balance, model, workspace, &ranks->batch);
+    if (status == STATUS_OK)
         status = take_memory(runner);
     if (status != STATUS_OK)
         step_runner_release(runner);
@@ -71,6 +73,7 @@ enum status step_runner_init(struct step_runner *runner, struct model *model, st
 }
 
 void step_runner_release(struct step_runner *runner) {
+    balance_release(&runner->balance);
     traffic_destroy(runner->traffic);
     schedule_release(&runner->schedule);
     free(runner->host_ids);
@@ -91,7 +94,12 @@ static void load_column(struct step_runner *runner, const int32_t *tokens, int s
     runner->model->device->copy_from_host(to.data, runner->host_ids, tensor_bytes(to));
 }
 
-static void run_load(struct step_runner *runner, const struct step_state *state, int micro_batch) {
+static int64_t step_tokens(const struct step_runner *runner) {
+    return runner->settings.micro_batch_count * runner->settings.micro_batch_sequences *
+           runner->workspace->options.sequence_length;
+}
+
+static void run_load(struct step_runner *runner, struct step_state *state, int micro_batch) {
     struct workspace *w = runner->workspace;
     int64_t sequences = runner->settings.micro_batch_sequences, length = w->options.sequence_length;
     struct range mine = step_sequences(&runner->ranks->mesh, sequences);
@@ -99,6 +107,7 @@ static void run_load(struct step_runner *runner, const struct step_state *state,
     const int32_t *tokens = state->input.tokens + (micro_batch * sequences + mine.begin) * (length + 1);
     load_column(runner, tokens, 0, w->ids);
     load_column(runner, tokens, 1, w->targets);
+    state->scales = model_loss_scales(runner->model, step_tokens(runner), (micro_batch + 1) * sequences * length);
 }
 
 static void run_clear(struct step_runner *runner) {
@@ -214,38 +223,33 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
         block_attention_forward(m, w, event->block, NULL);
         return STATUS_OK;
     case EVENT_ROUTE:
-        block_route_forward(m, w, event->block, true);
-        return STATUS_OK;
+        return block_route_forward(m, w, event->block, true);
     case EVENT_EXCHANGE:
-        block_dispatch(m, w, event->block);
-        return STATUS_OK;
+        return block_dispatch(m, w, event->block);
     case EVENT_EXPERTS:
         block_experts_forward(m, w, event->block);
         return STATUS_OK;
     case EVENT_EXCHANGE_BACK:
-        block_combine(m, w, event->block);
-        return STATUS_OK;
+        return block_combine(m, w, event->block);
     case EVENT_HEAD:
         model_head(m, w, state->scales.token, true);
         return STATUS_OK;
     case EVENT_COUNTS:
-        return STATUS_OK;
+        return balance_start(&runner->balance, w, event->block);
     case EVENT_CLEAR_BLOCK:
         model_clear_slot(m, event->block);
         return STATUS_OK;
     case EVENT_RECOMPUTE:
-        block_recompute(m, w, event->block);
-        return STATUS_OK;
+        return block_recompute(m, w, event->block);
     case EVENT_EXCHANGE_BACK_GRAD:
-        block_combine_backward(m, w, event->block);
-        return STATUS_OK;
+        return block_combine_backward(m, w, event->block);
     case EVENT_EXPERTS_GRAD:
         block_experts_backward(m, w, event->block);
         return STATUS_OK;
     case EVENT_EXCHANGE_GRAD:
-        block_dispatch_backward(m, w, event->block);
-        return STATUS_OK;
+        return block_dispatch_backward(m, w, event->block);
     case EVENT_ROUTE_GRAD:
+        TRY(balance_finish(&runner->balance, m, w, event->block));
         block_route_backward(m, w, event->block, state->scales.router);
         return STATUS_OK;
     case EVENT_ATTENTION_GRAD:
@@ -267,10 +271,8 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
 }
 
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) {
-    struct workspace *w = runner->workspace;
     struct step_state state = {.input = input};
-    int64_t tokens = runner->settings.micro_batch_sequences * w->options.sequence_length;
-    state.scales = model_loss_scales(runner->model, tokens, runner->settings.micro_batch_count);
+    state.scales = model_loss_scales(runner->model, step_tokens(runner), 0);
     for (int i = 0; i < runner->schedule.count; i++) {
         const struct event *event = &runner->schedule.events[i];
         for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */

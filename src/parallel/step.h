@@ -10,6 +10,7 @@
 
 #include "model/block.h"
 #include "optim/optimizer.h"
+#include "parallel/balance.h"
 #include "parallel/ranks.h"
 #include "parallel/schedule.h"
 #include "parallel/traffic.h"
@@ -45,6 +46,7 @@ struct step_runner {
     struct workspace *workspace;
     struct ranks *ranks;
     struct traffic *traffic;
+    struct balance balance;
     struct schedule schedule;
     const struct optimizer_settings *optimizer;
     struct step_settings settings;

@@ -17,7 +17,7 @@ static enum status run(const char *directory, const char *out, const int32_t *id
     device_cpu()->copy_from_host(w->ids.data, ids, (size_t)count * sizeof *ids);
     model_embed_forward(loaded.model, w);
     for (int block = 0; block < w->block_count; block++)
-        block_forward(loaded.model, w, block, NULL, false);
+        TRY(block_forward(loaded.model, w, block, NULL, false));
     int64_t vocab = loaded.model->config.vocab_size;
     float *logits = calloc((size_t)(count * vocab), sizeof *logits);
     if (!logits)
