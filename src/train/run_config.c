@@ -30,7 +30,7 @@ static const struct setting run_settings[] = {
     {"train", "sequence_length", SETTING_INTEGER, AT(train.sequence_length), 1, 1 << 24, NULL, "tokens in a sequence"},
     {"train", "batch_sequences", SETTING_INTEGER, AT(train.batch_sequences), 1, 1 << 20, NULL, "sequences in a step"},
     {"train", "micro_batch_sequences", SETTING_INTEGER, AT(train.micro_batch_sequences), 0, 1 << 20, NULL,
-     "sequences at a time; 0: the whole batch"},
+     "sequences at a time, over all ranks; 0: the whole batch"},
     {"train", "precision", SETTING_CHOICE, AT(train.precision), 0, 2, precision_names,
      "of products: fp32, bf16 (master weights stay fp32), or auto: bf16 where the processor has it"},
     {"train", "recompute", SETTING_CHOICE, AT(train.recompute), 0, 1, recompute_names,
