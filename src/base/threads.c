@@ -5,7 +5,7 @@
 
 static int chosen_count;
 
-static int available_processors(void) {
+int threads_available(void) {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
         return CPU_COUNT(&set);
@@ -13,7 +13,7 @@ static int available_processors(void) {
 }
 
 void threads_set_count(int count) {
-    chosen_count = count > 0 ? count : available_processors();
+    chosen_count = count > 0 ? count : threads_available();
     omp_set_dynamic(0);
     omp_set_max_active_levels(1);
     omp_set_num_threads(chosen_count);

@@ -11,6 +11,9 @@
 void threads_set_count(int count);
 int threads_count(void);
 
+/* Processors that this process may run on; at least 1. */
+int threads_available(void);
+
 /* Call task(context, i) for every i in 0..task_count-1, spread over the threads as they become free; returns when all
  * are done. Inside a task it runs the loop on the calling thread. */
 void parallel_for(int64_t task_count, void (*task)(void *context, int64_t index), void *context);

@@ -21,6 +21,7 @@ struct training {
     struct model *model;
     struct workspace *workspace;
     struct comm comm;
+    struct ranks ranks;
     struct step_runner runner;
     int32_t *tokens;
     int64_t token_count, step;
@@ -36,13 +37,15 @@ static enum status training_open(struct training *t, const struct bench *bench, 
     if (bench->sequence_length > 0)
         c->train.sequence_length = bench->sequence_length;
     int64_t batch = c->train.batch_sequences, micro = c->train.micro_batch_sequences, length = c->train.sequence_length;
-    struct model_options model = {bench->ops, bench->device, dtype, DTYPE_F32, length, true};
+    struct model_options model = {bench->ops, bench->device, dtype, DTYPE_F32, length, true, sharding_single()};
     struct workspace_options workspace = {micro, length, true, c->train.recompute == RECOMPUTE_BLOCK};
     TRY(model_create(&c->model, model, &t->model));
     TRY(workspace_create(t->model, workspace, &t->workspace));
     TRY(model_initialize(t->model, 1));
     t->comm = comm_self();
-    TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->comm, &c->optim, (int)(batch / micro)));
+    t->ranks = ranks_single(&t->comm);
+    struct step_settings settings = {.micro_batch_count = (int)(batch / micro), .micro_batch_sequences = micro};
+    TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, settings));
     t->token_count = batch * length;
     TRY(memory_alloc(&t->tokens, (size_t)(batch * (length + 1)), sizeof *t->tokens));
     for (int64_t i = 0; i < batch * (length + 1); i++)

@@ -162,10 +162,10 @@ static size_t complete(char *mutant, size_t text_size, const char *data, size_t 
 static void test_files(void **state) {
     (void)state;
     float values[17] = {0};
-    struct named_tensor items[] = {{"first", tensor_2d(values, DTYPE_F32, 3, 4)},
-                                   {"second", tensor_1d(values, DTYPE_F32, 5)},
-                                   {"third", tensor_1d(values, DTYPE_BF16, 6)},
-                                   {"fourth", tensor_1d(values, DTYPE_F32, 0)}};
+    struct named_tensor items[] = {{"first", tensor_2d(values, DTYPE_F32, 3, 4), 0, 0},
+                                   {"second", tensor_1d(values, DTYPE_F32, 5), 0, 0},
+                                   {"third", tensor_1d(values, DTYPE_BF16, 6), 0, 0},
+                                   {"fourth", tensor_1d(values, DTYPE_F32, 0), 0, 0}};
     char *path = path_join(directory, "file.safetensors"), *data;
     static char mutant[8 + 2 * MUTANT_BYTES_MAX];
     size_t size;
@@ -197,8 +197,8 @@ static void test_files(void **state) {
 static void test_indexes(void **state) {
     (void)state;
     float value = 0;
-    struct named_tensor first = {"first", tensor_1d(&value, DTYPE_F32, 1)};
-    struct named_tensor second = {"second", tensor_1d(&value, DTYPE_F32, 1)};
+    struct named_tensor first = {"first", tensor_1d(&value, DTYPE_F32, 1), 0, 0};
+    struct named_tensor second = {"second", tensor_1d(&value, DTYPE_F32, 1), 0, 0};
     const char valid[] = "{\"metadata\":{\"total_size\":8},"
                          "\"weight_map\":{\"first\":\"one.safetensors\",\"second\":\"two.safetensors\"}}";
     char *one = path_join(directory, "one.safetensors"), *two = path_join(directory, "two.safetensors");

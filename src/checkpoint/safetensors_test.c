@@ -62,13 +62,13 @@ static void test_write_and_read_back(void **state) {
     float a[6] = {1, -2, 3.5f, 0, -0.0f, 1e-30f}, a_back[6];
     double b[2] = {1e300, -1}, b_back[2];
     uint16_t c[3] = {float_to_bf16(1.5f), float_to_bf16(-3), 0}, c_back[3];
-    struct named_tensor items[] = {{"z.a", tensor_2d(a, DTYPE_F32, 2, 3)},
-                                   {"b", tensor_1d(b, DTYPE_F64, 2)},
-                                   {"a.c", tensor_3d(c, DTYPE_BF16, 3, 1, 1)}};
+    struct named_tensor items[] = {{"z.a", tensor_2d(a, DTYPE_F32, 2, 3), 0, 0},
+                                   {"b", tensor_1d(b, DTYPE_F64, 2), 0, 0},
+                                   {"a.c", tensor_3d(c, DTYPE_BF16, 3, 1, 1), 0, 0}};
     assert_int_equal(safetensors_write(file_path, items, 3, device_cpu()), STATUS_OK);
-    struct named_tensor back[] = {{"z.a", tensor_2d(a_back, DTYPE_F32, 2, 3)},
-                                  {"b", tensor_1d(b_back, DTYPE_F64, 2)},
-                                  {"a.c", tensor_3d(c_back, DTYPE_BF16, 3, 1, 1)}};
+    struct named_tensor back[] = {{"z.a", tensor_2d(a_back, DTYPE_F32, 2, 3), 0, 0},
+                                  {"b", tensor_1d(b_back, DTYPE_F64, 2), 0, 0},
+                                  {"a.c", tensor_3d(c_back, DTYPE_BF16, 3, 1, 1), 0, 0}};
     assert_int_equal(safetensors_fill(file_path, back, 3, device_cpu()), STATUS_OK);
     assert_memory_equal(a, a_back, sizeof a);
     assert_memory_equal(b, b_back, sizeof b);
@@ -174,7 +174,7 @@ static void test_every_half(void **state) {
 static void test_ranges(void **state) {
     (void)state;
     float values[7] = {1, 2, 3, 4, 5, 6, 7}, whole[9], part[9];
-    struct named_tensor item = {"x", tensor_1d(values, DTYPE_F32, 7)};
+    struct named_tensor item = {"x", tensor_1d(values, DTYPE_F32, 7), 0, 0};
     struct safetensors file;
     assert_int_equal(safetensors_write(file_path, &item, 1, device_cpu()), STATUS_OK);
     assert_int_equal(safetensors_open(&file, file_path), STATUS_OK);
@@ -195,7 +195,7 @@ static void test_ranges(void **state) {
 static void test_metadata(void **state) {
     (void)state;
     float a = 1;
-    struct named_tensor item = {"a", tensor_1d(&a, DTYPE_F32, 1)};
+    struct named_tensor item = {"a", tensor_1d(&a, DTYPE_F32, 1), 0, 0};
     struct safetensors_metadata pair = {(char[]){"step"}, (char[]){"one \"hundred\""}};
     struct safetensors_writer writer;
     struct safetensors file;
@@ -296,9 +296,9 @@ static void test_writer_order(void **state) {
     float a[6] = {1, 2, 3, 4, 5, 6}, e[1] = {12};
     double d[2] = {7, 8};
     uint16_t b[3] = {9, 10, 11};
-    const struct named_tensor items[] = {{"a", tensor_1d(b, DTYPE_BF16, 3)},    {"z", tensor_1d(d, DTYPE_F64, 2)},
-                                         {"empty", tensor_1d(e, DTYPE_F32, 0)}, {"n", tensor_2d(a, DTYPE_F32, 2, 3)},
-                                         {"m", tensor_1d(e, DTYPE_F32, 1)},     {"last", tensor_1d(e, DTYPE_BF16, 0)}};
+    const struct named_tensor items[] = {{"a", tensor_1d(b, DTYPE_BF16, 3), 0, 0},    {"z", tensor_1d(d, DTYPE_F64, 2), 0, 0},
+                                         {"empty", tensor_1d(e, DTYPE_F32, 0), 0, 0}, {"n", tensor_2d(a, DTYPE_F32, 2, 3), 0, 0},
+                                         {"m", tensor_1d(e, DTYPE_F32, 1), 0, 0},     {"last", tensor_1d(e, DTYPE_BF16, 0), 0, 0}};
     const char *const expected[] = {"z", "m", "n", "a"};
     char *other = path_join(directory, "other.safetensors"), *one, *two;
     size_t one_size, two_size;
@@ -332,7 +332,7 @@ static int misuse(size_t bytes, bool finish) {
     assert_true(child >= 0);
     if (child == 0) {
         char data[8] = {0};
-        struct named_tensor item = {"a", tensor_1d(NULL, DTYPE_F32, 1)};
+        struct named_tensor item = {"a", tensor_1d(NULL, DTYPE_F32, 1), 0, 0};
         struct safetensors_writer writer;
         signal(SIGABRT, SIG_DFL);
         fclose(stderr);
@@ -372,7 +372,7 @@ static int fail_at(void *context, enum file_operation operation, const char *pat
 static void test_failing_disk(void **state) {
     (void)state;
     float a[2] = {1, 2};
-    struct named_tensor items[] = {{"a", tensor_1d(a, DTYPE_F32, 2)}, {"b", tensor_1d(a, DTYPE_F32, 2)}};
+    struct named_tensor items[] = {{"a", tensor_1d(a, DTYPE_F32, 2), 0, 0}, {"b", tensor_1d(a, DTYPE_F32, 2), 0, 0}};
     int failures = 0;
     for (bool met = true; met;) {
         struct fault fault = {failures, false};

@@ -141,13 +141,14 @@ static enum status check_shape(const struct safetensors *file, const struct safe
     return status;
 }
 
-static enum status fill_one(const struct safetensors *file, struct safetensors_entry *entry, struct tensor t,
-                            const struct device *device, void *buffer) {
-    TRY(check_shape(file, entry, t));
-    int64_t elements = tensor_elements(t);
+static enum status fill_one(const struct safetensors *file, struct safetensors_entry *entry,
+                            const struct named_tensor *item, const struct device *device, void *buffer) {
+    TRY(check_shape(file, entry, named_tensor_whole(item)));
+    struct tensor t = item->tensor;
+    int64_t elements = tensor_elements(t), begin = elements > 0 ? elements / t.shape[0] * item->first_row : 0;
     for (int64_t first = 0; first < elements; first += READ_CHUNK_ELEMENTS) {
         int64_t count = elements - first < READ_CHUNK_ELEMENTS ? elements - first : READ_CHUNK_ELEMENTS;
-        TRY(safetensors_read(file, entry, first, count, t.dtype, buffer));
+        TRY(safetensors_read(file, entry, begin + first, count, t.dtype, buffer));
         size_t size = dtype_size(t.dtype);
         device->copy_from_host((char *)t.data + (size_t)first * size, buffer, (size_t)count * size);
     }
@@ -163,7 +164,7 @@ enum status weights_fill(struct weights *w, const struct named_tensor *items, in
         const struct safetensors *file;
         struct safetensors_entry *entry = weights_find(w, items[i].name, &file);
         if (entry)
-            status = fill_one(file, entry, items[i].tensor, device, buffer);
+            status = fill_one(file, entry, &items[i], device, buffer);
         else
             status = status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is missing", w->directory, items[i].name);
     }

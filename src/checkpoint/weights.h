@@ -26,8 +26,8 @@ void weights_close(struct weights *weights);
 struct safetensors_entry *weights_find(const struct weights *weights, const char *name,
                                        const struct safetensors **file);
 
-/* Copy the tensors of a file into those of a device, converting dtypes: each item must be there with its shape. Marks
- * what it took. */
+/* Copy the tensors of a file into those of a device, converting dtypes: each item must be there with the shape of its
+ * whole; of one that is held in part only those rows are read. Marks what it took, also where no row is held. */
 enum status weights_fill(struct weights *weights, const struct named_tensor *items, int count,
                          const struct device *device) MUST_USE;
 

@@ -28,7 +28,7 @@ static void write_file(const char *file, const char *names, float value) {
     struct named_tensor items[8];
     int count = (int)strlen(names);
     for (int i = 0; i < count; i++)
-        items[i] = (struct named_tensor){{names[i]}, tensor_1d(&value, DTYPE_F32, 1)};
+        items[i] = (struct named_tensor){{names[i]}, tensor_1d(&value, DTYPE_F32, 1), 0, 0};
     char *path = path_join(directory, file);
     assert_int_equal(safetensors_write(path, items, count, device_cpu()), STATUS_OK);
     free(path);
@@ -44,7 +44,7 @@ static void write_index(const char *map) {
 static void test_shards(void **state) {
     (void)state;
     float a, b;
-    struct named_tensor back[] = {{"b", tensor_1d(&b, DTYPE_F32, 1)}, {"a", tensor_1d(&a, DTYPE_F32, 1)}};
+    struct named_tensor back[] = {{"b", tensor_1d(&b, DTYPE_F32, 1), 0, 0}, {"a", tensor_1d(&a, DTYPE_F32, 1), 0, 0}};
     struct weights w;
     write_file("one.safetensors", "a", 1);
     write_file("two.safetensors", "b", 2);

@@ -62,7 +62,7 @@ static enum status evaluate_file(struct eval *e, const char *path) {
     if (status == STATUS_OK) {
         struct domain *domain = find_domain(e, path_name(path));
         domain->byte_count += (int64_t)size;
-        status = evaluate_tokens(e->loaded.model, e->workspace, tokens.ids, (int64_t)tokens.count, &domain->evaluation);
+        status = evaluate_tokens(e->loaded.model, e->workspace, NULL, tokens.ids, (int64_t)tokens.count, &domain->evaluation);
     }
     token_list_release(&tokens);
     return status;
@@ -86,7 +86,7 @@ static enum status evaluate_document(struct eval *e, const struct corpus *corpus
     token_shard_copy(&corpus->valid.shard, document->first_token, document->token_count, tokens);
     domain->byte_count += document->byte_count;
     enum status status =
-        evaluate_tokens(e->loaded.model, e->workspace, tokens, document->token_count, &domain->evaluation);
+        evaluate_tokens(e->loaded.model, e->workspace, NULL, tokens, document->token_count, &domain->evaluation);
     free(tokens);
     return status;
 }

@@ -37,7 +37,7 @@ static enum status price(const struct run_config *c, struct cost *cost) {
     enum dtype compute = run_config_compute(c);
     const struct kernel_ops *ops;
     TRY(kernels_choose(c->run.kernels, &ops));
-    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, c->train.sequence_length, true};
+    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, c->train.sequence_length, true, sharding_single()};
     TRY(model_plan(&c->model, options, &cost->model));
     struct workspace_options workspace = {c->train.micro_batch_sequences, c->train.sequence_length, true, false};
     TRY(workspace_plan_config(&c->model, compute, workspace, &cost->kept));

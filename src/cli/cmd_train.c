@@ -84,7 +84,7 @@ static enum status finish(const struct run_config *config, const struct train_su
 
 static enum status dry_run(struct run_config *config) {
     struct text out = {0};
-    TRY(train_dry_run(config, &out));
+    TRY(train_dry_run(config, 1, &out));
     fputs(text_string(&out), stdout);
     text_release(&out);
     return STATUS_OK;
@@ -126,6 +126,7 @@ enum status cmd_train(int argc, char **argv) {
     TRY(run_config_resolve(&config, config_path, pairs, pair_count));
     if (dry)
         return dry_run(&config);
-    TRY(train_run(&config, (struct train_hooks){write_sample, NULL, profile}, &summary));
+    struct comm world = comm_self();
+    TRY(train_run(&config, (struct train_world){&world, 0}, (struct train_hooks){write_sample, NULL, profile}, &summary));
     return finish(&config, &summary, json, argc, argv);
 }

@@ -26,7 +26,7 @@ static struct model *make_model(int64_t experts, enum dtype compute) {
     const struct kernel_ops *ops;
     assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
     assert_int_equal(kernels_choose("auto", &ops), STATUS_OK);
-    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, CAPACITY, false};
+    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, CAPACITY, false, sharding_single()};
     assert_int_equal(model_create(&c, options, &model), STATUS_OK);
     assert_int_equal(model_initialize(model, 5), STATUS_OK);
     return model;

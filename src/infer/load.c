@@ -90,7 +90,7 @@ static enum status read_weights(struct model *model, const char *directory) {
     struct named_tensor *items;
     int count;
     TRY(weights_open(&weights, directory));
-    enum status status = model_name_tensors(model, model->weight, "", &items, &count);
+    enum status status = model_name_tensors(model, model->own_weight, "", &items, &count);
     if (status == STATUS_OK) {
         status = fill_all(&weights, model, items, count);
         free(items);
@@ -115,7 +115,8 @@ static enum status load_parts(struct load_options options, struct loaded_model *
     int64_t positions = config.max_position_embeddings;
     if (options.position_count > 0 && options.position_count < positions)
         positions = options.position_count;
-    struct model_options model_options = {options.ops, device_cpu(), options.compute, DTYPE_F32, positions, false};
+    struct model_options model_options = {options.ops, device_cpu(), options.compute,   DTYPE_F32,
+                                          positions,   false,        sharding_single()};
     TRY(model_create(&config, model_options, &out->model));
     if (config.num_experts > 0)
         log_verbose("routing softmax over %lld experts, top %lld%s", (long long)config.num_experts,

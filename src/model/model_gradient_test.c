@@ -37,7 +37,7 @@ struct fixture {
 
 static void fixture_init(struct fixture *f, struct model_config config, bool recompute) {
     assert_int_equal(model_config_check(&config, "test"), STATUS_OK);
-    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true};
+    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true, sharding_single()};
     assert_int_equal(model_create(&config, options, &f->model), STATUS_OK);
     assert_int_equal(model_initialize(f->model, 7), STATUS_OK);
     struct workspace_options workspace = {BATCH, LENGTH, true, recompute};

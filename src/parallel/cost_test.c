@@ -31,11 +31,13 @@ static struct event_cost add_up(struct case_of_cost wanted, double *expected) {
     c.moe_intermediate_size = 10;
     c.tie_word_embeddings = wanted.tied;
     assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true};
+    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true, sharding_single()};
     assert_int_equal(model_create(&c, options, &model), STATUS_OK);
     struct workspace_options shape = {BATCH / wanted.micro_batches, LENGTH, true, wanted.recompute};
     assert_int_equal(workspace_create(model, shape, &workspace), STATUS_OK);
-    struct schedule_options events = {(int)c.num_hidden_layers, wanted.micro_batches, wanted.recompute};
+    struct schedule_options events = {.block_count = (int)c.num_hidden_layers,
+                                      .micro_batch_count = wanted.micro_batches,
+                                      .recompute = wanted.recompute};
     assert_int_equal(schedule_build(&schedule, events), STATUS_OK);
     struct event_cost sum = {0};
     for (int i = 0; i < schedule.count; i++) {

@@ -10,6 +10,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -366,7 +367,366 @@ static void test_lists(void **state) {
     run_meshes(run_lists, &late);
 }
 
+/* ---- plans under way at once, and bits ------------------------------------------------------------------------------ */
+
+enum { AT_ONCE = 3 };
+
+/* Plans over all ranks and over some, started together, advanced and finished in another order. */
+static enum status run_at_once(void *context, struct comm *comm) {
+    struct member m;
+    TRY(member_init(&m, context, comm));
+    static const unsigned axes[AT_ONCE] = {MESH_ALL_AXES, MESH_BIT(MESH_EXPERT), MESH_ALL_AXES};
+    static const int order[AT_ONCE] = {2, 0, 1};
+    struct redistribute_item items[AT_ONCE];
+    struct redistribution *plans[AT_ONCE];
+    void *staging[AT_ONCE];
+    for (int p = 0; p < AT_ONCE; p++) {
+        struct redistribute_item item = {.dim_count = 3, .shape = {5, 3, 7}, .wire = DTYPE_F32};
+        item.from_layout.axis[MESH_EXPERT] = (struct placement){p == 2 ? PLACEMENT_PARTIAL : PLACEMENT_SHARD, p};
+        item.from_layout.axis[MESH_SHARD] = (struct placement){p == 0 ? PLACEMENT_PARTIAL : PLACEMENT_SHARD, p == 1};
+        item.to_layout.axis[MESH_SHARD] = item.from_layout.axis[MESH_SHARD];
+        if (p == 0)
+            item.to_layout.axis[MESH_SHARD] = (struct placement){PLACEMENT_SHARD, 1};
+        items[p] = item;
+        place_item(&items[p], &m.mesh);
+        fill_item(&items[p], &m.mesh);
+        TRY(redistribution_create(&m.mesh, p == 1 ? axes_needed(&items[p]) : axes[p], &items[p], 1, &plans[p]));
+        staging[p] = take(redistribution_staging_bytes(plans[p]));
+    }
+    for (int p = 0; p < AT_ONCE; p++)
+        TRY(redistribution_start(plans[p], &m.comms[p == 1 ? axes_needed(&items[p]) : axes[p]], m.ops, staging[p]));
+    TRY(redistribution_advance(plans[2]));
+    for (int i = 0; i < AT_ONCE; i++) {
+        int p = order[i];
+        TRY(redistribution_finish(plans[p], true));
+        TRY(name_case(check_item(&items[p], &m.mesh, true), &items[p], &m.mesh, (unsigned)p));
+        free_item(&items[p]);
+        free(staging[p]);
+        redistribution_destroy(plans[p]);
+    }
+    member_release(&m);
+    return STATUS_OK;
+}
+
+static void test_at_once(void **state) {
+    (void)state;
+    const struct comm_threads_faults late = {.seed = 8, .latency_s = 1e-3};
+    run_meshes(run_at_once, NULL);
+    run_meshes(run_at_once, &late);
+}
+
+static double noise(uint64_t rank, int64_t i) {
+    return random_normal(3, rank, (uint64_t)i) * (i % 3 ? 1 : 1e-3);
+}
+
+/* Numbers that round: f32 ends, a bf16 wire. All ranks end with the same bits, twice; sums are near enough. */
+static enum status run_bits(void *context, struct comm *comm) {
+    enum { ROWS = 13, COLUMNS = 37, ELEMENTS = ROWS * COLUMNS };
+    static const enum placement_kind kinds[2] = {PLACEMENT_SHARD, PLACEMENT_PARTIAL};
+    struct member m;
+    TRY(member_init(&m, context, comm));
+    for (int turn = 0; turn < 16; turn++) {
+        struct redistribute_item item = {.dim_count = 2, .shape = {ROWS, COLUMNS, 1}};
+        struct redistribution *plan;
+        float results[2][ELEMENTS], all[RANKS_MAX][ELEMENTS];
+        item.wire = turn % 2 ? DTYPE_BF16 : DTYPE_F32;
+        for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++)
+            item.from_layout.axis[axis] = (struct placement){kinds[turn >> axis & 1], 0};
+        place_item(&item, &m.mesh);
+        item.from.data = take(tensor_bytes(item.from));
+        for (int64_t i = 0; i < tensor_elements(item.from); i++)
+            set(item.from, i, noise((uint64_t)comm->rank, i));
+        TRY(redistribution_create(&m.mesh, MESH_ALL_AXES, &item, 1, &plan));
+        for (int twice = 0; twice < 2; twice++) {
+            memset(results[twice], 0xFF, sizeof results[twice]);
+            item.to.data = results[twice];
+            redistribution_bind(plan, 0, item.from, item.to);
+            TRY(run_plan(&m, MESH_ALL_AXES, plan, false));
+        }
+        EXPECT(memcmp(results[0], results[1], sizeof results[0]) == 0);
+        TRY(comm_share(comm, results[0], sizeof results[0], all));
+        for (int rank = 1; rank < comm->size; rank++)
+            EXPECT(memcmp(all[0], all[rank], sizeof all[0]) == 0);
+        redistribution_destroy(plan);
+        free(item.from.data);
+    }
+    member_release(&m);
+    return STATUS_OK;
+}
+
+static void test_bits(void **state) {
+    (void)state;
+    const struct comm_threads_faults late = {.seed = 9, .latency_s = 1e-4};
+    run_meshes(run_bits, NULL);
+    run_meshes(run_bits, &late);
+}
+
+/* Terms whose sum depends on their order: it is that of the ranks. */
+static enum status run_order(void *context, struct comm *comm) {
+    struct member m;
+    TRY(member_init(&m, context, comm));
+    struct redistribute_item item = {.dim_count = 1, .shape = {64, 1, 1}, .wire = DTYPE_F32};
+    struct redistribution *plan;
+    float from[64], to[64];
+    for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++)
+        item.from_layout.axis[axis].kind = PLACEMENT_PARTIAL;
+    item.from = tensor_1d(from, DTYPE_F32, 64);
+    item.to = tensor_1d(to, DTYPE_F32, 64);
+    for (int i = 0; i < 64; i++)
+        from[i] = (float)noise((uint64_t)comm->rank, i);
+    TRY(redistribution_create(&m.mesh, MESH_ALL_AXES, &item, 1, &plan));
+    TRY(run_plan(&m, MESH_ALL_AXES, plan, false));
+    for (int i = 0; i < 64; i++) {
+        float sum = (float)noise(0, i);
+        for (int rank = 1; rank < comm->size; rank++)
+            sum += (float)noise((uint64_t)rank, i);
+        EXPECT(sum == to[i]);
+    }
+    redistribution_destroy(plan);
+    member_release(&m);
+    return STATUS_OK;
+}
+
+static void test_order(void **state) {
+    (void)state;
+    run_meshes(run_order, NULL);
+}
+
+/* ---- bytes, places, failures ---------------------------------------------------------------------------------------- */
+
+/* Partial to Replicate: 2(R-1)/R of the bytes. Shard to Replicate: (R-1)/R, and the staging holds what is sent once. */
+static void test_bytes(void **state) {
+    (void)state;
+    enum { R = 4, ELEMENTS = 4096 };
+    static const int size[MESH_AXIS_COUNT] = {1, 1, R, 1};
+    struct mesh mesh = mesh_make(size, 1);
+    struct redistribution *plan;
+    struct redistribute_item item = {.dim_count = 2, .shape = {ELEMENTS / 8, 8, 1}, .wire = DTYPE_F32};
+    item.from_layout.axis[MESH_SHARD].kind = PLACEMENT_PARTIAL;
+    place_item(&item, &mesh);
+    assert_int_equal(redistribution_create(&mesh, MESH_BIT(MESH_SHARD), &item, 1, &plan), STATUS_OK);
+    assert_int_equal(redistribution_sent_bytes(plan), 2 * (R - 1) * ELEMENTS / R * 4);
+    assert_int_equal(redistribution_received_bytes(plan), 2 * (R - 1) * ELEMENTS / R * 4);
+    assert_int_equal(redistribution_exchanges(plan), 2);
+    redistribution_destroy(plan);
+    item.from_layout.axis[MESH_SHARD] = (struct placement){PLACEMENT_SHARD, 0};
+    item.wire = DTYPE_BF16;
+    place_item(&item, &mesh);
+    assert_int_equal(redistribution_create(&mesh, MESH_BIT(MESH_SHARD), &item, 1, &plan), STATUS_OK);
+    assert_int_equal(redistribution_sent_bytes(plan), (R - 1) * ELEMENTS / R * 2);
+    assert_int_equal(redistribution_staging_bytes(plan), ELEMENTS * 2);
+    assert_int_equal(redistribution_exchanges(plan), 1);
+    redistribution_destroy(plan);
+    item.to_layout = item.from_layout;
+    item.from_layout = layout_replicated();
+    place_item(&item, &mesh);
+    assert_int_equal(redistribution_create(&mesh, MESH_BIT(MESH_SHARD), &item, 1, &plan), STATUS_OK);
+    assert_int_equal(redistribution_sent_bytes(plan) + redistribution_exchanges(plan), 0);
+    assert_int_equal(redistribution_staging_bytes(plan), 0);
+    redistribution_destroy(plan);
+}
+
+/* `from` in the memory of `to`, and the other way round: gather, sum for all, sum for the owner, none of it. */
+static enum status run_in_place(void *context, struct comm *comm) {
+    enum { ROWS = 11, COLUMNS = 5 };
+    static const struct {
+        enum placement_kind from, to;
+    } cases[] = {{PLACEMENT_SHARD, PLACEMENT_REPLICATE},
+                 {PLACEMENT_PARTIAL, PLACEMENT_REPLICATE},
+                 {PLACEMENT_PARTIAL, PLACEMENT_SHARD},
+                 {PLACEMENT_REPLICATE, PLACEMENT_REPLICATE},
+                 {PLACEMENT_REPLICATE, PLACEMENT_SHARD}};
+    struct member m;
+    TRY(member_init(&m, context, comm));
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        struct redistribute_item item = {.dim_count = 2, .shape = {ROWS, COLUMNS, 1}, .wire = DTYPE_F32};
+        struct redistribution *plan;
+        float whole[ROWS * COLUMNS];
+        for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++) {
+            item.from_layout.axis[axis].kind = cases[c].from;
+            item.to_layout.axis[axis].kind = cases[c].to;
+        }
+        place_item(&item, &m.mesh);
+        item.from.data = whole + COLUMNS * layout_local_range(&item.from_layout, &m.mesh, 0, ROWS).begin;
+        item.to.data = whole + COLUMNS * layout_local_range(&item.to_layout, &m.mesh, 0, ROWS).begin;
+        for (int64_t i = 0; i < tensor_elements(item.from); i++)
+            set(item.from, i, value_at(&item, &m.mesh, whole_index(&item, &item.from_layout, &m.mesh, item.from, i)));
+        TRY(redistribution_create(&m.mesh, MESH_ALL_AXES, &item, 1, &plan));
+        TRY(run_plan(&m, MESH_ALL_AXES, plan, false));
+        TRY(name_case(check_item(&item, &m.mesh, false), &item, &m.mesh, MESH_ALL_AXES));
+        redistribution_destroy(plan);
+    }
+    member_release(&m);
+    return STATUS_OK;
+}
+
+static void test_in_place(void **state) {
+    (void)state;
+    run_meshes(run_in_place, NULL);
+}
+
+static enum status run_beside_the_dying(void *context, struct comm *comm) {
+    (void)context;
+    static const int size[MESH_AXIS_COUNT] = {1, 1, 4, 1};
+    struct mesh mesh = mesh_make(size, comm->rank);
+    struct redistribute_item item = {.dim_count = 1, .shape = {10, 1, 1}, .wire = DTYPE_F32};
+    struct redistribution *plan;
+    item.from_layout.axis[MESH_SHARD].kind = PLACEMENT_PARTIAL;
+    place_item(&item, &mesh);
+    fill_item(&item, &mesh);
+    TRY(redistribution_create(&mesh, MESH_ALL_AXES, &item, 1, &plan));
+    const struct kernel_ops *ops;
+    TRY(kernels_choose("auto", &ops));
+    void *staging = take(redistribution_staging_bytes(plan));
+    enum status status = redistribution_start(plan, comm, ops, staging);
+    if (status == STATUS_OK)
+        status = redistribution_finish(plan, false);
+    redistribution_destroy(plan); /* it is not under way any more */
+    free(staging);
+    free_item(&item);
+    return status;
+}
+
+static void test_a_dying_rank(void **state) {
+    (void)state;
+    for (int call = 1; call <= 4; call++) {
+        const struct comm_threads_faults faults = {.dying_rank = 2, .dying_call = call};
+        assert_int_equal(comm_threads_run_with(4, &faults, run_beside_the_dying, NULL), STATUS_PEER);
+    }
+}
+
+/* ---- wrong use ------------------------------------------------------------------------------------------------------ */
+
+static struct mesh pair_mesh(void) {
+    static const int size[MESH_AXIS_COUNT] = {1, 1, 2, 2};
+    return mesh_make(size, 0);
+}
+
+static struct redistribute_item sharded_item(void) {
+    struct mesh mesh = pair_mesh();
+    struct redistribute_item item = {.dim_count = 1, .shape = {8, 1, 1}, .wire = DTYPE_F32};
+    item.from_layout.axis[MESH_SHARD] = item.from_layout.axis[MESH_EXPERT] = (struct placement){PLACEMENT_SHARD, 0};
+    place_item(&item, &mesh);
+    return item;
+}
+
+static void create(struct redistribute_item item, unsigned axes, struct redistribution **plan) {
+    struct mesh mesh = pair_mesh();
+    enum status status = redistribution_create(&mesh, axes, &item, 1, plan);
+    _exit(status == STATUS_OK && *plan ? 0 : 3);
+}
+
+static void use_wrong_shape(void) {
+    struct redistribution *plan;
+    struct redistribute_item item = sharded_item();
+    item.from.shape[0]++;
+    create(item, MESH_ALL_AXES, &plan);
+}
+
+static void use_other_axis_differs(void) {
+    struct redistribution *plan;
+    create(sharded_item(), MESH_BIT(MESH_SHARD), &plan);
+}
+
+/* Shard and expert share dimension 0: gathering along one of them needs parts that other groups have. */
+static void use_axes_too_few(void) {
+    struct mesh mesh = pair_mesh();
+    struct redistribution *plan;
+    struct redistribute_item item = sharded_item();
+    item.to_layout.axis[MESH_EXPERT] = item.from_layout.axis[MESH_EXPERT];
+    place_item(&item, &mesh);
+    create(item, MESH_BIT(MESH_SHARD), &plan);
+}
+
+static void use_partial_wanted(void) {
+    struct redistribution *plan;
+    struct redistribute_item item = sharded_item();
+    item.to_layout.axis[MESH_SHARD].kind = PLACEMENT_PARTIAL;
+    create(item, MESH_ALL_AXES, &plan);
+}
+
+static void use_integer_wire(void) {
+    struct redistribution *plan;
+    struct redistribute_item item = sharded_item();
+    item.wire = DTYPE_I32;
+    create(item, MESH_ALL_AXES, &plan);
+}
+
+static void use_wrong_comm(void) {
+    struct mesh mesh = pair_mesh();
+    struct redistribution *plan;
+    struct redistribute_item item = sharded_item();
+    struct comm comm = comm_self();
+    char staging[1024];
+    if (redistribution_create(&mesh, MESH_ALL_AXES, &item, 1, &plan) == STATUS_OK)
+        _exit((int)redistribution_start(plan, &comm, kernels_ref(), staging));
+}
+
+static void use_finish_unstarted(void) {
+    struct mesh mesh = pair_mesh();
+    struct redistribution *plan;
+    struct redistribute_item item = sharded_item();
+    if (redistribution_create(&mesh, MESH_ALL_AXES, &item, 1, &plan) == STATUS_OK)
+        _exit((int)redistribution_finish(plan, false));
+}
+
+static void use_accumulate_in_place(void) {
+    struct mesh mesh = mesh_single();
+    struct redistribution *plan;
+    float data[8] = {0};
+    struct redistribute_item item = {.dim_count = 1, .shape = {8, 1, 1}, .wire = DTYPE_F32};
+    item.from = item.to = tensor_1d(data, DTYPE_F32, 8);
+    if (redistribution_create(&mesh, MESH_ALL_AXES, &item, 1, &plan) == STATUS_OK &&
+        redistribution_start(plan, NULL, kernels_ref(), NULL) == STATUS_OK)
+        _exit((int)redistribution_finish(plan, true));
+}
+
+static void use_without_data(void) {
+    struct mesh mesh = mesh_single();
+    struct redistribution *plan;
+    struct redistribute_item item = {.dim_count = 1, .shape = {8, 1, 1}, .wire = DTYPE_F32};
+    item.from = item.to = tensor_1d(NULL, DTYPE_F32, 8);
+    if (redistribution_create(&mesh, MESH_ALL_AXES, &item, 1, &plan) == STATUS_OK &&
+        redistribution_start(plan, NULL, kernels_ref(), NULL) == STATUS_OK)
+        _exit((int)redistribution_finish(plan, false));
+}
+
+static void use_rightly(void) {
+    struct redistribution *plan;
+    create(sharded_item(), MESH_BIT(MESH_SHARD) | MESH_BIT(MESH_EXPERT), &plan);
+}
+
+/* Whether the function aborts, in a process of its own. */
+static bool aborts(void (*use)(void)) {
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        signal(SIGABRT, SIG_DFL);
+        (void)!freopen("/dev/null", "w", stderr);
+        use();
+        _exit(0);
+    }
+    int how;
+    assert_int_equal(waitpid(child, &how, 0), child);
+    return WIFSIGNALED(how) && WTERMSIG(how) == SIGABRT;
+}
+
+static void test_wrong_use(void **state) {
+    (void)state;
+    static void (*const uses[])(void) = {use_wrong_shape,  use_other_axis_differs, use_axes_too_few,
+                                         use_partial_wanted, use_integer_wire,     use_wrong_comm,
+                                         use_finish_unstarted, use_accumulate_in_place, use_without_data};
+    assert_false(aborts(use_rightly));
+    for (size_t i = 0; i < sizeof uses / sizeof *uses; i++)
+        if (!aborts(uses[i]))
+            fail_msg("wrong use %zu passes", i);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_every_pair), cmocka_unit_test(test_lists)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_wrong_use), cmocka_unit_test(test_bytes),    cmocka_unit_test(test_every_pair),
+        cmocka_unit_test(test_lists),     cmocka_unit_test(test_at_once),  cmocka_unit_test(test_bits),
+        cmocka_unit_test(test_order),     cmocka_unit_test(test_in_place), cmocka_unit_test(test_a_dying_rank),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -4,10 +4,25 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Events of one micro-batch and block: gather, five forward, gather, recompute, five backward, reduce, optimizer. */
-enum { EVENTS_PER_BLOCK_AND_MICRO = 14, EVENTS_PER_MICRO = 6 };
+/* At most: of one micro-batch and block, of one micro-batch besides, of a step and block, of a step besides. */
+enum { EVENTS_PER_BLOCK_AND_MICRO = 21, EVENTS_PER_MICRO = 9, EVENTS_PER_BLOCK = 7, EVENTS_PER_STEP = 12 };
 
-static int add(struct schedule *s, enum event_kind kind, int block, int micro_batch, int wait0, int wait1) {
+enum { NO_BLOCK = -2, NO_EVENT = -1 };
+
+/* Where the list stands while it is written. */
+struct builder {
+    struct schedule *list;
+    struct schedule_options options;
+    int last;             /* the latest event of the chain that computes */
+    int slot_block[2];    /* whose weights a slot holds, or will when its gather is done; NO_BLOCK */
+    int gather_event[2];  /* a gather into a slot that nobody waited for yet; NO_EVENT */
+    bool outside_is_whole;
+    int reducing, reduce_event;       /* block whose gradients are under way; NO_BLOCK */
+    int replicating, replicate_event; /* the same between replicas */
+};
+
+static int add(struct builder *b, enum event_kind kind, int block, int micro_batch, int wait0, int wait1) {
+    struct schedule *s = b->list;
     CHECK_OP(s->count, <, s->capacity);
     struct event *event = &s->events[s->count];
     *event = (struct event){.kind = kind, .block = block, .micro_batch = micro_batch};
@@ -18,64 +33,158 @@ static int add(struct schedule *s, enum event_kind kind, int block, int micro_ba
     return s->count++;
 }
 
-/* A run of events of one block, each waiting for the one before; the first also for `also`. */
-static int add_chain(struct schedule *s, const enum event_kind *kinds, int kind_count, int block, int micro_batch,
-                     int after, int also) {
-    for (int i = 0; i < kind_count; i++)
-        after = add(s, kinds[i], block, micro_batch, after, i == 0 ? also : -1);
-    return after;
+/* An event of the chain: after the latest one, and after `also`. */
+static void chain(struct builder *b, enum event_kind kind, int block, int micro_batch, int also) {
+    b->last = add(b, kind, block, micro_batch, b->last, also);
 }
 
-static int add_forward(struct schedule *s, struct schedule_options options, int micro, int after) {
-    static const enum event_kind kinds[] = {EVENT_ATTENTION, EVENT_ROUTE, EVENT_EXCHANGE, EVENT_EXPERTS,
-                                            EVENT_EXCHANGE_BACK};
-    for (int block = 0; block < options.block_count; block++) {
-        int gathered = add(s, EVENT_GATHER, block, micro, after, -1);
-        after = add_chain(s, kinds, 5, block, micro, after, gathered);
+/* ---- weights, where they are divided ---------------------------------------------------------------------------------- */
+
+static bool gathers_in_pass(const struct builder *b) {
+    return b->options.divided && b->options.zero == 3;
+}
+
+/* Start to make a block's weights whole, unless its slot holds them. The block that had the slot has computed. */
+static void start_gather(struct builder *b, int block, int micro) {
+    if (!gathers_in_pass(b) || block < 0 || block >= b->options.block_count || b->slot_block[block % 2] == block)
+        return;
+    b->gather_event[block % 2] = add(b, EVENT_GATHER, block, micro, b->last, NO_EVENT);
+    b->slot_block[block % 2] = block;
+}
+
+static void finish_gather(struct builder *b, int block, int micro) {
+    if (!gathers_in_pass(b) || b->gather_event[block % 2] == NO_EVENT)
+        return;
+    chain(b, EVENT_GATHERED, block, micro, b->gather_event[block % 2]);
+    b->gather_event[block % 2] = NO_EVENT;
+}
+
+static void gather_outside(struct builder *b, int micro) {
+    if (!gathers_in_pass(b) || b->outside_is_whole)
+        return;
+    int started = add(b, EVENT_GATHER, BLOCK_OUTSIDE, micro, b->last, NO_EVENT);
+    start_gather(b, 0, micro);
+    chain(b, EVENT_GATHERED, BLOCK_OUTSIDE, micro, started);
+    b->outside_is_whole = true;
+}
+
+/* ---- gradients ---------------------------------------------------------------------------------------------------------- */
+
+static bool reduces_every_micro_batch(const struct builder *b) {
+    return b->options.divided && b->options.zero >= 2;
+}
+
+static void finish_replicate(struct builder *b) {
+    if (b->replicating == NO_BLOCK)
+        return;
+    chain(b, EVENT_REPLICATED, b->replicating, -1, b->replicate_event);
+    b->replicating = NO_BLOCK;
+}
+
+/* `sums_are_final`: no later micro-batch adds to them. */
+static void finish_reduce(struct builder *b, int micro, bool sums_are_final) {
+    finish_replicate(b);
+    if (b->reducing == NO_BLOCK)
+        return;
+    chain(b, EVENT_REDUCED, b->reducing, micro, b->reduce_event);
+    if (sums_are_final && b->options.replicas) {
+        b->replicate_event = add(b, EVENT_REPLICATE, b->reducing, -1, b->last, NO_EVENT);
+        b->replicating = b->reducing;
     }
-    return after;
+    b->reducing = NO_BLOCK;
 }
 
-static int add_backward(struct schedule *s, struct schedule_options options, int micro, int after) {
+static void start_reduce(struct builder *b, int block, int micro, bool sums_are_final) {
+    finish_reduce(b, micro, sums_are_final);
+    b->reduce_event = add(b, EVENT_REDUCE, block, micro, b->last, NO_EVENT);
+    b->reducing = block;
+}
+
+/* ---- a micro-batch ------------------------------------------------------------------------------------------------------- */
+
+static void add_forward(struct builder *b, int micro) {
+    for (int block = 0; block < b->options.block_count; block++) {
+        start_gather(b, block, micro);
+        finish_gather(b, block, micro);
+        start_gather(b, block + 1, micro);
+        chain(b, EVENT_ATTENTION, block, micro, NO_EVENT);
+        chain(b, EVENT_ROUTE, block, micro, NO_EVENT);
+        chain(b, EVENT_COUNTS, block, micro, NO_EVENT);
+        chain(b, EVENT_EXCHANGE, block, micro, NO_EVENT);
+        chain(b, EVENT_EXPERTS, block, micro, NO_EVENT);
+        chain(b, EVENT_EXCHANGE_BACK, block, micro, NO_EVENT);
+    }
+}
+
+static void add_block_backward(struct builder *b, int block, int micro) {
     static const enum event_kind kinds[] = {EVENT_EXCHANGE_BACK_GRAD, EVENT_EXPERTS_GRAD, EVENT_EXCHANGE_GRAD,
                                             EVENT_ROUTE_GRAD, EVENT_ATTENTION_GRAD};
-    for (int block = options.block_count - 1; block >= 0; block--) {
-        int gathered = add(s, EVENT_GATHER, block, micro, after, -1);
-        if (options.recompute)
-            after = add(s, EVENT_RECOMPUTE, block, micro, after, gathered);
-        after = add_chain(s, kinds, 5, block, micro, after, gathered);
-        if (micro == options.micro_batch_count - 1)
-            add(s, EVENT_REDUCE, block, -1, after, -1);
-    }
-    return after;
+    if (reduces_every_micro_batch(b))
+        chain(b, EVENT_CLEAR_BLOCK, block, micro, NO_EVENT);
+    if (b->options.recompute)
+        chain(b, EVENT_RECOMPUTE, block, micro, NO_EVENT);
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        chain(b, kinds[i], block, micro, NO_EVENT);
 }
 
-static int add_micro_batch(struct schedule *s, struct schedule_options options, int micro, int after) {
-    after = add(s, EVENT_LOAD, BLOCK_OUTSIDE, micro, after, -1);
-    int gathered = add(s, EVENT_GATHER, BLOCK_OUTSIDE, micro, after, -1);
-    after = add(s, EVENT_EMBED, BLOCK_OUTSIDE, micro, after, gathered);
-    after = add_forward(s, options, micro, after);
-    after = add(s, EVENT_HEAD, BLOCK_OUTSIDE, micro, after, -1);
-    after = add_backward(s, options, micro, after);
-    after = add(s, EVENT_EMBED_GRAD, BLOCK_OUTSIDE, micro, after, -1);
-    if (micro == options.micro_batch_count - 1)
-        after = add(s, EVENT_REDUCE, BLOCK_OUTSIDE, -1, after, -1);
-    return after;
+static void add_backward(struct builder *b, int micro) {
+    bool is_last = micro == b->options.micro_batch_count - 1;
+    for (int block = b->options.block_count - 1; block >= 0; block--) {
+        start_gather(b, block, micro);
+        finish_gather(b, block, micro);
+        start_gather(b, block - 1, micro);
+        add_block_backward(b, block, micro);
+        if (is_last || reduces_every_micro_batch(b))
+            start_reduce(b, block, micro, is_last);
+    }
+}
+
+static void add_micro_batch(struct builder *b, int micro) {
+    bool is_last = micro == b->options.micro_batch_count - 1;
+    chain(b, EVENT_LOAD, BLOCK_OUTSIDE, micro, NO_EVENT);
+    gather_outside(b, micro);
+    chain(b, EVENT_EMBED, BLOCK_OUTSIDE, micro, NO_EVENT);
+    add_forward(b, micro);
+    chain(b, EVENT_HEAD, BLOCK_OUTSIDE, micro, NO_EVENT);
+    add_backward(b, micro);
+    chain(b, EVENT_EMBED_GRAD, BLOCK_OUTSIDE, micro, NO_EVENT);
+    if (is_last)
+        start_reduce(b, BLOCK_OUTSIDE, micro, true);
+    finish_reduce(b, micro, is_last);
+    finish_replicate(b);
+}
+
+/* Updates; below stage 3 the whole weights follow, the transfer of one block under the update of the next. */
+static void add_updates(struct builder *b) {
+    bool gathers = b->options.divided && (b->options.zero == 1 || b->options.zero == 2);
+    int gathering = NO_BLOCK, started = NO_EVENT;
+    for (int block = BLOCK_OUTSIDE; block < b->options.block_count; block++) {
+        chain(b, EVENT_OPTIMIZER, block, -1, NO_EVENT);
+        if (!gathers)
+            continue;
+        if (gathering != NO_BLOCK)
+            chain(b, EVENT_GATHERED, gathering, -1, started);
+        started = add(b, EVENT_GATHER, block, -1, b->last, NO_EVENT);
+        gathering = block;
+    }
+    if (gathering != NO_BLOCK)
+        chain(b, EVENT_GATHERED, gathering, -1, started);
 }
 
 enum status schedule_build(struct schedule *s, struct schedule_options options) {
     CHECK(options.block_count >= 1 && options.micro_batch_count >= 1);
-    size_t capacity = ((size_t)options.block_count * EVENTS_PER_BLOCK_AND_MICRO + EVENTS_PER_MICRO) *
-                          (size_t)options.micro_batch_count +
-                      (size_t)options.block_count + 4;
+    size_t blocks = (size_t)options.block_count, micros = (size_t)options.micro_batch_count;
+    size_t capacity = (blocks * EVENTS_PER_BLOCK_AND_MICRO + EVENTS_PER_MICRO) * micros + blocks * EVENTS_PER_BLOCK +
+                      EVENTS_PER_STEP;
     *s = (struct schedule){.capacity = (int)capacity};
     TRY(memory_alloc(&s->events, capacity, sizeof *s->events));
-    int after = add(s, EVENT_CLEAR, BLOCK_OUTSIDE, -1, -1, -1);
+    struct builder b = {s, options, NO_EVENT, {NO_BLOCK, NO_BLOCK}, {NO_EVENT, NO_EVENT}, false,
+                        NO_BLOCK, NO_EVENT, NO_BLOCK, NO_EVENT};
+    chain(&b, EVENT_CLEAR, BLOCK_OUTSIDE, -1, NO_EVENT);
     for (int micro = 0; micro < options.micro_batch_count; micro++)
-        after = add_micro_batch(s, options, micro, after);
-    after = add(s, EVENT_GRADIENT_NORM, BLOCK_OUTSIDE, -1, after, -1);
-    for (int block = BLOCK_OUTSIDE; block < options.block_count; block++)
-        add(s, EVENT_OPTIMIZER, block, -1, after, -1);
+        add_micro_batch(&b, micro);
+    chain(&b, EVENT_GRADIENT_NORM, BLOCK_OUTSIDE, -1, NO_EVENT);
+    add_updates(&b);
     return STATUS_OK;
 }
 
@@ -86,10 +195,33 @@ void schedule_release(struct schedule *schedule) {
 
 const char *event_kind_name(enum event_kind kind) {
     static const char *const names[EVENT_KIND_COUNT] = {
-        "clear",        "load",          "gather",    "embed",         "attention",          "route",
-        "exchange",     "experts",       "exchange back", "head",      "recompute",          "exchange back grad",
-        "experts grad", "exchange grad", "route grad", "attention grad", "embed grad",       "reduce",
-        "gradient norm", "optimizer"};
+        [EVENT_CLEAR] = "clear",
+        [EVENT_LOAD] = "load",
+        [EVENT_GATHER] = "gather",
+        [EVENT_GATHERED] = "gathered",
+        [EVENT_EMBED] = "embed",
+        [EVENT_ATTENTION] = "attention",
+        [EVENT_ROUTE] = "route",
+        [EVENT_COUNTS] = "counts",
+        [EVENT_EXCHANGE] = "exchange",
+        [EVENT_EXPERTS] = "experts",
+        [EVENT_EXCHANGE_BACK] = "exchange back",
+        [EVENT_HEAD] = "head",
+        [EVENT_CLEAR_BLOCK] = "clear block",
+        [EVENT_RECOMPUTE] = "recompute",
+        [EVENT_EXCHANGE_BACK_GRAD] = "exchange back grad",
+        [EVENT_EXPERTS_GRAD] = "experts grad",
+        [EVENT_EXCHANGE_GRAD] = "exchange grad",
+        [EVENT_ROUTE_GRAD] = "route grad",
+        [EVENT_ATTENTION_GRAD] = "attention grad",
+        [EVENT_EMBED_GRAD] = "embed grad",
+        [EVENT_REDUCE] = "reduce",
+        [EVENT_REDUCED] = "reduced",
+        [EVENT_REPLICATE] = "replicate",
+        [EVENT_REPLICATED] = "replicated",
+        [EVENT_GRADIENT_NORM] = "gradient norm",
+        [EVENT_OPTIMIZER] = "optimizer",
+    };
     CHECK(kind < EVENT_KIND_COUNT);
     return names[kind];
 }

@@ -1,7 +1,13 @@
 /* A training step as data: a flat list of events, each with the events that it waits for.
  *
- * The list does not depend on the data, nor on the routing. The trainer executes it, --dry-run prints it, the profiler
- * draws it. A single process runs the same list as many ranks; its gathers and reductions have nothing to move.
+ * The list depends on the layout, not on the data nor on the routing: every rank has the same one. The trainer executes
+ * it in order, --dry-run prints it, the profiler draws it. Transfers are two events: one starts it, the other waits and
+ * puts what arrived in place; what stands between them computes meanwhile. A single process runs the same list, with
+ * nothing to move.
+ *
+ * With ZeRO stage 3 the weights of two blocks are whole at a time, in slots b % 2 (model/model.h): the gather of the next
+ * block starts before a block computes, and a block that a slot still holds is not gathered again. From stage 2 on the
+ * gradients of a block are summed and dropped after each of its backward passes, below it once a step.
  */
 #pragma once
 
@@ -12,14 +18,17 @@
 enum event_kind {
     EVENT_CLEAR,              /* gradients and sums to zero */
     EVENT_LOAD,               /* tokens of a micro-batch to the device */
-    EVENT_GATHER,             /* parameters of a block, where they are sharded */
+    EVENT_GATHER,             /* start: parameters of a block that are divided over the ranks */
+    EVENT_GATHERED,           /* wait for them, and pack them for the products */
     EVENT_EMBED,
     EVENT_ATTENTION,
     EVENT_ROUTE,
+    EVENT_COUNTS,             /* start: each expert's rows over all ranks, for the balance loss; ROUTE_GRAD waits */
     EVENT_EXCHANGE,           /* routed rows to the owners of their experts */
     EVENT_EXPERTS,
     EVENT_EXCHANGE_BACK,      /* results home, summed */
     EVENT_HEAD,               /* loss, and the backward of the head */
+    EVENT_CLEAR_BLOCK,        /* gradients of a block's slot to zero */
     EVENT_RECOMPUTE,          /* forward of a block again, its activations were not kept */
     EVENT_EXCHANGE_BACK_GRAD, /* backward of EXCHANGE_BACK, and so on */
     EVENT_EXPERTS_GRAD,
@@ -27,7 +36,10 @@ enum event_kind {
     EVENT_ROUTE_GRAD,
     EVENT_ATTENTION_GRAD,
     EVENT_EMBED_GRAD,
-    EVENT_REDUCE,             /* gradients of a block, summed over the ranks */
+    EVENT_REDUCE,             /* start: gradients of a block to those who own them */
+    EVENT_REDUCED,            /* wait, and sum them in rank order */
+    EVENT_REPLICATE,          /* start: the same sums between replicas, once a step */
+    EVENT_REPLICATED,         /* wait, and sum */
     EVENT_GRADIENT_NORM,      /* of all gradients together; here the step is refused if it is not finite */
     EVENT_OPTIMIZER,          /* update the parameters of a block */
     EVENT_KIND_COUNT,
@@ -46,6 +58,9 @@ struct event {
 struct schedule_options {
     int block_count, micro_batch_count;
     bool recompute;
+    int zero;      /* stage, see model/sharding.h */
+    bool divided;  /* some rows are divided over several ranks */
+    bool replicas; /* some gradients are summed between replicas */
 };
 
 struct schedule {

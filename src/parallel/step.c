@@ -12,33 +12,78 @@ struct step_state {
     struct step_result result;
 };
 
-enum status step_runner_init(struct step_runner *runner, struct model *model, struct workspace *workspace,
-                             struct comm *comm, const struct optimizer_settings *optimizer, int micro_batch_count) {
-    *runner = (struct step_runner){.model = model,
-                                   .workspace = workspace,
-                                   .comm = comm,
-                                   .optimizer = optimizer,
-                                   .micro_batch_count = micro_batch_count};
-    int64_t rows = workspace->batch * workspace->sequence_length;
-    struct schedule_options options = {workspace->block_count, micro_batch_count, workspace->options.recompute};
-    enum status status = schedule_build(&runner->schedule, options);
-    if (status == STATUS_OK)
-        status = memory_alloc(&runner->host_ids, (size_t)rows, sizeof *runner->host_ids);
-    if (status == STATUS_OK)
-        status = arena_init(&runner->arena, model->device, sizeof(double) * 8);
-    if (status != STATUS_OK) {
-        step_runner_release(runner);
-        return status;
-    }
+/* What the ranks add up at the end of a step. */
+enum { SUM_NORM, SUM_LOSS, SUM_BYTES, SUM_STATS };
+
+struct range step_sequences(const struct mesh *mesh, int64_t micro_batch_sequences) {
+    return range_part(micro_batch_sequences, mesh_group_size(mesh, RANKS_BATCH_AXES),
+                      mesh_group_rank(mesh, RANKS_BATCH_AXES));
+}
+
+int64_t step_sequences_most(const struct mesh *mesh, int64_t micro_batch_sequences) {
+    int64_t ranks = mesh_group_size(mesh, RANKS_BATCH_AXES);
+    return (micro_batch_sequences + ranks - 1) / ranks;
+}
+
+struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
+                                              int micro_batch_count, bool recompute) {
+    return (struct schedule_options){model->table.block_count,
+                                     micro_batch_count,
+                                     recompute,
+                                     model->sharding.zero,
+                                     traffic_gathers(traffic),
+                                     traffic_replicates(traffic)};
+}
+
+static enum status take_memory(struct step_runner *runner) {
+    struct workspace *w = runner->workspace;
+    int64_t rows = w->options.batch * w->options.sequence_length;
+    int64_t stats = tensor_exists(w->all_stats) ? tensor_elements(w->all_stats) : 0;
+    runner->sum_count = SUM_STATS + (int)stats;
+    TRY(memory_alloc(&runner->host_ids, (size_t)rows + 1, sizeof *runner->host_ids));
+    TRY(memory_alloc(&runner->sums, (size_t)runner->sum_count, sizeof *runner->sums));
+    TRY(arena_init(&runner->arena, runner->model->device, sizeof(double) * 8));
     runner->gradient_square_sum = layer_take(&runner->arena, DTYPE_F64, 1, 1);
     return STATUS_OK;
 }
 
+enum status step_runner_init(struct step_runner *runner, struct model *model, struct workspace *workspace,
+                             struct ranks *ranks, const struct optimizer_settings *optimizer,
+                             struct step_settings settings) {
+    if (settings.micro_batch_sequences == 0)
+        settings.micro_batch_sequences = workspace->options.batch;
+    CHECK_OP(workspace->options.batch, >=, range_count(step_sequences(&ranks->mesh, settings.micro_batch_sequences)));
+    *runner = (struct step_runner){.model = model,
+                                   .workspace = workspace,
+                                   .ranks = ranks,
+                                   .optimizer = optimizer,
+                                   .settings = settings};
+    enum status status = traffic_create(model, ranks, settings.gradient_wire, &runner->traffic);
+    if (status == STATUS_OK)
+        status = schedule_build(&runner->schedule,
+                                step_schedule_options(model, runner->traffic, settings.micro_batch_count,
+                                                      workspace->options.recompute));
+    if (status == STATUS_OK)
+        status = balance_init(&runner->balance, model, workspace, &ranks->batch);
+    if (status == STATUS_OK)
+        status = take_memory(runner);
+    if (status != STATUS_OK)
+        step_runner_release(runner);
+    return status;
+}
+
 void step_runner_release(struct step_runner *runner) {
+    balance_release(&runner->balance);
+    traffic_destroy(runner->traffic);
     schedule_release(&runner->schedule);
     free(runner->host_ids);
+    free(runner->sums);
     arena_release(&runner->arena);
     *runner = (struct step_runner){0};
+}
+
+enum status step_refresh(struct step_runner *runner) {
+    return traffic_refresh(runner->traffic);
 }
 
 static void load_column(struct step_runner *runner, const int32_t *tokens, int shift, struct tensor to) {
@@ -49,11 +94,20 @@ static void load_column(struct step_runner *runner, const int32_t *tokens, int s
     runner->model->device->copy_from_host(to.data, runner->host_ids, tensor_bytes(to));
 }
 
-static void run_load(struct step_runner *runner, const struct step_state *state, int micro_batch) {
+static int64_t step_tokens(const struct step_runner *runner) {
+    return runner->settings.micro_batch_count * runner->settings.micro_batch_sequences *
+           runner->workspace->options.sequence_length;
+}
+
+static void run_load(struct step_runner *runner, struct step_state *state, int micro_batch) {
     struct workspace *w = runner->workspace;
-    const int32_t *tokens = state->input.tokens + (int64_t)micro_batch * w->batch * (w->sequence_length + 1);
+    int64_t sequences = runner->settings.micro_batch_sequences, length = w->options.sequence_length;
+    struct range mine = step_sequences(&runner->ranks->mesh, sequences);
+    workspace_shape(w, runner->model, range_count(mine), length);
+    const int32_t *tokens = state->input.tokens + (micro_batch * sequences + mine.begin) * (length + 1);
     load_column(runner, tokens, 0, w->ids);
     load_column(runner, tokens, 1, w->targets);
+    state->scales = model_loss_scales(runner->model, step_tokens(runner), (micro_batch + 1) * sequences * length);
 }
 
 static void run_clear(struct step_runner *runner) {
@@ -67,18 +121,51 @@ static double read_sum(const struct step_runner *runner, struct tensor sum) {
     return value;
 }
 
-static void run_gradient_norm(struct step_runner *runner, struct step_state *state) {
-    const struct kernel_ops *ops = runner->model->context.ops;
+/* Every element of the gradient counts once: by the first of those who own it. */
+static bool counts_row(const struct step_runner *runner, int row) {
+    const struct sharding *sharding = &runner->model->sharding;
+    struct layout own = sharding_own_layout(sharding, &runner->model->table.rows[row]);
+    for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++)
+        if (own.axis[axis].kind == PLACEMENT_REPLICATE && sharding->mesh.coordinate[axis] > 0)
+            return false;
+    return true;
+}
+
+static void collect_sums(struct step_runner *runner) {
+    struct model *model = runner->model;
+    struct workspace *w = runner->workspace;
+    const struct kernel_ops *ops = model->context.ops;
     ops->fill(runner->gradient_square_sum, 0);
-    ops->sum_squares(runner->model->all_gradients, runner->gradient_square_sum);
-    state->result.gradient_norm = sqrt(read_sum(runner, runner->gradient_square_sum));
-    state->result.loss = read_sum(runner, runner->workspace->loss_sum) * state->scales.token;
-    state->result.skipped = !isfinite(state->result.gradient_norm) || !isfinite(state->result.loss);
-    state->result.lr = optimizer_lr(runner->optimizer, state->input.step, state->input.step_count);
+    for (int i = 0; i < model->table.count; i++)
+        if (counts_row(runner, i))
+            ops->sum_squares(model->own_gradient[i], runner->gradient_square_sum);
+    int64_t sent = ranks_sent_bytes(runner->ranks);
+    runner->sums[SUM_NORM] = read_sum(runner, runner->gradient_square_sum);
+    runner->sums[SUM_LOSS] = read_sum(runner, w->loss_sum);
+    runner->sums[SUM_BYTES] = (double)(sent - runner->agreed_bytes);
+    runner->agreed_bytes = sent;
+    if (runner->sum_count > SUM_STATS)
+        model->device->copy_to_host(runner->sums + SUM_STATS, w->all_stats.data, tensor_bytes(w->all_stats));
+}
+
+static enum status run_gradient_norm(struct step_runner *runner, struct step_state *state) {
+    struct workspace *w = runner->workspace;
+    struct step_result *result = &state->result;
+    collect_sums(runner);
+    TRY(comm_sum_f64(&runner->ranks->batch, runner->sums, runner->sum_count));
+    if (runner->sum_count > SUM_STATS)
+        runner->model->device->copy_from_host(w->all_stats.data, runner->sums + SUM_STATS, tensor_bytes(w->all_stats));
+    result->gradient_norm = sqrt(runner->sums[SUM_NORM]);
+    result->loss = runner->sums[SUM_LOSS] * state->scales.token;
+    result->comm_bytes = (int64_t)runner->sums[SUM_BYTES];
+    result->skipped = !isfinite(result->gradient_norm) || !isfinite(result->loss);
+    result->lr = optimizer_lr(runner->optimizer, state->input.step, state->input.step_count);
+    return STATUS_OK;
 }
 
 static void run_optimizer(struct step_runner *runner, const struct step_state *state, int block) {
     struct model *model = runner->model;
+    const struct packed none = {0};
     for (int i = 0; i < model->table.count && !state->result.skipped; i++) {
         const struct parameter *row = &model->table.rows[i];
         if (row->block != block)
@@ -86,13 +173,30 @@ static void run_optimizer(struct step_runner *runner, const struct step_state *s
         struct adamw_settings settings = optimizer_update_settings(
             runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm,
             row->is_matrix);
-        model->context.ops->adamw(model->weight[i], model->gradient[i], model->moment1[i], model->moment2[i],
-                                  settings, model->packed[i]);
+        model->context.ops->adamw(model->own_weight[i], model->own_gradient[i], model->moment1[i], model->moment2[i],
+                                  settings, model_row_is_whole(model, i) ? model->packed[i] : none);
     }
 }
 
-static int64_t row_count(const struct workspace *w) {
-    return w->batch * w->sequence_length;
+/* Events that move parameters or gradients. */
+static enum status run_transfer(struct step_runner *runner, const struct event *event) {
+    switch (event->kind) {
+    case EVENT_GATHER:
+        return traffic_gather_start(runner->traffic, event->block);
+    case EVENT_GATHERED:
+        return traffic_gather_finish(runner->traffic, event->block);
+    case EVENT_REDUCE:
+        return traffic_reduce_start(runner->traffic, event->block);
+    case EVENT_REDUCED:
+        return traffic_reduce_finish(runner->traffic, event->block);
+    case EVENT_REPLICATE:
+        return traffic_replicate_start(runner->traffic, event->block);
+    case EVENT_REPLICATED:
+        return traffic_replicate_finish(runner->traffic, event->block);
+    default:
+        CHECK(!"a transfer");
+        return STATUS_OK;
+    }
 }
 
 static enum status run_event(struct step_runner *runner, struct step_state *state, const struct event *event) {
@@ -105,8 +209,13 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_LOAD:
         run_load(runner, state, event->micro_batch);
         return STATUS_OK;
-    case EVENT_GATHER: /* every parameter is whole on every rank that this program knows yet */
-        return STATUS_OK;
+    case EVENT_GATHER:
+    case EVENT_GATHERED:
+    case EVENT_REDUCE:
+    case EVENT_REDUCED:
+    case EVENT_REPLICATE:
+    case EVENT_REPLICATED:
+        return run_transfer(runner, event);
     case EVENT_EMBED:
         model_embed_forward(m, w);
         return STATUS_OK;
@@ -125,6 +234,11 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_HEAD:
         model_head(m, w, state->scales.token, true);
         return STATUS_OK;
+    case EVENT_COUNTS:
+        return balance_start(&runner->balance, w, event->block);
+    case EVENT_CLEAR_BLOCK:
+        model_clear_slot(m, event->block);
+        return STATUS_OK;
     case EVENT_RECOMPUTE:
         return block_recompute(m, w, event->block);
     case EVENT_EXCHANGE_BACK_GRAD:
@@ -135,8 +249,7 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EXCHANGE_GRAD:
         return block_dispatch_backward(m, w, event->block);
     case EVENT_ROUTE_GRAD:
-        state->scales = model_loss_scales(m, row_count(w) * runner->micro_batch_count,
-                                          row_count(w) * (event->micro_batch + 1));
+        TRY(balance_finish(&runner->balance, m, w, event->block));
         block_route_backward(m, w, event->block, state->scales.router);
         return STATUS_OK;
     case EVENT_ATTENTION_GRAD:
@@ -145,11 +258,8 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EMBED_GRAD:
         model_embed_backward(m, w);
         return STATUS_OK;
-    case EVENT_REDUCE: /* and so is every gradient */
-        return STATUS_OK;
     case EVENT_GRADIENT_NORM:
-        run_gradient_norm(runner, state);
-        return STATUS_OK;
+        return run_gradient_norm(runner, state);
     case EVENT_OPTIMIZER:
         run_optimizer(runner, state, event->block);
         return STATUS_OK;
@@ -161,10 +271,8 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
 }
 
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) {
-    struct workspace *w = runner->workspace;
-    workspace_shape(w, runner->model, w->options.batch, w->options.sequence_length);
     struct step_state state = {.input = input};
-    state.scales = model_loss_scales(runner->model, row_count(w) * runner->micro_batch_count, 0);
+    state.scales = model_loss_scales(runner->model, step_tokens(runner), 0);
     for (int i = 0; i < runner->schedule.count; i++) {
         const struct event *event = &runner->schedule.events[i];
         for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */

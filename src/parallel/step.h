@@ -1,14 +1,22 @@
-/* Executes one training step: walks the schedule and calls the phases of model/block.h, the collectives and the
- * optimizer. Collective: all ranks of the communicator run the same schedule. */
+/* Executes one training step: walks the schedule and calls the phases of model/block.h, the transfers of
+ * parallel/traffic.h and the optimizer. Collective: all ranks of an island run the same schedule.
+ *
+ * A step's batch is given whole to every rank. Micro-batch m is a stretch of it, the same in every layout, and is divided
+ * over the ranks by sequences, in rank order, as evenly as it goes; with more ranks than sequences some have none and
+ * take part in all that is collective. So a layout changes who computes, not what: losses, gradients and the router's
+ * statistics are those of the whole batch.
+ */
 #pragma once
 
-#include "comm/comm.h"
 #include "model/block.h"
 #include "optim/optimizer.h"
+#include "parallel/balance.h"
+#include "parallel/ranks.h"
 #include "parallel/schedule.h"
+#include "parallel/traffic.h"
 
 struct step_input {
-    const int32_t *tokens;   /* [micro_batch_count * B, T+1], host */
+    const int32_t *tokens;   /* [micro_batch_count * micro_batch_sequences, T+1], host; the same on every rank */
     int64_t step, step_count; /* 1 is the first update */
 };
 
@@ -17,6 +25,14 @@ struct step_result {
     double gradient_norm; /* before clipping */
     double lr;
     bool skipped;         /* the loss or the norm was not finite: weights untouched */
+    int64_t comm_bytes;   /* sent by all ranks since the last step's end was agreed on: one step's worth */
+};
+
+struct step_settings {
+    int micro_batch_count;
+    int64_t micro_batch_sequences; /* over all ranks; 0: as many as the workspace holds */
+    enum dtype gradient_wire;      /* f32 or bf16 */
+    int64_t exchange_limit_bytes;  /* rows that may arrive at once; 0: no limit */
 };
 
 /* Called after every event with the seconds it took; for profiles. */
@@ -28,21 +44,39 @@ struct step_observer {
 struct step_runner {
     struct model *model;
     struct workspace *workspace;
-    struct comm *comm;
+    struct ranks *ranks;
+    struct traffic *traffic;
+    struct balance balance;
     struct schedule schedule;
     const struct optimizer_settings *optimizer;
-    int micro_batch_count;
+    struct step_settings settings;
     int32_t *host_ids;                 /* [S] scratch for EVENT_LOAD */
+    double *sums;                      /* scratch: what the ranks add up at the end of a step */
+    int sum_count;
     struct tensor gradient_square_sum; /* f64 [1] */
+    int64_t agreed_bytes;              /* ranks_sent_bytes when the last step's end was agreed on */
     struct arena arena;
     struct step_observer observer; /* event_done NULL: none */
 };
 
-/* Borrows all pointers until step_runner_release. */
+/* Borrows all pointers until step_runner_release. The model's sharding is that of the ranks' mesh. The workspace holds
+ * at least this rank's sequences of a micro-batch (step_sequences). */
 enum status step_runner_init(struct step_runner *runner, struct model *model, struct workspace *workspace,
-                             struct comm *comm, const struct optimizer_settings *optimizer,
-                             int micro_batch_count) MUST_USE;
+                             struct ranks *ranks, const struct optimizer_settings *optimizer,
+                             struct step_settings settings) MUST_USE;
 void step_runner_release(struct step_runner *runner);
 
-/* One step. A loss or gradient that is not finite leaves the weights as they were and sets result->skipped. */
+/* This rank's sequences of a micro-batch, and the most that any rank has. */
+struct range step_sequences(const struct mesh *mesh, int64_t micro_batch_sequences);
+int64_t step_sequences_most(const struct mesh *mesh, int64_t micro_batch_sequences);
+
+/* How the list of a model on a mesh is written. */
+struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
+                                              int micro_batch_count, bool recompute);
+
+/* After own_weight was written by anything but the optimizer: what this rank computes with follows. Collective. */
+enum status step_refresh(struct step_runner *runner) MUST_USE;
+
+/* One step. A loss or gradient that is not finite leaves the weights as they were and sets result->skipped. After a
+ * failure of a transfer (STATUS_PEER) the ranks may stand at different events: the run is over. */
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) MUST_USE;

@@ -49,6 +49,7 @@ struct training {
     struct model *model;
     struct workspace *workspace;
     struct comm comm;
+    struct ranks ranks;
     struct optimizer_settings optimizer;
     struct step_runner runner;
     int32_t tokens[BATCH * (LENGTH + 1)];
@@ -65,14 +66,17 @@ static void training_init(struct training *t, const struct kernel_ops *ops, enum
     c.num_experts = 6;
     c.moe_intermediate_size = 48;
     assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, LENGTH, true};
+    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, LENGTH, true, sharding_single()};
     struct workspace_options workspace = {BATCH / 2, LENGTH, true, recompute};
     assert_int_equal(model_create(&c, options, &t->model), STATUS_OK);
     assert_int_equal(model_initialize(t->model, 5), STATUS_OK);
     assert_int_equal(workspace_create(t->model, workspace, &t->workspace), STATUS_OK);
     t->comm = comm_self();
+    t->ranks = ranks_single(&t->comm);
     optimizer_settings_init(&t->optimizer);
-    assert_int_equal(step_runner_init(&t->runner, t->model, t->workspace, &t->comm, &t->optimizer, 2), STATUS_OK);
+    assert_int_equal(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &t->optimizer,
+                                      (struct step_settings){.micro_batch_count = 2}),
+                     STATUS_OK);
 }
 
 static void training_release(struct training *t) {

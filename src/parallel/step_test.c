@@ -15,6 +15,7 @@ struct bench {
     struct model *model;
     struct workspace *workspace;
     struct comm comm;
+    struct ranks ranks;
     struct optimizer_settings optimizer;
     struct step_runner runner;
     int32_t tokens[BATCH * (LENGTH + 1)];
@@ -33,16 +34,18 @@ static void bench_init(struct bench *b, int64_t experts, int micro_batches, bool
     c.moe_intermediate_size = 6;
     c.initializer_range = 0.2;
     assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true};
+    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true, sharding_single()};
     assert_int_equal(model_create(&c, options, &b->model), STATUS_OK);
     assert_int_equal(model_initialize(b->model, 11), STATUS_OK);
     struct workspace_options workspace = {BATCH / micro_batches, LENGTH, true, recompute};
     assert_int_equal(workspace_create(b->model, workspace, &b->workspace), STATUS_OK);
     b->comm = comm_self();
+    b->ranks = ranks_single(&b->comm);
     optimizer_settings_init(&b->optimizer);
     b->optimizer.warmup_steps = 0;
     b->optimizer.lr = 1e-2;
-    assert_int_equal(step_runner_init(&b->runner, b->model, b->workspace, &b->comm, &b->optimizer, micro_batches),
+    assert_int_equal(step_runner_init(&b->runner, b->model, b->workspace, &b->ranks, &b->optimizer,
+                                      (struct step_settings){.micro_batch_count = micro_batches}),
                      STATUS_OK);
     for (int i = 0; i < BATCH * (LENGTH + 1); i++)
         b->tokens[i] = (int32_t)(random_bits(2, 3, (uint64_t)i) % VOCAB);

@@ -8,55 +8,61 @@ static int64_t stat_count(const struct model *model) {
     return 2 + 2 * model->config.num_experts;
 }
 
-static enum status run_windows(const struct model *model, struct workspace *w, const int32_t *tokens, int64_t batch,
-                               int64_t length) {
+/* Windows side by side in memory: inputs and targets are one array shifted by one. */
+static enum status run_windows(const struct model *model, struct workspace *w, struct traffic *traffic,
+                               const int32_t *tokens, int64_t batch, int64_t length) {
     size_t bytes = (size_t)(batch * length) * sizeof *tokens;
     workspace_shape(w, model, batch, length);
     model->device->copy_from_host(w->ids.data, tokens, bytes);
     model->device->copy_from_host(w->targets.data, tokens + 1, bytes);
-    model_embed_forward(model, w);
-    for (int block = 0; block < w->block_count; block++)
-        TRY(block_forward(model, w, block, NULL, true));
-    model_head(model, w, 1, false);
-    return STATUS_OK;
+    return pass_forward(model, w, traffic);
 }
 
-static enum status collect(const struct model *model, struct workspace *w, int64_t predicted,
-                           struct evaluation *evaluation) {
-    double loss_sum;
-    model->device->copy_to_host(&loss_sum, w->loss_sum.data, sizeof loss_sum);
-    evaluation->loss_sum += loss_sum;
-    evaluation->token_count += predicted;
-    if (!tensor_exists(w->all_stats))
-        return STATUS_OK;
-    size_t count = (size_t)(w->block_count * stat_count(model));
-    if (!evaluation->stats)
-        TRY(memory_alloc(&evaluation->stats, count, sizeof *evaluation->stats));
-    double *fresh;
-    TRY(memory_alloc(&fresh, count, sizeof *fresh));
-    model->device->copy_to_host(fresh, w->all_stats.data, count * sizeof *fresh);
-    for (size_t i = 0; i < count; i++)
-        evaluation->stats[i] += fresh[i];
-    free(fresh);
-    return STATUS_OK;
-}
-
-enum status evaluate_tokens(const struct model *model, struct workspace *w, const int32_t *tokens, int64_t count,
-                            struct evaluation *evaluation) {
-    int64_t length = w->options.sequence_length, batch = w->options.batch;
-    workspace_shape(w, model, batch, length);
-    model_clear_sums(model, w);
-    int64_t done = 0;
-    while (count - 1 - done > 0) { /* windows side by side in memory: inputs and targets are one array shifted by one */
-        int64_t left = count - 1 - done;
-        int64_t rows = left / length < batch ? left / length : batch;
-        int64_t window = rows > 0 ? length : left;
-        if (rows == 0)
-            rows = 1;
-        TRY(run_windows(model, w, tokens + done, rows, window));
-        done += rows * window;
+/* Whole windows, as many at a time as the ranks hold together; then the last, shorter one on the first rank. */
+static enum status run_all_windows(const struct model *model, struct workspace *w, struct traffic *traffic,
+                                   const int32_t *tokens, int64_t count) {
+    const struct comm *comm = traffic ? traffic_batch_comm(traffic) : NULL;
+    int ranks = comm ? comm->size : 1, rank = comm ? comm->rank : 0;
+    int64_t length = w->options.sequence_length, done = 0;
+    for (int64_t windows = (count - 1) / length; windows > 0;) {
+        int64_t now = windows < ranks * w->options.batch ? windows : ranks * w->options.batch;
+        struct range mine = range_part(now, ranks, rank);
+        TRY(run_windows(model, w, traffic, tokens + done + mine.begin * length, range_count(mine), length));
+        windows -= now;
+        done += now * length;
     }
-    return collect(model, w, done, evaluation);
+    int64_t left = count - 1 - done;
+    return left > 0 ? run_windows(model, w, traffic, tokens + done, rank == 0, left) : STATUS_OK;
+}
+
+/* Loss and statistics of this rank's windows, summed over the ranks. */
+static enum status collect(const struct model *model, struct workspace *w, struct traffic *traffic, int64_t predicted,
+                           struct evaluation *evaluation) {
+    size_t stats = tensor_exists(w->all_stats) ? (size_t)(w->block_count * stat_count(model)) : 0;
+    double *sums;
+    if (stats && !evaluation->stats)
+        TRY(memory_alloc(&evaluation->stats, stats, sizeof *evaluation->stats));
+    TRY(memory_alloc(&sums, 1 + stats, sizeof *sums));
+    model->device->copy_to_host(sums, w->loss_sum.data, sizeof *sums);
+    if (stats)
+        model->device->copy_to_host(sums + 1, w->all_stats.data, stats * sizeof *sums);
+    enum status status = STATUS_OK;
+    if (traffic)
+        status = comm_sum_f64(traffic_batch_comm(traffic), sums, 1 + (int)stats);
+    evaluation->loss_sum += sums[0];
+    evaluation->token_count += predicted;
+    for (size_t i = 0; i < stats; i++)
+        evaluation->stats[i] += sums[1 + i];
+    free(sums);
+    return status;
+}
+
+enum status evaluate_tokens(const struct model *model, struct workspace *w, struct traffic *traffic,
+                            const int32_t *tokens, int64_t count, struct evaluation *evaluation) {
+    workspace_shape(w, model, w->options.batch, w->options.sequence_length);
+    model_clear_sums(model, w);
+    TRY(run_all_windows(model, w, traffic, tokens, count));
+    return collect(model, w, traffic, count > 1 ? count - 1 : 0, evaluation);
 }
 
 double evaluation_loss(const struct evaluation *evaluation) {

@@ -1,7 +1,7 @@
 /* Held-out loss: how surprised a model is by tokens it was not trained on. */
 #pragma once
 
-#include "model/block.h"
+#include "parallel/pass.h"
 
 struct evaluation {
     int64_t token_count; /* predicted tokens */
@@ -11,9 +11,10 @@ struct evaluation {
 
 /* Every token after the first is predicted once, in windows of the workspace's sequence length that follow one another,
  * each with the tokens before it in its window as context; the first token is context only. tokens: host, [count] in
- * 0..V-1. Adds to *evaluation; start from a zeroed struct. */
-enum status evaluate_tokens(const struct model *model, struct workspace *workspace, const int32_t *tokens,
-                            int64_t count, struct evaluation *evaluation) MUST_USE;
+ * 0..V-1. Adds to *evaluation; start from a zeroed struct. Collective with `traffic`: ranks share the windows, and all get the
+ * sums; NULL: one process. */
+enum status evaluate_tokens(const struct model *model, struct workspace *workspace, struct traffic *traffic,
+                            const int32_t *tokens, int64_t count, struct evaluation *evaluation) MUST_USE;
 
 double evaluation_loss(const struct evaluation *evaluation); /* nats per token; NaN where nothing was predicted */
 /* byte_count: bytes of the text that the predicted tokens stand for. */

@@ -17,6 +17,7 @@ struct run {
     struct model *model;
     struct workspace *workspace;
     struct comm comm;
+    struct ranks ranks;
     struct optimizer_settings optimizer;
     struct step_runner runner;
     struct profile profile;
@@ -26,6 +27,7 @@ struct run {
 static void run_init(struct run *r) {
     struct model_config c;
     *r = (struct run){.comm = comm_self()};
+    r->ranks = ranks_single(&r->comm);
     model_config_init(&c);
     c.vocab_size = 31;
     c.hidden_size = 8;
@@ -35,13 +37,14 @@ static void run_init(struct run *r) {
     c.num_experts = 4;
     c.moe_intermediate_size = 6;
     assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true};
+    struct model_options options = {kernels_ref(), device_cpu(), DTYPE_F64, DTYPE_F64, LENGTH, true, sharding_single()};
     assert_int_equal(model_create(&c, options, &r->model), STATUS_OK);
     assert_int_equal(model_initialize(r->model, 11), STATUS_OK);
     struct workspace_options workspace = {BATCH / MICRO_BATCHES, LENGTH, true, false};
     assert_int_equal(workspace_create(r->model, workspace, &r->workspace), STATUS_OK);
     optimizer_settings_init(&r->optimizer);
-    assert_int_equal(step_runner_init(&r->runner, r->model, r->workspace, &r->comm, &r->optimizer, MICRO_BATCHES),
+    assert_int_equal(step_runner_init(&r->runner, r->model, r->workspace, &r->ranks, &r->optimizer,
+                                      (struct step_settings){.micro_batch_count = MICRO_BATCHES}),
                      STATUS_OK);
 }
 
@@ -108,9 +111,10 @@ static void test_table(void **state) {
     assert_non_null(strstr(table.data, "experts                     4     125.00   25.0%       1.6 GFLOP/s    20.0%"));
     assert_non_null(strstr(table.data, "optimizer                   3     250.00   50.0%       2.0 GB/s       50.0%"));
     for (int kind = 0; kind < EVENT_KIND_COUNT; kind++)
-        if (kind != EVENT_RECOMPUTE)
+        if (p->events[kind].calls > 0)
             assert_non_null(strstr(table.data, event_kind_name((enum event_kind)kind)));
     assert_null(strstr(table.data, "recompute"));
+    assert_null(strstr(table.data, "gather")); /* one process: nothing is divided */
     text_release(&table);
     run_release(&r);
 }

@@ -92,7 +92,7 @@ static enum status write_metrics(struct train_report *report, const struct train
     json_object_set_new(object, "flops_share", metrics_number(figures->roof_share));
     if (health->blocks)
         add_health(object, report, health);
-    json_object_set_new(object, "comm_bytes", json_integer(0)); /* one process: nothing is sent */
+    json_object_set_new(object, "comm_bytes", json_integer(result->comm_bytes));
     json_object_set_new(object, "outer_bytes", json_integer(0));
     return metrics_file_add(&report->metrics, object);
 }
@@ -121,7 +121,6 @@ enum status train_report_step(struct train_report *report, const struct workspac
     figures.roof_share = figures.tokens_per_s *
                          model_train_operations_per_token(&c->model, c->train.sequence_length) /
                          report->roof_operations_per_s;
-    report->step_seconds += seconds;
     enum status status = write_metrics(report, state, result, &figures, &health);
     if (status == STATUS_OK)
         status = write_board(report, state->step, result, &figures, &health);

@@ -12,7 +12,6 @@ struct train_report {
     const struct run_config *config;
     const struct model *model;
     double roof_operations_per_s;
-    double step_seconds; /* spent in steps so far, evaluations and saves left out */
     struct metrics_file metrics;
     struct tensorboard tensorboard;
     struct progress progress;

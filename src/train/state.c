@@ -7,10 +7,11 @@
 #include "checkpoint/weights.h"
 #include "data/tokenizer.h"
 #include "model/names.h"
+#include "train/gathered.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20 };
+enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20, PATH_BYTES = 4096 };
 
 /* ---- saving ------------------------------------------------------------------------------------------------------------ */
 
@@ -49,17 +50,6 @@ static enum status write_state(const char *directory, const struct train_state *
                                 "sequences", (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens));
 }
 
-static enum status write_weights(const char *directory, const struct model *model) {
-    struct named_tensor *items;
-    int count;
-    TRY(model_name_tensors(model, model->weight, "", &items, &count));
-    char *path = path_join(directory, "model.safetensors");
-    enum status status = safetensors_write(path, items, count, model->device);
-    free(path);
-    free(items);
-    return status;
-}
-
 /* Both moments in one list, each name after "m." or "v.". */
 static enum status name_moments(const struct model *model, struct named_tensor **items, int *count) {
     struct named_tensor *second;
@@ -72,17 +62,6 @@ static enum status name_moments(const struct model *model, struct named_tensor *
         *count *= 2;
         free(second);
     }
-    return status;
-}
-
-static enum status write_moments(const char *directory, const struct model *model) {
-    struct named_tensor *items;
-    int count;
-    TRY(name_moments(model, &items, &count));
-    char *path = path_join(directory, "training/optimizer.safetensors");
-    enum status status = safetensors_write(path, items, count, model->device);
-    free(path);
-    free(items);
     return status;
 }
 
@@ -103,26 +82,56 @@ static enum status write_tokenizer(const char *directory, const struct checkpoin
     return status;
 }
 
-static enum status write_all(const char *directory, const struct checkpoint_sources *sources) {
+/* Everything but tensors. */
+static enum status write_small_files(const char *directory, const struct checkpoint_sources *sources) {
     TRY(write_config(directory, sources));
     TRY(write_generation_config(directory, tokenizer_end_of_text(sources->tokenizer)));
     TRY(write_tokenizer(directory, sources));
-    TRY(write_weights(directory, sources->model));
     TRY(copy_file(sources->config_path, directory, "training/config.ini"));
-    TRY(write_state(directory, &sources->state));
-    return write_moments(directory, sources->model);
+    return write_state(directory, &sources->state);
 }
 
+/* Collective; `directory` is rank 0's draft. */
+static enum status write_tensors(const char *directory, const struct checkpoint_sources *sources) {
+    const struct model *model = sources->model;
+    const struct gathered_array weights[] = {{model->own_weight, ""}};
+    const struct gathered_array moments[] = {{model->moment1, "m."}, {model->moment2, "v."}};
+    char *weights_path = path_join(directory, "model.safetensors");
+    char *moments_path = path_join(directory, "training/optimizer.safetensors");
+    enum status status = gathered_write(weights_path, model, sources->ranks, weights, 1);
+    if (status == STATUS_OK)
+        status = gathered_write(moments_path, model, sources->ranks, moments, 2);
+    free(weights_path);
+    free(moments_path);
+    return status;
+}
+
+/* Between two agreements no rank leaves alone; only rank 0 has a draft. */
 enum status checkpoint_save(const struct checkpoint_sources *sources) {
-    struct checkpoint_draft draft;
-    TRY(checkpoint_begin(&draft, sources->checkpoints_directory, sources->state.step));
-    enum status status = write_all(draft.path, sources);
+    struct checkpoint_draft draft = {0};
+    struct comm *world = sources->ranks->world;
+    bool writes = world->rank == 0, has_draft = false;
+    enum status status = STATUS_OK;
+    if (writes) {
+        status = checkpoint_begin(&draft, sources->checkpoints_directory, sources->state.step);
+        has_draft = status == STATUS_OK;
+        if (has_draft)
+            status = write_small_files(draft.path, sources);
+    }
+    status = comm_agree(world, status);
+    if (status == STATUS_OK)
+        status = write_tensors(writes ? draft.path : "", sources);
     if (status != STATUS_OK) {
-        checkpoint_abandon(&draft);
+        if (has_draft)
+            checkpoint_abandon(&draft);
         return status;
     }
-    TRY(checkpoint_commit(&draft));
-    return checkpoint_keep(sources->checkpoints_directory, sources->keep);
+    if (writes) {
+        status = checkpoint_commit(&draft);
+        if (status == STATUS_OK)
+            status = checkpoint_keep(sources->checkpoints_directory, sources->keep);
+    }
+    return comm_agree(world, status);
 }
 
 /* ---- resuming ------------------------------------------------------------------------------------------------------------ */
@@ -160,7 +169,7 @@ static enum status read_all(const char *directory, struct model *model, struct t
     struct named_tensor *items;
     int count;
     TRY(read_state(directory, state));
-    TRY(model_name_tensors(model, model->weight, "", &items, &count));
+    TRY(model_name_tensors(model, model->own_weight, "", &items, &count));
     TRY(read_tensors(directory, "model.safetensors", items, count, model->device));
     TRY(name_moments(model, &items, &count));
     TRY(read_tensors(directory, "training/optimizer.safetensors", items, count, model->device));
@@ -168,18 +177,35 @@ static enum status read_all(const char *directory, struct model *model, struct t
     return STATUS_OK;
 }
 
-enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct train_state *state,
-                              bool *found) {
-    char *path;
+/* Rank 0 looks for the newest that verifies; *path is empty on all ranks where there is none. */
+static enum status find_latest(const char *checkpoints_directory, struct comm *world, char path[PATH_BYTES]) {
+    enum status status = STATUS_OK;
+    char *found = NULL;
     int64_t step;
-    enum status status = checkpoint_latest(checkpoints_directory, &path, &step);
-    *found = status == STATUS_OK;
-    if (status == STATUS_NOT_FOUND)
+    memset(path, 0, PATH_BYTES);
+    if (world->rank == 0) {
+        status = checkpoint_latest(checkpoints_directory, &found, &step);
+        if (status == STATUS_OK && strlen(found) >= PATH_BYTES)
+            status = status_fail(STATUS_USAGE, "%s: this path is too long", found);
+        if (status == STATUS_OK)
+            strcpy(path, found);
+        else if (status == STATUS_NOT_FOUND)
+            status = STATUS_OK;
+    }
+    free(found);
+    TRY(comm_agree(world, status));
+    return comm_broadcast(world, path, PATH_BYTES);
+}
+
+enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
+                              struct train_state *state, bool *found) {
+    char path[PATH_BYTES];
+    TRY(find_latest(checkpoints_directory, ranks->world, path));
+    *found = *path != '\0';
+    if (!*found)
         return STATUS_OK;
-    TRY(status);
-    status = read_all(path, model, state);
+    enum status status = comm_agree(ranks->world, read_all(path, model, state));
     if (status == STATUS_OK)
         log_info("resume  from %s", path);
-    free(path);
     return status;
 }

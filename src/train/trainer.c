@@ -8,6 +8,7 @@
 #include "data/corpus.h"
 #include "data/loader.h"
 #include "data/tokenizer.h"
+#include "train/agreement.h"
 #include "train/evaluate.h"
 #include "train/profile.h"
 #include "train/report.h"
@@ -24,24 +25,29 @@
  *     between steps, so that what it holds is always such a pair.
  *  2. The loader's order is a function of the seed and the cursor; nothing else about it needs saving.
  *  3. Evaluation and samples change neither weights, nor moments, nor the cursor.
+ *  4. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
+ *     signal, a time that was measured) is agreed on before anybody acts on it.
  */
 struct trainer {
     struct run_config *config;
     struct train_hooks hooks;
+    struct train_world world;
+    struct ranks ranks;
+    struct sharding sharding;
     struct corpus corpus;
     struct tokenizer *tokenizer;
     struct loader *loader;
     struct model *model;
     struct workspace *workspace;
-    struct comm comm;
     struct step_runner runner;
     struct train_state state;
     struct train_report report;
     struct profile profile; /* zeroed without hooks.profile */
     int32_t *tokens; /* [batch_sequences, T+1] */
     char *checkpoints, *samples_path;
-    double roof_operations_per_s;
+    double roof_operations_per_s, step_seconds;
     int skipped_in_a_row;
+    bool stopping; /* some rank was asked to stop: agreed on */
 };
 
 enum { SKIPPED_STEPS_MAX = 3, PROBE_STEPS = 4 };
@@ -63,11 +69,14 @@ static void watch_signals(void) {
 
 /* ---- setting up ---------------------------------------------------------------------------------------------------- */
 
-static enum status open_data(struct trainer *t) {
+static bool is_first(const struct trainer *t) {
+    return t->world.comm->rank == 0;
+}
+
+static enum status prepare_data(struct trainer *t, const char *directory) {
     struct run_config *c = t->config;
     if (!*c->data.train)
         return status_fail(STATUS_USAGE, "data.train is not set; name the text to learn from: --data.train 'texts/*.txt'");
-    char *directory = run_directory_path(c, "data");
     struct corpus_options options = {.train_patterns = c->data.train,
                                      .valid_patterns = *c->data.valid ? c->data.valid : NULL,
                                      .tokenizer_path = *c->data.tokenizer ? c->data.tokenizer : NULL,
@@ -77,10 +86,17 @@ static enum status open_data(struct trainer *t) {
     bool reused;
     enum status status = corpus_prepare(&options, &reused);
     memory_return_freed();
-    if (status == STATUS_OK)
-        status = corpus_open(&t->corpus, directory);
-    free(directory);
     return status;
+}
+
+/* Rank 0 turns text into tokens; all read them. */
+static enum status open_data(struct trainer *t) {
+    char *directory = run_directory_path(t->config, "data");
+    enum status status = comm_agree(t->world.comm, is_first(t) ? prepare_data(t, directory) : STATUS_OK);
+    if (status == STATUS_OK)
+        status = comm_agree(t->world.comm, corpus_open(&t->corpus, directory));
+    free(directory);
+    return status == STATUS_OK ? agreement_data(t->world.comm, &t->corpus) : status;
 }
 
 static enum status check_vocabulary(struct run_config *config, int64_t tokenizer_size) {
@@ -102,25 +118,29 @@ static enum status open_loader(struct trainer *t, int64_t first_sequence, struct
                        t->config->train.batch_sequences, (uint64_t)t->config->train.seed, first_sequence);
 }
 
-static struct model_options model_options_from(const struct run_config *c, const struct kernel_ops *ops) {
-    return (struct model_options){ops, device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length, true};
+static struct model_options model_options_from(const struct run_config *c, const struct kernel_ops *ops,
+                                               struct sharding sharding) {
+    return (struct model_options){
+        ops, device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length, true, sharding};
 }
 
-static struct workspace_options workspace_options_from(const struct run_config *c) {
-    return (struct workspace_options){c->train.micro_batch_sequences, c->train.sequence_length, true,
-                                      c->train.recompute == RECOMPUTE_BLOCK};
+static struct workspace_options workspace_options_from(const struct run_config *c, const struct mesh *mesh) {
+    return (struct workspace_options){step_sequences_most(mesh, c->train.micro_batch_sequences),
+                                      c->train.sequence_length, true, c->train.recompute == RECOMPUTE_BLOCK};
+}
+
+static struct step_settings step_settings_from(const struct run_config *c) {
+    return (struct step_settings){(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
+                                  c->train.micro_batch_sequences, DTYPE_F32, 0};
 }
 
 static enum status create_model(struct trainer *t) {
     struct run_config *c = t->config;
     const struct kernel_ops *ops;
     TRY(kernels_choose(c->run.kernels, &ops));
-    c->train.precision = run_config_compute(c) == DTYPE_BF16 ? PRECISION_BF16 : PRECISION_FP32;
-    TRY(model_create(&c->model, model_options_from(c, ops), &t->model));
-    TRY(workspace_create(t->model, workspace_options_from(c), &t->workspace));
-    t->comm = comm_self();
-    TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->comm, &c->optim,
-                         (int)(c->train.batch_sequences / c->train.micro_batch_sequences)));
+    TRY(model_create(&c->model, model_options_from(c, ops, t->sharding), &t->model));
+    TRY(workspace_create(t->model, workspace_options_from(c, &t->sharding.mesh), &t->workspace));
+    TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, step_settings_from(c)));
     size_t token_count = (size_t)(c->train.batch_sequences * (c->train.sequence_length + 1));
     return memory_alloc(&t->tokens, token_count, sizeof *t->tokens);
 }
@@ -139,13 +159,19 @@ static enum status start_fresh(struct trainer *t) {
     return model_initialize(t->model, (uint64_t)t->config->train.seed);
 }
 
+/* What ranks compute with follows what they own. */
+static enum status agree_and_refresh(struct trainer *t, enum status status) {
+    TRY(comm_agree(t->world.comm, status));
+    return step_refresh(&t->runner);
+}
+
 /* How many steps fit the target: a few are run on the first batch, timed, and undone. */
 static enum status measure_steps(struct trainer *t) {
     struct loader *loader;
     TRY(open_loader(t, 0, &loader));
     enum status status = loader_next(loader, t->tokens);
     loader_close(loader);
-    TRY(status);
+    TRY(comm_agree(t->world.comm, status));
     double fastest = INFINITY;
     for (int i = 1; i <= PROBE_STEPS; i++) {
         struct step_result result;
@@ -154,20 +180,20 @@ static enum status measure_steps(struct trainer *t) {
         if (i > 1) /* the first one warms caches and libraries */
             fastest = fmin(fastest, clock_seconds() - begin);
     }
+    TRY(comm_broadcast(t->world.comm, &fastest, sizeof fastest));
     int64_t steps = (int64_t)(t->config->train.target_minutes * 60 / fastest);
     t->config->train.steps = steps < 10 ? 10 : steps / 10 * 10;
     log_info("speed   %.0f ms a step: %lld steps fit %g minutes", 1e3 * fastest, (long long)t->config->train.steps,
              t->config->train.target_minutes);
-    return start_fresh(t);
+    return agree_and_refresh(t, start_fresh(t));
 }
 
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
-    TRY(checkpoint_resume(t->checkpoints, t->model, &t->state, resumed));
-    if (!*resumed)
-        TRY(start_fresh(t));
+    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, resumed));
+    TRY(agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t)));
     if (t->config->train.steps == 0)
         TRY(measure_steps(t));
-    return run_directory_write_config(t->config);
+    return comm_agree(t->world.comm, is_first(t) ? run_directory_write_config(t->config) : STATUS_OK);
 }
 
 static void describe(const struct trainer *t) {
@@ -186,22 +212,41 @@ static void describe(const struct trainer *t) {
              text_bytes(bytes, (double)(t->model->memory.total + t->workspace->memory.total)));
 }
 
+/* Of all ranks together, each measured while the others are, too. */
+static enum status measure_roof(struct trainer *t) {
+    t->roof_operations_per_s = roof_multiply(t->model->context.ops, t->model->context.compute, 0.2);
+    return comm_sum_f64(t->world.comm, &t->roof_operations_per_s, 1);
+}
+
+static enum status choose_layout(struct trainer *t) {
+    struct comm *world = t->world.comm;
+    const int size[MESH_AXIS_COUNT] = {1, 1, world->size, 1};
+    t->sharding = (struct sharding){mesh_make(size, world->rank), 3};
+    return ranks_open(&t->ranks, &t->sharding.mesh, world);
+}
+
 static enum status set_up(struct trainer *t, struct train_summary *summary) {
     struct run_config *c = t->config;
-    threads_set_count((int)c->run.threads);
-    TRY(run_directory_open(c));
+    struct comm *world = t->world.comm;
+    threads_set_count(c->run.threads > 0 ? (int)c->run.threads : t->world.threads);
+    if (!is_first(t))
+        log_set_level(LOG_QUIET);
+    TRY(agreement_settings(world, c));
+    TRY(choose_layout(t));
     t->checkpoints = run_directory_path(c, "checkpoints");
     t->samples_path = run_directory_path(c, "samples.txt");
     TRY(open_data(t));
-    TRY(open_tokenizer(t));
-    TRY(create_model(t));
-    t->roof_operations_per_s = roof_multiply(t->model->context.ops, t->model->context.compute, 0.2);
+    TRY(comm_agree(world, open_tokenizer(t)));
+    TRY(comm_agree(world, create_model(t)));
+    TRY(measure_roof(t));
     describe(t);
     TRY(start_or_resume(t, &summary->resumed));
-    TRY(open_loader(t, t->state.sequences, &t->loader));
-    if (t->hooks.profile)
-        TRY(profile_init(&t->profile, &t->runner, true));
-    return train_report_open(&t->report, c, t->model, t->state.step, t->roof_operations_per_s);
+    enum status status = open_loader(t, t->state.sequences, &t->loader);
+    if (status == STATUS_OK && t->hooks.profile)
+        status = profile_init(&t->profile, &t->runner, is_first(t));
+    if (status == STATUS_OK && is_first(t))
+        status = train_report_open(&t->report, c, t->model, t->state.step, t->roof_operations_per_s);
+    return comm_agree(world, status);
 }
 
 static void tear_down(struct trainer *t) {
@@ -213,6 +258,7 @@ static void tear_down(struct trainer *t) {
     model_destroy(t->model);
     tokenizer_destroy(t->tokenizer);
     corpus_close(&t->corpus);
+    ranks_close(&t->ranks);
     free(t->tokens);
     free(t->checkpoints);
     free(t->samples_path);
@@ -223,8 +269,9 @@ static void tear_down(struct trainer *t) {
 static enum status save(struct trainer *t) {
     char *config_path = run_directory_path(t->config, "config.ini");
     struct checkpoint_sources sources = {t->checkpoints, t->corpus.tokenizer_path, config_path, t->model,
-                                         t->tokenizer,   t->state,                 t->config->checkpoint.keep};
-    enum status status = comm_agree(&t->comm, checkpoint_save(&sources));
+                                         &t->ranks,      t->tokenizer,             t->state,
+                                         t->config->checkpoint.keep};
+    enum status status = checkpoint_save(&sources);
     free(config_path);
     return status;
 }
@@ -259,7 +306,7 @@ static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, str
         if (status != STATUS_OK)
             break;
         token_shard_copy(&split->shard, document->first_token, count, tokens);
-        status = evaluate_tokens(t->model, t->workspace, tokens, count, &evaluation);
+        status = evaluate_tokens(t->model, t->workspace, t->runner.traffic, tokens, count, &evaluation);
         bytes += bytes_of_tokens(t, document, tokens, count);
         free(tokens);
     }
@@ -270,7 +317,7 @@ static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, str
 }
 
 static enum status add_sample(struct trainer *t) {
-    if (!t->hooks.write_sample)
+    if (!t->hooks.write_sample || t->world.comm->size > 1) /* no rank has the whole model */
         return STATUS_OK;
     struct text passage = {0};
     text_printf(&passage, "== step %lld\n", (long long)t->state.step);
@@ -292,14 +339,25 @@ static bool is_due(int64_t step, int64_t every) {
     return every > 0 && step % every == 0;
 }
 
+/* A signal reaches one rank or some; all save and leave after the same step. */
+static enum status agree_on_stopping(struct trainer *t) {
+    double asked = stop_requested;
+    TRY(comm_sum_f64(t->world.comm, &asked, 1));
+    t->stopping = asked > 0;
+    return STATUS_OK;
+}
+
 static enum status after_step(struct trainer *t, struct train_summary *summary) {
     const struct run_config *c = t->config;
     int64_t step = t->state.step;
     bool last = step == c->train.steps;
+    enum status status = STATUS_OK;
     double begin = clock_seconds();
     if (last || is_due(step, c->train.eval_every_steps)) {
         TRY(evaluate_held_out(t, last ? 0 : c->train.eval_tokens, summary));
-        TRY(train_report_evaluation(&t->report, step, summary->valid_loss, summary->valid_bits_per_byte));
+        if (is_first(t))
+            status = train_report_evaluation(&t->report, step, summary->valid_loss, summary->valid_bits_per_byte);
+        TRY(comm_agree(t->world.comm, status));
         profile_note(&t->profile, SPAN_EVALUATION, begin);
     }
     begin = clock_seconds();
@@ -307,8 +365,9 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
         TRY(add_sample(t));
         profile_note(&t->profile, SPAN_SAMPLE, begin);
     }
+    TRY(agree_on_stopping(t));
     begin = clock_seconds();
-    if (last || stop_requested || is_due(step, c->checkpoint.every_steps)) {
+    if (last || t->stopping || is_due(step, c->checkpoint.every_steps)) {
         TRY(save(t));
         profile_note(&t->profile, SPAN_CHECKPOINT, begin);
     }
@@ -331,7 +390,7 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     struct step_result result;
     profile_begin_step(&t->profile, t->state.step + 1);
     double begin = clock_seconds();
-    TRY(loader_next(t->loader, t->tokens));
+    TRY(comm_agree(t->world.comm, loader_next(t->loader, t->tokens)));
     profile_note(&t->profile, SPAN_DATA, begin);
     TRY(step_run(&t->runner, (struct step_input){t->tokens, t->state.step + 1, c->train.steps}, &result));
     double seconds = clock_seconds() - begin;
@@ -344,7 +403,11 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     else
         t->skipped_in_a_row = 0;
     begin = clock_seconds();
-    TRY(train_report_step(&t->report, t->workspace, &t->state, &result, seconds));
+    enum status status = STATUS_OK;
+    if (is_first(t))
+        status = train_report_step(&t->report, t->workspace, &t->state, &result, seconds);
+    t->step_seconds += seconds;
+    TRY(comm_agree(t->world.comm, status));
     profile_note(&t->profile, SPAN_REPORT, begin);
     return after_step(t, summary);
 }
@@ -354,13 +417,13 @@ static void finish_summary(const struct trainer *t, double seconds, int64_t firs
     summary->step_count = t->config->train.steps;
     summary->tokens = t->state.tokens;
     summary->seconds = seconds;
-    summary->tokens_per_s = t->report.step_seconds > 0 ? (double)(t->state.tokens - first_token) / t->report.step_seconds : 0;
+    summary->tokens_per_s = t->step_seconds > 0 ? (double)(t->state.tokens - first_token) / t->step_seconds : 0;
     summary->roof_share = summary->tokens_per_s *
                           model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
                           t->roof_operations_per_s;
     summary->peak_bytes = (double)memory_peak_bytes();
     summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total + TRAIN_PROCESS_BYTES);
-    summary->interrupted = stop_requested && t->state.step < t->config->train.steps;
+    summary->interrupted = t->stopping && t->state.step < t->config->train.steps;
 }
 
 static void show_lines(char *lines) {
@@ -398,30 +461,32 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
     int64_t first_token = t->state.tokens;
     double begin = clock_seconds();
     enum status status = STATUS_OK;
-    while (status == STATUS_OK && t->state.step < t->config->train.steps && !stop_requested)
+    while (status == STATUS_OK && t->state.step < t->config->train.steps && !t->stopping)
         status = run_step(t, summary);
     finish_summary(t, clock_seconds() - begin, first_token, summary);
-    if (t->hooks.profile && status == STATUS_OK)
+    if (t->hooks.profile && status == STATUS_OK && is_first(t))
         status = finish_profile(t);
     return status;
 }
 
-enum status train_run(struct run_config *config, struct train_hooks hooks, struct train_summary *summary) {
-    struct trainer trainer = {.config = config, .hooks = hooks};
+enum status train_run(struct run_config *config, struct train_world world, struct train_hooks hooks,
+                      struct train_summary *summary) {
+    struct trainer trainer = {.config = config, .world = world, .hooks = hooks};
     *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
     enum status status = run_all(&trainer, summary);
     tear_down(&trainer);
     return status;
 }
 
-enum status train_dry_run(struct run_config *config, struct text *out) {
+enum status train_dry_run(struct run_config *config, int rank_count, struct text *out) {
+    (void)rank_count;
     if (config->model.vocab_size == 0)
         config->model.vocab_size = config->data.vocab_size;
     struct schedule schedule;
     struct schedule_options options = {
-        (int)config->model.num_hidden_layers,
-        (int)(config->train.batch_sequences / config->train.micro_batch_sequences),
-        config->train.recompute == RECOMPUTE_BLOCK};
+        .block_count = (int)config->model.num_hidden_layers,
+        .micro_batch_count = (int)(config->train.batch_sequences / config->train.micro_batch_sequences),
+        .recompute = config->train.recompute == RECOMPUTE_BLOCK};
     TRY(schedule_build(&schedule, options));
     schedule_print(&schedule, out);
     schedule_release(&schedule);

@@ -20,18 +20,28 @@ struct train_hooks {
  * kernels, the mapped text. Measured: 25 MiB for the smallest models to 45 MiB. */
 enum { TRAIN_PROCESS_BYTES = 40 << 20 };
 
+/* Who trains: the communicator of all ranks (comm_self for one process), and this rank's share of the processors. */
+struct train_world {
+    struct comm *comm;
+    int threads; /* where run.threads is 0; 0: one for each processor */
+};
+
 /* How a run ended. */
 struct train_summary {
     int64_t step, step_count, tokens;
     bool resumed, interrupted;
     double valid_loss, valid_bits_per_byte; /* NaN when never evaluated */
     double seconds, tokens_per_s, roof_share;
-    double peak_bytes, planned_bytes;
+    double peak_bytes, planned_bytes; /* of this rank */
 };
 
-/* Train until config->train.steps, or until the first SIGINT or SIGTERM, which finishes the step and saves; a second one
- * ends the process. Resumes where run.directory has a checkpoint. config is completed (steps, vocabulary, precision). */
-enum status train_run(struct run_config *config, struct train_hooks hooks, struct train_summary *summary) MUST_USE;
+/* Collective. Train until config->train.steps, or until the first SIGINT or SIGTERM that reaches any rank, which finishes
+ * the step and saves; a second one ends the process. Resumes where run.directory has a checkpoint, whatever layout wrote
+ * it. config is completed (steps, vocabulary, precision, layout). Rank 0 alone writes files and lines; what fails on one
+ * rank is an error on all. After STATUS_PEER a rank is gone, and with it the run. */
+enum status train_run(struct run_config *config, struct train_world world, struct train_hooks hooks,
+                      struct train_summary *summary) MUST_USE;
 
-/* Print what train_run would do, step by step, without data, weights or memory. */
-enum status train_dry_run(struct run_config *config, struct text *out) MUST_USE;
+/* Print what rank 0 of `rank_count` would do: the mesh, where every parameter lies, the events of a step with the bytes
+ * that each sends, and memory. Without data, weights or memory. */
+enum status train_dry_run(struct run_config *config, int rank_count, struct text *out) MUST_USE;

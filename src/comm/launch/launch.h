@@ -1,0 +1,38 @@
+/* How this process was started, and the communicator that follows from it: alone, or as one of several ranks by mpirun,
+ * srun or their like. Alone, MPI is not even initialised. */
+#pragma once
+
+#include "comm/comm.h"
+#include <stdbool.h>
+
+struct comm_launch {
+    struct comm world;
+    int local_rank, local_size; /* among the ranks on this host */
+    int thread_count;           /* processors that this process may use, divided among the ranks that share them; >= 1 */
+    void *state;                /* the transport's own */
+};
+
+/* Join the others. Collective where there are others. Once in a process, and closed by the same thread.
+ *   lost: called by a thread of the transport, on one of the remaining ranks, as soon as a rank is seen to be gone that
+ *         has not closed; gets the line that says which. It prints the line: the job's end may be a moment away. NULL: none.
+ * Fails with STATUS_USAGE where the process is one of several by its environment but cannot be: the program is built
+ * without MPI, or with one that the starter does not belong to. */
+enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *line)) MUST_USE;
+
+/* Leave. status: how the work ended here. After STATUS_OK this waits for the other ranks; after a failure for at most
+ * some seconds, since they may not come; it never hangs on a rank that is gone. The process should exit soon. */
+void comm_launch_close(struct comm_launch *launch, enum status status);
+
+/* Whether a rank was lost and `lost` was called, here or on another rank: STATUS_PEER needs no further line then. */
+bool comm_launch_has_told(const struct comm_launch *launch);
+
+/* Which MPI the program is built with, "without MPI" if none; for a person. Writes at most `bytes`. */
+const char *comm_launch_library(char *buffer, size_t bytes);
+
+/* ---- for measuring ------------------------------------------------------------------------------------------------- */
+
+/* The same bytes as ops->all_to_all or ops->all_gather (send_offsets of NULL), by MPI's own blocking call. Counts and
+ * offsets below 2 GiB; on the world only; nothing may be under way. STATUS_USAGE without MPI. */
+enum status comm_launch_bare(struct comm_launch *launch, const void *send, const int64_t *send_counts,
+                             const int64_t *send_offsets, void *recv, const int64_t *recv_counts,
+                             const int64_t *recv_offsets) MUST_USE;

@@ -1,0 +1,328 @@
+/* Started by hand it runs itself under mpirun, once for each test; started with the name of a part it is one of the ranks. */
+#include "comm/launch/launch.h"
+
+#include "base/clock.h"
+#include "comm/comm_testing.h"
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+static const char *program;
+
+/* ---- the ranks ----------------------------------------------------------------------------------------------------------- */
+
+static enum status part_cases(struct comm_launch *launch) {
+    for (int i = 0; i < COMM_CASE_COUNT; i++)
+        if (comm_cases[i].run(&launch->world) != STATUS_OK)
+            return status_prefix(STATUS_NUMERIC, "%s", comm_cases[i].name);
+    return STATUS_OK;
+}
+
+/* All are on this host; the processors are divided. */
+static enum status part_place(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    double threads = launch->thread_count;
+    EXPECT(launch->local_size == comm->size && launch->local_rank == comm->rank);
+    EXPECT(launch->thread_count >= 1);
+    TRY(comm_sum_f64(comm, &threads, 1));
+    EXPECT(threads <= sysconf(_SC_NPROCESSORS_ONLN) || threads == comm->size);
+    return STATUS_OK;
+}
+
+static volatile double sink;
+
+static void compute_until(double end_s) {
+    while (clock_seconds() < end_s)
+        for (int i = 0; i < 1000; i++)
+            sink = sink + i;
+}
+
+/* A transfer hides behind computing: the wait afterwards is short. Others use the machine too, hence the best of several. */
+static enum status part_progress(struct comm_launch *launch) {
+    enum { BYTES = 32 << 20 };
+    struct comm *comm = &launch->world;
+    struct comm_request request;
+    int64_t counts[CASE_RANKS_MAX], offsets[CASE_RANKS_MAX];
+    char *send, *recv;
+    double best = 1;
+    TRY(memory_alloc(&send, BYTES, 1));
+    TRY(memory_alloc(&recv, BYTES, 1));
+    for (int r = 0; r < comm->size; r++) {
+        counts[r] = BYTES / comm->size;
+        offsets[r] = r * counts[r];
+    }
+    for (int i = 0; i < 10 && best > 0.25; i++) {
+        memset(send, i, BYTES);
+        double begin = clock_seconds();
+        TRY(comm->ops->all_to_all(comm, send, counts, offsets, recv, counts, offsets, &request));
+        TRY(comm->ops->wait(comm, &request));
+        double blocking = clock_seconds() - begin;
+        TRY(comm->ops->all_to_all(comm, send, counts, offsets, recv, counts, offsets, &request));
+        compute_until(clock_seconds() + 4 * blocking + 0.02);
+        begin = clock_seconds();
+        TRY(comm->ops->wait(comm, &request));
+        double share = (clock_seconds() - begin) / blocking;
+        TRY(comm_sum_f64(comm, &share, 1));
+        best = share / comm->size < best ? share / comm->size : best;
+    }
+    free(send);
+    free(recv);
+    EXPECT(best <= 0.25);
+    return STATUS_OK;
+}
+
+/* The last rank dies in the midst of it. */
+static enum status part_death(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    for (int round = 0;; round++) {
+        if (comm->rank == comm->size - 1 && round == 3)
+            kill(getpid(), SIGKILL);
+        TRY(case_out_of_order(comm));
+    }
+}
+
+/* It dies while all others compute and none waits for it. */
+static enum status part_death_computing(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    if (comm->rank == comm->size - 1) {
+        usleep(200000);
+        kill(getpid(), SIGKILL);
+    }
+    compute_until(clock_seconds() + 20);
+    return case_helpers(comm);
+}
+
+/* One rank fails alone and ends; the others wait for it. */
+static enum status part_failure(struct comm_launch *launch) {
+    if (launch->world.rank == 1)
+        return status_fail(STATUS_IO, "the disk is full");
+    return case_uneven(&launch->world);
+}
+
+/* Pieces in a communicator of a size beyond 2 GiB: run by hand, takes 10 GiB. */
+static enum status part_huge(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    int64_t bytes = ((int64_t)9 << 28) + 12345, counts[CASE_RANKS_MAX] = {0}, offsets[CASE_RANKS_MAX] = {0};
+    struct comm_request request;
+    char *send, *recv;
+    EXPECT(comm->size == 2);
+    TRY(memory_alloc(&send, (size_t)bytes, 1));
+    TRY(memory_alloc(&recv, (size_t)bytes, 1));
+    memset(send, 'a' + comm->rank, (size_t)bytes);
+    send[bytes - 1] = '!';
+    counts[1 - comm->rank] = bytes;
+    TRY(comm->ops->all_to_all(comm, send, counts, offsets, recv, counts, offsets, &request));
+    TRY(comm->ops->wait(comm, &request));
+    EXPECT(recv[0] == 'b' - comm->rank && recv[bytes - 2] == 'b' - comm->rank && recv[bytes - 1] == '!');
+    free(send);
+    free(recv);
+    return STATUS_OK;
+}
+
+static const struct {
+    const char *name;
+    enum status (*run)(struct comm_launch *launch);
+} parts[] = {{"cases", part_cases},     {"place", part_place},
+             {"progress", part_progress}, {"death", part_death},
+             {"death-computing", part_death_computing}, {"failure", part_failure},
+             {"huge", part_huge}};
+
+static void print_line(const char *line) {
+    char whole[512];
+    int length = snprintf(whole, sizeof whole, "told: %s\n", line);
+    if (write(2, whole, (size_t)length) < 0)
+        abort();
+}
+
+static int run_part(const char *name) {
+    struct comm_launch launch;
+    enum status status = comm_launch_open(&launch, print_line);
+    if (status != STATUS_OK) {
+        fprintf(stderr, "open: %s\n", status_text());
+        return 3;
+    }
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (strcmp(parts[i].name, name) == 0)
+            status = parts[i].run(&launch);
+    if (status != STATUS_OK && !comm_launch_has_told(&launch))
+        fprintf(stderr, "failed: %s\n", status_text());
+    if (status == STATUS_OK && launch.world.rank == 0)
+        printf("%d ranks: %s: well\n", launch.world.size, name);
+    comm_launch_close(&launch, status);
+    return status == STATUS_OK ? 0 : 1;
+}
+
+/* ---- who starts them ------------------------------------------------------------------------------------------------------- */
+
+static char output[1 << 16];
+
+/* What the command prints, in `output`; returns its exit status. */
+static int run(const char *command) {
+    size_t length = 0;
+    FILE *pipe = popen(command, "r");
+    assert_non_null(pipe);
+    while (length < sizeof output - 1) {
+        size_t got = fread(output + length, 1, sizeof output - 1 - length, pipe);
+        if (got == 0)
+            break;
+        length += got;
+    }
+    output[length] = 0;
+    int how = pclose(pipe);
+    return WIFEXITED(how) ? WEXITSTATUS(how) : -1;
+}
+
+#ifdef CADRE_MPI
+static int run_ranks(int size, const char *part) {
+    char command[1024];
+    snprintf(command, sizeof command, "exec timeout -k 5 120 %s -n %d '%s' %s 2>&1", CADRE_MPIEXEC, size, program, part);
+    return run(command);
+}
+
+static void expect_well(int size, const char *part) {
+    char expected[128];
+    snprintf(expected, sizeof expected, "%d ranks: %s: well\n", size, part);
+    if (run_ranks(size, part) != 0 || !strstr(output, expected))
+        fail_msg("%d ranks, %s: %s", size, part, output);
+}
+
+static void test_cases(void **state) {
+    (void)state;
+    for (int size = 2; size <= 4; size++)
+        expect_well(size, "cases");
+}
+
+static void test_place(void **state) {
+    (void)state;
+    expect_well(2, "place");
+    expect_well(4, "place");
+}
+
+static void test_progress(void **state) {
+    (void)state;
+    expect_well(2, "progress");
+}
+
+static int count_in_output(const char *word) {
+    int count = 0;
+    for (const char *at = output; (at = strstr(at, word)); at++)
+        count++;
+    return count;
+}
+
+static bool is_mpich(void) {
+    char library[128];
+    return strncmp(comm_launch_library(library, sizeof library), "MPICH", 5) == 0;
+}
+
+/* One line that names the rank, soon, and an end. MPICH's starter may kill all others at once, and says so itself. */
+static void expect_told(const char *part, int gone) {
+    char expected[64];
+    double begin = clock_seconds();
+    int status = run_ranks(4, part);
+    snprintf(expected, sizeof expected, "told: rank %d (pid ", gone);
+    int told = count_in_output(expected), lines = count_in_output("told: ");
+    bool killed = is_mpich() && lines == 0 && count_in_output("BAD TERMINATION") == 1;
+    if (status == 0 || clock_seconds() - begin > 15 || (!killed && (told != 1 || lines != 1)))
+        fail_msg("%s: exit status %d after %.1f s: %s", part, status, clock_seconds() - begin, output);
+}
+
+static void test_death(void **state) {
+    (void)state;
+    for (int i = 0; i < 3; i++)
+        expect_told("death", 3);
+    assert_int_equal(count_in_output("failed: "), 0);
+    for (int i = 0; i < 3; i++)
+        expect_told("death-computing", 3);
+}
+
+/* The failed rank says why, then it is gone for the others. */
+static void test_failure(void **state) {
+    (void)state;
+    expect_told("failure", 1);
+    assert_int_equal(count_in_output("failed: the disk is full"), 1);
+}
+
+/* Started by the mpirun of another MPI: not N runs of one rank. */
+static void test_foreign_starter(void **state) {
+    (void)state;
+    char command[1024];
+    snprintf(command, sizeof command, "env %s '%s' cases 2>&1",
+             is_mpich() ? "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4" : "PMI_RANK=0 PMI_SIZE=4", program);
+    assert_int_equal(run(command), 3);
+    if (!strstr(output, "started 4 processes, but MPI finds 1"))
+        fail_msg("%s", output);
+}
+
+#else
+
+static void test_without_mpi(void **state) {
+    (void)state;
+    char command[1024];
+    snprintf(command, sizeof command, "env OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 '%s' cases 2>&1", program);
+    assert_int_equal(run(command), 3);
+    if (!strstr(output, "built without MPI"))
+        fail_msg("%s", output);
+    print_message("built without MPI: several processes are not tested\n");
+}
+
+#endif
+
+static void test_alone(void **state) {
+    (void)state;
+    struct comm_launch launch;
+    assert_int_equal(comm_launch_open(&launch, NULL), STATUS_OK);
+    assert_string_equal(launch.world.ops->name, "self");
+    assert_int_equal(launch.local_size, 1);
+    assert_true(launch.thread_count >= 1);
+    assert_int_equal(part_cases(&launch), STATUS_OK);
+    comm_launch_close(&launch, STATUS_OK);
+}
+
+/* srun without an MPI behind it. */
+static void test_lonely_tasks(void **state) {
+    (void)state;
+    char command[1024];
+    snprintf(command, sizeof command, "env SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=4 '%s' cases 2>&1", program);
+    assert_int_equal(run(command), 3);
+    if (!strstr(output, "--mpi=pmix"))
+        fail_msg("%s", output);
+}
+
+/* For the ranks: mpirun on a machine with few processors, as root in a container; leaks of MPI's own are not ours. */
+static void set_environment(void) {
+    const char *asan = getenv("ASAN_OPTIONS");
+    char options[512];
+    snprintf(options, sizeof options, "%s%sdetect_leaks=0", asan ? asan : "", asan ? ":" : "");
+    setenv("ASAN_OPTIONS", options, 1);
+    setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
+    setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+    setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 1);
+    setenv("OMPI_MCA_btl_base_warn_component_unused", "0", 1);
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1)
+        return run_part(argv[1]);
+    program = argv[0];
+    set_environment();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_lonely_tasks),
+#ifdef CADRE_MPI
+        cmocka_unit_test(test_cases),
+        cmocka_unit_test(test_place),
+        cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_death),
+        cmocka_unit_test(test_failure),
+        cmocka_unit_test(test_foreign_starter),
+#else
+        cmocka_unit_test(test_without_mpi),
+#endif
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

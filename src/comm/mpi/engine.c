@@ -1,0 +1,373 @@
+/* Who drives. MPI moves bytes only inside MPI's calls. A thread that waits drives them itself: nothing passes between
+ * threads, so that a short transfer costs no more than bare MPI. While nobody waits, a thread of the engine's own does it:
+ * again at once as long as bytes move, then after pauses that grow, since every look takes the core from one that
+ * computes. With nothing under way it sleeps for good.
+ *
+ * Invariants:
+ *  1. MPI is called only with `drive` held, so that MPI_THREAD_SERIALIZED suffices. `drive` is only tried, never waited
+ *     for: who does not get it leaves its transfer in the queue, which the holder looks at again before it sleeps.
+ *  2. `lock` is held for moments only and never while MPI is called. Order: drive before lock.
+ *  3. Pieces are at most PIECE_BYTES, and at most WINDOW_BYTES of a link are posted: one look moves a bounded amount, an
+ *     MPI that counts in int is enough, and a starter need not wait long for `drive`.
+ *  4. Once broken, MPI is not called again: after a failure it may hang or write where it should not.
+ */
+#include "comm/mpi/engine.h"
+
+#include "base/clock.h"
+#include "base/memory.h"
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+enum { PIECE_BYTES = 1 << 20, WINDOW_BYTES = 4 << 20 };
+enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
+static const double PAUSE_LEAST_S = 20e-6;   /* of the thread after a look at which nothing moved, */
+static const double PAUSE_MOST_S = 500e-6;   /* doubled until here */
+static const double LINGER_S = 5e-3;         /* how long the thread looks on with nothing under way */
+static const double WAITER_PATIENCE_S = 2e-3; /* a waiter that saw nothing move for so long sleeps between looks */
+static const double WAITER_PAUSE_S = 30e-6;
+static const double LOOK_S = 2e-6;           /* a look that takes longer has moved bytes */
+
+/* One message under way. */
+struct piece {
+    struct stream *stream;
+    int64_t bytes;
+};
+
+/* ---- driving; with `drive` held ---------------------------------------------------------------------------------------- */
+
+static void describe_failure(struct engine *engine, int code, const struct link *link, char line[512]) {
+    char text[MPI_MAX_ERROR_STRING] = "", who[256];
+    int length;
+    MPI_Error_string(code, text, &length);
+    engine->describe(engine->context, link->world_rank, who, sizeof who);
+    snprintf(line, 512, "%s cannot be reached: %s", who, text);
+}
+
+static void fail_link(struct engine *engine, int code, const struct link *link) {
+    char line[512];
+    describe_failure(engine, code, link, line);
+    engine_break(engine, line);
+}
+
+static enum status make_room(struct engine *engine) {
+    if (engine->active < engine->capacity)
+        return STATUS_OK;
+    int capacity = engine->capacity ? 2 * engine->capacity : 64;
+    TRY(memory_resize(&engine->requests, (size_t)capacity, sizeof *engine->requests));
+    TRY(memory_resize(&engine->pieces, (size_t)capacity, sizeof *engine->pieces));
+    TRY(memory_resize(&engine->indices, (size_t)capacity, sizeof *engine->indices));
+    TRY(memory_resize(&engine->statuses, (size_t)capacity, sizeof *engine->statuses));
+    engine->capacity = capacity;
+    return STATUS_OK;
+}
+
+/* Post as many pieces as the window lets through. */
+static void link_post(struct engine *engine, struct link *link) {
+    while (link->first && link->posted_bytes < WINDOW_BYTES) {
+        struct stream *stream = link->first;
+        int64_t left = stream->bytes - stream->posted, bytes = left < PIECE_BYTES ? left : PIECE_BYTES;
+        char *data = stream->data + stream->posted;
+        if (make_room(engine) != STATUS_OK) {
+            engine_break(engine, status_text());
+            return;
+        }
+        MPI_Request *request = &engine->requests[engine->active];
+        int code = link->sends ? MPI_Isend(data, (int)bytes, MPI_BYTE, link->world_rank, link->tag, engine->world, request)
+                               : MPI_Irecv(data, (int)bytes, MPI_BYTE, link->world_rank, link->tag, engine->world, request);
+        if (code != MPI_SUCCESS) {
+            fail_link(engine, code, link);
+            return;
+        }
+        engine->pieces[engine->active++] = (struct piece){stream, bytes};
+        link->posted_bytes += bytes;
+        stream->posted += bytes;
+        if (stream->posted == stream->bytes)
+            link->first = stream->next;
+    }
+}
+
+static void transfer_post(struct engine *engine, struct transfer *transfer) {
+    for (int i = 0; i < transfer->stream_count; i++) {
+        struct stream *stream = &transfer->streams[i];
+        struct link *link = stream->link;
+        stream->next = NULL;
+        if (link->first)
+            link->last->next = stream;
+        else
+            link->first = stream;
+        link->last = stream;
+        link_post(engine, link);
+    }
+}
+
+static bool post_queue(struct engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+    struct transfer *transfer = engine->queue_first;
+    engine->queue_first = engine->queue_last = NULL;
+    pthread_mutex_unlock(&engine->lock);
+    bool any = transfer != NULL;
+    while (transfer) { /* once posted it may be done, waited for and in use again */
+        struct transfer *next = transfer->next;
+        transfer_post(engine, transfer);
+        transfer = next;
+    }
+    return any;
+}
+
+static void transfer_finish(struct engine *engine, struct transfer *transfer) {
+    pthread_mutex_lock(&engine->lock);
+    transfer->done = true;
+    engine->under_way--;
+    if (engine->waiter_count > 0)
+        pthread_cond_broadcast(&engine->done);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* Our own mistake: another number of bytes than the sender's. */
+static void check_bytes(const struct engine *engine, const struct piece *piece, int code, MPI_Status *status) {
+    int count = -1, class = MPI_SUCCESS;
+    if (code != MPI_SUCCESS)
+        MPI_Error_class(code, &class);
+    else
+        MPI_Get_count(status, MPI_BYTE, &count);
+    if (class == MPI_ERR_TRUNCATE || (class == MPI_SUCCESS && count != piece->bytes)) {
+        char what[160];
+        snprintf(what, sizeof what, "what rank %d of the world sends == what rank %d expects of it",
+                 piece->stream->link->world_rank, engine->rank);
+        check_failed(__FILE__, __LINE__, __func__, what, 1, count, piece->bytes);
+    }
+}
+
+/* Account for a piece that MPI has ended; its place in the list becomes free. */
+static void piece_finish(struct engine *engine, int index, int code, MPI_Status *status) {
+    struct piece piece = engine->pieces[index];
+    struct stream *stream = piece.stream;
+    struct link *link = stream->link;
+    engine->pieces[index].stream = NULL;
+    if (!link->sends)
+        check_bytes(engine, &piece, code, status);
+    if (code != MPI_SUCCESS) {
+        fail_link(engine, code, link);
+        return;
+    }
+    link->posted_bytes -= piece.bytes;
+    stream->done += piece.bytes;
+    link_post(engine, link);
+    if (stream->done == stream->bytes && --stream->transfer->open_count == 0)
+        transfer_finish(engine, stream->transfer);
+}
+
+static void close_gaps(struct engine *engine) {
+    int kept = 0;
+    for (int i = 0; i < engine->active; i++)
+        if (engine->pieces[i].stream) {
+            engine->pieces[kept] = engine->pieces[i];
+            engine->requests[kept++] = engine->requests[i];
+        }
+    engine->active = kept;
+}
+
+/* One look. Returns whether anything moved. */
+static bool look(struct engine *engine) {
+    bool moved = post_queue(engine);
+    int count = 0;
+    if (engine->active == 0 || engine->broken)
+        return moved;
+    double begin = clock_seconds();
+    int code = MPI_Testsome(engine->active, engine->requests, &count, engine->indices, engine->statuses);
+    if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
+        fail_link(engine, code, engine->pieces[0].stream->link);
+        return true;
+    }
+    if (count <= 0)
+        return moved || clock_seconds() - begin > LOOK_S;
+    for (int i = 0; i < count && !engine->broken; i++)
+        piece_finish(engine, engine->indices[i], code == MPI_SUCCESS ? MPI_SUCCESS : engine->statuses[i].MPI_ERROR,
+                     &engine->statuses[i]);
+    close_gaps(engine);
+    return true;
+}
+
+/* ---- the thread ---------------------------------------------------------------------------------------------------------- */
+
+static void sleep_for(struct engine *engine, pthread_cond_t *until, double seconds) {
+    double due = clock_seconds() + seconds;
+    time_t whole = (time_t)due;
+    struct timespec time = {.tv_sec = whole, .tv_nsec = (long)(1e9 * (due - (double)whole))};
+    pthread_cond_timedwait(until, &engine->lock, &time);
+}
+
+/* With `lock` held, released meanwhile. */
+static bool try_look(struct engine *engine) {
+    pthread_mutex_unlock(&engine->lock);
+    bool moved = false;
+    if (pthread_mutex_trylock(&engine->drive) == 0) {
+        moved = look(engine);
+        pthread_mutex_unlock(&engine->drive);
+    }
+    pthread_mutex_lock(&engine->lock);
+    return moved;
+}
+
+static void *thread_main(void *context) {
+    struct engine *engine = context;
+    double pause_s = PAUSE_LEAST_S, busy_s = clock_seconds();
+#ifdef PR_SET_TIMERSLACK
+    prctl(PR_SET_TIMERSLACK, 1000UL); /* pauses are to be as short as they say */
+#endif
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->closing) {
+        double now = clock_seconds();
+        if (engine->broken || (engine->under_way == 0 && now - busy_s > LINGER_S)) {
+            engine->idle = true;
+            pthread_cond_wait(&engine->work, &engine->lock);
+            engine->idle = false;
+            pause_s = PAUSE_LEAST_S;
+            busy_s = clock_seconds();
+            continue;
+        }
+        if (engine->under_way > 0)
+            busy_s = now;
+        if (engine->under_way > 0 && engine->waiter_count == 0 && try_look(engine)) {
+            pause_s = PAUSE_LEAST_S;
+            if (engine->waiter_count > 0) /* it may have failed to get `drive` */
+                pthread_cond_broadcast(&engine->done);
+            continue;
+        }
+        if (engine->waiter_count > 0)
+            pthread_cond_broadcast(&engine->done);
+        if (engine->queue_first && engine->waiter_count == 0) /* its starter did not get `drive` */
+            continue;
+        sleep_for(engine, &engine->work, pause_s);
+        pause_s = 2 * pause_s < PAUSE_MOST_S ? 2 * pause_s : PAUSE_MOST_S;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
+}
+
+/* ---- for the ranks' threads ------------------------------------------------------------------------------------------------ */
+
+enum status engine_start(struct engine *engine, struct transfer *transfer) {
+    transfer->open_count = transfer->stream_count;
+    transfer->next = NULL;
+    bool empty = transfer->done = transfer->stream_count == 0;
+    for (int i = 0; i < transfer->stream_count; i++)
+        transfer->streams[i].posted = transfer->streams[i].done = 0;
+    pthread_mutex_lock(&engine->lock);
+    bool broken = engine->broken, idle = engine->idle;
+    if (broken)
+        status_fail(STATUS_PEER, "%s", engine->failure);
+    if (!broken && !empty) {
+        if (engine->queue_last)
+            engine->queue_last->next = transfer;
+        else
+            engine->queue_first = transfer;
+        engine->queue_last = transfer;
+        engine->under_way++;
+        if (idle)
+            pthread_cond_signal(&engine->work);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    if (broken)
+        return STATUS_PEER;
+    if (!empty && pthread_mutex_trylock(&engine->drive) == 0) {
+        post_queue(engine);
+        pthread_mutex_unlock(&engine->drive);
+    }
+    return STATUS_OK;
+}
+
+/* Between two looks at which nothing moved: spin, then offer the core, then sleep. */
+static void pace(int looks, double still_s) {
+    if (looks < SPINS)
+        return;
+    if (still_s < WAITER_PATIENCE_S) {
+        sched_yield();
+        return;
+    }
+    struct timespec time = {.tv_nsec = (long)(1e9 * WAITER_PAUSE_S)};
+    nanosleep(&time, NULL);
+}
+
+enum status engine_wait(struct engine *engine, struct transfer *transfer, double deadline_s) {
+    int looks = 0;
+    double still_since_s = 0;
+    enum status status = STATUS_OK;
+    pthread_mutex_lock(&engine->lock);
+    engine->waiter_count++;
+    while (!transfer->done && !engine->broken && status == STATUS_OK) {
+        pthread_mutex_unlock(&engine->lock);
+        if (pthread_mutex_trylock(&engine->drive) == 0) {
+            bool moved = look(engine);
+            pthread_mutex_unlock(&engine->drive);
+            double now = clock_seconds();
+            looks = moved ? 0 : looks + 1;
+            if (looks <= 1)
+                still_since_s = now;
+            if (deadline_s > 0 && now > deadline_s)
+                status = status_fail(STATUS_PEER, "the other ranks do not come");
+            else
+                pace(looks, now - still_since_s);
+            pthread_mutex_lock(&engine->lock);
+        } else {
+            pthread_mutex_lock(&engine->lock);
+            if (!transfer->done && !engine->broken)
+                sleep_for(engine, &engine->done, PAUSE_MOST_S);
+        }
+    }
+    engine->waiter_count--;
+    if (status == STATUS_OK && !transfer->done)
+        status = status_fail(STATUS_PEER, "%s", engine->failure);
+    pthread_mutex_unlock(&engine->lock);
+    return status;
+}
+
+void engine_break(struct engine *engine, const char *line) {
+    pthread_mutex_lock(&engine->lock);
+    if (!engine->broken) {
+        snprintf(engine->failure, sizeof engine->failure, "%s", line);
+        engine->broken = true;
+    }
+    pthread_cond_broadcast(&engine->done);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+enum status engine_open(struct engine *engine, MPI_Comm world) {
+    pthread_condattr_t monotonic;
+    int *limit, found;
+    engine->world = world;
+    MPI_Comm_rank(world, &engine->rank);
+    MPI_Comm_size(world, &engine->size);
+    MPI_Comm_get_attr(world, MPI_TAG_UB, &limit, &found);
+    engine->tag_limit = found ? *limit : 32767;
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->drive, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&engine->done, &monotonic);
+    pthread_cond_init(&engine->work, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    if (pthread_create(&engine->thread, NULL, thread_main, engine) != 0)
+        return status_fail(STATUS_MEMORY, "cannot start the thread that moves bytes while others compute");
+    return STATUS_OK;
+}
+
+void engine_close(struct engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+    bool broken = engine->broken;
+    engine->closing = true;
+    pthread_cond_signal(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+    if (broken)
+        return;
+    pthread_join(engine->thread, NULL);
+    free(engine->requests);
+    free(engine->pieces);
+    free(engine->indices);
+    free(engine->statuses);
+}

@@ -1,0 +1,80 @@
+/* What moves bytes between this process and the others: pieces by MPI_Isend and MPI_Irecv, driven by whoever waits, or by
+ * a thread of its own while all others compute. See engine.c for how. */
+#pragma once
+
+#include "base/status.h"
+#include <mpi.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct stream;
+struct transfer;
+
+/* Between this rank and one other, in one direction, on one communicator: streams in the order in which they were started.
+ * Their pieces are posted strictly in that order, on both sides, so that MPI matches them without a tag for each. */
+struct link {
+    struct stream *first, *last;
+    int world_rank, tag;
+    bool sends;
+    int64_t posted_bytes; /* and not yet done */
+};
+
+/* What one transfer moves over one link. */
+struct stream {
+    struct link *link;
+    struct transfer *transfer;
+    char *data;
+    int64_t bytes, posted, done;
+    struct stream *next;
+};
+
+/* A collective under way, as this rank sees it. */
+struct transfer {
+    int stream_count, open_count; /* streams that are not done */
+    bool done;
+    struct transfer *next; /* in the queue of what is not yet posted, or among the spare ones */
+    struct stream streams[];
+};
+
+struct engine {
+    MPI_Comm world;
+    int rank, size;
+    void (*describe)(void *context, int world_rank, char *text, size_t bytes); /* a rank, for a message */
+    void *context;
+
+    pthread_mutex_t lock; /* everything below up to `drive` */
+    pthread_cond_t done;  /* a transfer is done, or nobody drives, or all is lost */
+    pthread_cond_t work;  /* for the thread: there is something to do again */
+    struct transfer *queue_first, *queue_last;
+    int under_way, waiter_count, next_tag, tag_limit;
+    bool idle, closing;
+    atomic_bool broken; /* nothing is moved any more and MPI is not called; failure says why */
+    char failure[512];
+
+    pthread_mutex_t drive; /* the right to call MPI, and everything below */
+    MPI_Request *requests;
+    struct piece *pieces;
+    int *indices;
+    MPI_Status *statuses;
+    int active, capacity;
+    pthread_t thread;
+};
+
+/* MPI is initialised, MPI_THREAD_SERIALIZED at least; `world` returns errors. Starts the thread. */
+enum status engine_open(struct engine *engine, MPI_Comm world) MUST_USE;
+
+/* Ends the thread; nothing is under way. After a failure it leaves the thread and the memory alone: the thread may hang
+ * in MPI, and the process is about to end. */
+void engine_close(struct engine *engine);
+
+/* Begin to move the streams of a transfer, of which stream_count and each stream's link, transfer, data and bytes > 0 are
+ * filled; it and the data stay until it is waited for. */
+enum status engine_start(struct engine *engine, struct transfer *transfer) MUST_USE;
+
+/* Until the transfer is done, or all is lost (STATUS_PEER), or until deadline_s of clock_seconds (0: none) has passed. */
+enum status engine_wait(struct engine *engine, struct transfer *transfer, double deadline_s) MUST_USE;
+
+/* All is lost: whoever waits now or later fails with STATUS_PEER and this line. The first line stays. */
+void engine_break(struct engine *engine, const char *line);

@@ -1,0 +1,194 @@
+/* A thread sleeps on handles of the other processes of this host, which the system wakes at the moment one ends: no polling,
+ * and sooner than any starter reacts. Where the system has no such handles it asks for the pids a few times a second.
+ * Ranks on other hosts show as errors of MPI, and to their own host's ranks. */
+#include "comm/mpi/watch.h"
+
+#include "base/hash.h"
+#include "base/memory.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
+
+/* ---- who is who -------------------------------------------------------------------------------------------------------- */
+
+static void read_line(const char *path, char *text, size_t bytes) {
+    FILE *file = fopen(path, "r");
+    if (!file || !fgets(text, (int)bytes, file))
+        text[0] = 0;
+    if (file)
+        fclose(file);
+}
+
+void peer_describe_self(struct peer *self) {
+    char boot[128];
+    struct stat space;
+    memset(self, 0, sizeof *self);
+    self->pid = getpid();
+    gethostname(self->host, sizeof self->host - 1);
+    read_line("/proc/sys/kernel/random/boot_id", boot, sizeof boot);
+    if (!boot[0])
+        snprintf(boot, sizeof boot, "%s", self->host);
+    self->host_id = hash_bytes(boot, strlen(boot), 0);
+    self->pid_space = stat("/proc/self/ns/pid", &space) == 0 ? (uint64_t)space.st_ino : 0;
+    sched_getaffinity(0, sizeof self->processors, &self->processors);
+}
+
+void peer_print(const struct peer *peers, int rank, char *text, size_t bytes) {
+    snprintf(text, bytes, "rank %d (pid %d on host %s)", rank, (int)peers[rank].pid, peers[rank].host);
+}
+
+/* ---- the thread ---------------------------------------------------------------------------------------------------------- */
+
+static int open_process(pid_t pid) {
+#ifdef SYS_pidfd_open
+    return (int)syscall(SYS_pidfd_open, pid, 0);
+#else
+    (void)pid;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+static bool can_watch(const struct watch *watch, int rank) {
+    const struct peer *self = &watch->peers[watch->engine->rank], *other = &watch->peers[rank];
+    return rank != watch->engine->rank && other->host_id == self->host_id && other->pid_space == self->pid_space;
+}
+
+/* Whether the process has ended, whether or not its parent has taken note. */
+static bool is_gone(const struct watch *watch, int rank) {
+    if (!can_watch(watch, rank))
+        return false;
+    struct pollfd one = {.fd = watch->polled[rank].fd, .events = POLLIN};
+    if (one.fd >= 0)
+        return poll(&one, 1, 0) > 0;
+    return kill(watch->peers[rank].pid, 0) != 0 && errno == ESRCH;
+}
+
+static int find_gone(const struct watch *watch) {
+    for (int r = 0; r < watch->engine->size; r++)
+        if (is_gone(watch, r))
+            return r;
+    return -1;
+}
+
+/* The lowest rank of the host that is left speaks for all. */
+static bool is_speaker(const struct watch *watch) {
+    for (int r = 0; r < watch->engine->rank; r++)
+        if (can_watch(watch, r) && !is_gone(watch, r))
+            return false;
+    return true;
+}
+
+static void tell(struct watch *watch, int rank) {
+    char who[192], line[256];
+    peer_print(watch->peers, rank, who, sizeof who);
+    snprintf(line, sizeof line, "%s is gone", who);
+    watch->told = true;
+    if (watch->lost && is_speaker(watch))
+        watch->lost(line);
+    engine_break(watch->engine, line);
+}
+
+static atomic_int wake_fd; /* of the one watch of the process, for its signal handler */
+static volatile sig_atomic_t terminated;
+
+static void handle_termination(int signal_number) {
+    int saved = errno;
+    (void)signal_number;
+    terminated = 1;
+    if (write(wake_fd, "t", 1) < 0) {
+        /* nothing can be done here */
+    }
+    errno = saved;
+}
+
+/* SIGTERM came and nobody else handles it: the process ends of it after all, once the others had time to show as gone. */
+static void end_by_termination(void) {
+    struct sigaction usual = {.sa_handler = SIG_DFL};
+    sigaction(SIGTERM, &usual, NULL);
+    kill(getpid(), SIGTERM);
+}
+
+static void *watch_main(void *context) {
+    struct watch *watch = context;
+    int size = watch->engine->size;
+    bool all_have_handles = true;
+    for (int r = 0; r < size; r++)
+        all_have_handles = all_have_handles && (watch->polled[r].fd >= 0 || !can_watch(watch, r));
+    while (!watch->over) {
+        int wait_ms = terminated ? TERMINATION_MS : all_have_handles ? -1 : ASK_MS;
+        int ready = poll(watch->polled, (nfds_t)size + 1, wait_ms);
+        if (watch->polled[size].revents) {
+            char byte;
+            if (read(watch->polled[size].fd, &byte, 1) < 0)
+                break;
+            if (watch->over)
+                break;
+        }
+        int gone = find_gone(watch);
+        if (gone >= 0 && watch->leaving) { /* it may have gone because all was done; what it sent is still coming in */
+            poll(&watch->polled[size], 1, LEAVING_MS);
+            if (watch->over)
+                break;
+        }
+        if (gone >= 0)
+            tell(watch, gone);
+        if (terminated && (gone >= 0 || ready == 0))
+            end_by_termination();
+        if (gone >= 0)
+            break;
+    }
+    return NULL;
+}
+
+static enum status fail_watch(struct watch *watch) {
+    free(watch->polled);
+    watch->polled = NULL;
+    return status_fail(STATUS_IO, "cannot watch the other ranks: %s", strerror(errno));
+}
+
+enum status watch_open(struct watch *watch, struct engine *engine, struct peer *peers, void (*lost)(const char *line)) {
+    int ends[2];
+    struct sigaction now, ours = {.sa_handler = handle_termination, .sa_flags = SA_RESTART};
+    watch->engine = engine;
+    watch->peers = peers;
+    watch->lost = lost;
+    TRY(memory_alloc(&watch->polled, (size_t)engine->size + 1, sizeof *watch->polled));
+    if (pipe2(ends, O_CLOEXEC) != 0)
+        return fail_watch(watch);
+    for (int r = 0; r < engine->size; r++)
+        watch->polled[r] = (struct pollfd){.fd = can_watch(watch, r) ? open_process(peers[r].pid) : -1, .events = POLLIN};
+    watch->polled[engine->size] = (struct pollfd){.fd = ends[0], .events = POLLIN};
+    wake_fd = ends[1];
+    if (pthread_create(&watch->thread, NULL, watch_main, watch) != 0)
+        return fail_watch(watch);
+    if (sigaction(SIGTERM, NULL, &now) == 0 && now.sa_handler == SIG_DFL) {
+        sigaction(SIGTERM, &ours, NULL);
+        watch->handles_termination = true;
+    }
+    return STATUS_OK;
+}
+
+void watch_close(struct watch *watch) {
+    struct sigaction now, usual = {.sa_handler = SIG_DFL};
+    watch->over = true;
+    if (write(wake_fd, "o", 1) < 0)
+        return;
+    pthread_join(watch->thread, NULL);
+    if (watch->handles_termination && sigaction(SIGTERM, NULL, &now) == 0 && now.sa_handler == handle_termination)
+        sigaction(SIGTERM, &usual, NULL);
+    for (int r = 0; r <= watch->engine->size; r++)
+        if (watch->polled[r].fd >= 0)
+            close(watch->polled[r].fd);
+    close(wake_fd);
+    free(watch->polled);
+}

@@ -1,0 +1,36 @@
+/* Who the ranks are, and noticing at once that one on this host is gone. */
+#pragma once
+
+#include "comm/mpi/engine.h"
+#include <sched.h>
+#include <stdatomic.h>
+
+struct peer {
+    int32_t pid;
+    uint64_t host_id, pid_space; /* the running system, and the space in which its pid means something */
+    char host[64];
+    cpu_set_t processors;
+};
+
+struct watch {
+    struct engine *engine;
+    struct peer *peers; /* [size] in rank order */
+    struct pollfd *polled; /* [size + 1] a handle of each process that can be watched, and what wakes the thread */
+    void (*lost)(const char *line);
+    atomic_bool told;    /* a rank was lost, and one of the remaining ranks says so */
+    atomic_bool leaving; /* the ranks take leave: one that is gone has perhaps but gone first */
+    atomic_bool over;
+    bool handles_termination;
+    pthread_t thread;
+};
+
+/* What this process tells the others. */
+void peer_describe_self(struct peer *self);
+
+/* "rank 3 (pid 1234 on host x)" */
+void peer_print(const struct peer *peers, int rank, char *text, size_t bytes);
+
+/* Watch the peers [size] until watch_close. Takes over SIGTERM where nobody handles it yet: it still ends the process,
+ * but a starter that ends the others because one is gone leaves them the time to say which. One watch a process. */
+enum status watch_open(struct watch *watch, struct engine *engine, struct peer *peers, void (*lost)(const char *line)) MUST_USE;
+void watch_close(struct watch *watch);

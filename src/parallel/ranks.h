@@ -1,0 +1,33 @@
+/* The ranks of a run: its mesh, and a communicator for every group of ranks that exchange something.
+ *
+ * A transfer runs in the smallest group that needs it: pieces of dense parameters between the ranks of shard and expert
+ * together, rows of tokens along the expert axis, sums between replicas along replicate. Nothing here crosses islands.
+ */
+#pragma once
+
+#include "comm/comm.h"
+#include "tensor/mesh.h"
+
+enum {
+    RANKS_SHARD_AXES = MESH_BIT(MESH_SHARD) | MESH_BIT(MESH_EXPERT),
+    RANKS_BATCH_AXES = RANKS_SHARD_AXES | MESH_BIT(MESH_REPLICATE),
+};
+
+struct ranks {
+    struct mesh mesh;
+    struct comm *world;   /* borrowed */
+    struct comm batch;    /* all that share a batch: one island */
+    struct comm shards;   /* those that a replica's parameters are divided over */
+    struct comm replicas; /* those that own the same part */
+    struct comm experts;  /* those that a block's experts are divided over */
+};
+
+/* Collective. The world must have as many ranks as the mesh, and stay until ranks_close. */
+enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world) MUST_USE;
+void ranks_close(struct ranks *ranks);
+
+/* One process; nothing to close. `world` is a comm_self that the caller keeps. */
+struct ranks ranks_single(struct comm *world);
+
+/* Sent by this rank so far, through all of its communicators but the world's. */
+int64_t ranks_sent_bytes(const struct ranks *ranks);
