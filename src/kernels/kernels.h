@@ -55,6 +55,34 @@ struct router_loss_scales {
     double balance_scale, z_scale;
 };
 
+/* Where the choices of S tokens go when the experts are divided over R ranks. A *pair* is a token and a rank that has one
+ * or more of its experts: what travels once. Pairs are in the order of rank, then token; rows (one a choice) in that of
+ * rank, token, choice. C = min(K, R) is the most pairs of a token. All i32. */
+struct pair_plan {
+    struct tensor rank_pair, rank_row; /* [R+1]: first pair and first row for each rank, then how many there are */
+    struct tensor pair_token;          /* [S*C]; of this and of pair_row the entries after the last pair are undefined */
+    struct tensor pair_row;            /* [S*C + 1]: first row of each pair; after the last pair N */
+    struct tensor row_wire;            /* [N,2]: pair, counted from its rank's first; expert, from its rank's first */
+    struct tensor row_slot;            /* [N]: s*K + k */
+    struct tensor slot_row;            /* [S,K]: the inverse */
+    struct tensor token_pair;          /* [S,C]: pairs of a token in the order of the first choice in each, then -1 */
+};
+
+/* Rows that arrived at the rank of E experts from `sources` ranks, one source after the other: rows source_row[s] ..
+ * source_row[s+1]-1 are of source s, whose pairs have the places source_pair[s] .. source_pair[s+1]-1 here; the first of
+ * them calls itself first_pair[s]. Host arrays of sources+1, sources+1 and sources. C columns of pair_row are enough for
+ * the rows of any pair. All tensors i32. */
+struct arrivals {
+    int sources;
+    const int64_t *source_row, *source_pair, *first_pair;
+    struct tensor wire;     /* in  [N,2]: as row_wire of the source's plan; ascending pairs in each source */
+    struct tensor offsets;  /* out [E+1] */
+    struct tensor row_wire; /* out [N]: which of the arrived rows stands in row r */
+    struct tensor wire_row; /* out [N]: the inverse */
+    struct tensor row_pair; /* out [N]: the place of row r's pair */
+    struct tensor pair_row; /* out [P,C]: rows of each pair in the order of arrival, then -1 */
+};
+
 struct kernel_ops {
     const char *name;
 
@@ -92,8 +120,10 @@ struct kernel_ops {
     void (*cast)(struct tensor from, struct tensor to); /* same shape, any float to any float */
     void (*add)(struct tensor x, struct tensor y);      /* y += x; same shape, float, or both i32 */
     void (*sum_squares)(struct tensor x, struct tensor sum); /* sum f64 [1] += sum of x^2; NaN and inf carry over */
-    void (*gather_scalars)(struct tensor from, struct tensor index, struct tensor to); /* to[i] = from[index[i]], flat,
-                                                                                           real; index i32 */
+    /* to[i] = from[index[i]], flat; both real, or both i32; index i32 */
+    void (*gather_scalars)(struct tensor from, struct tensor index, struct tensor to);
+    /* to[i,:] = from[index[i],:]; both float of one dtype; from [any,D], index i32 [M], to [M,D] */
+    void (*gather_rows)(struct tensor from, struct tensor index, struct tensor to);
 
     /* Boxes of `count` elements along each dimension, all inside their tensors: to = (or += with accumulate) the sum of
      * the terms, in their order; one term is a copy. term_count >= 1; all float, each of a dtype of its own. Summed in f32,
@@ -151,8 +181,17 @@ struct kernel_ops {
     void (*route_sort)(struct tensor expert, struct tensor count, struct tensor offsets, struct tensor row_slot,
                        struct tensor row_token, struct tensor slot_row);
 
-    /* y [S,D] = (or +=) sum over k, in order, of rows[slot_row[s,k]]; rows [N,D] float, y float. */
+    /* y [S,D] = (or +=) sum over k, in order, of rows[slot_row[s,k]], without those that are negative; rows [N,D] float, y
+     * float. */
     void (*combine_rows)(struct tensor rows, struct tensor slot_row, struct tensor y, bool accumulate);
+
+    /* ---- routing to other ranks ---------------------------------------------------------------------------------- */
+
+    /* Pairs and rows of S tokens for rank_count ranks, of which rank r has the experts range_part(expert_count, rank_count,
+     * r); linear in the number of choices. expert i32 [S,K] in, plan out. */
+    void (*route_pairs)(struct tensor expert, int64_t expert_count, int rank_count, struct pair_plan plan);
+    /* Order the rows that arrived by expert, stable; linear in their number. */
+    void (*sort_arrivals)(struct arrivals arrivals);
 
     /* ---- expert -------------------------------------------------------------------------------------------------- */
 

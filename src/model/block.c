@@ -219,7 +219,7 @@ static struct tensor result_gradient(const struct model *m, struct workspace *w)
 static enum status combine_round_backward(const struct model *m, struct workspace *w, int block, int round,
                                           struct tensor dy) {
     struct exchange_call call = exchange_call(m, &w->blocks[block]);
-    return w->exchange->combine_backward(w->exchange_self, &call, round, dy, &w->drows);
+    return w->exchange->combine_backward(w->exchange_self, &call, round, dy, &w->drows, &w->expert);
 }
 
 static void run_experts_backward(const struct model *m, struct workspace *w, int block) {

@@ -35,9 +35,10 @@ static enum status local_combine(void *self, const struct exchange_call *call, i
 }
 
 static enum status local_combine_backward(void *self, const struct exchange_call *call, int round, struct tensor dy,
-                                          struct expert_rows *drows) {
+                                          struct expert_rows *drows, struct expert_scratch *scratch) {
     (void)self;
     (void)round;
+    (void)scratch;
     *drows = (struct expert_rows){dy, call->route->row_token, call->route->offsets, tensor_none()};
     return STATUS_OK;
 }

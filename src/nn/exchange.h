@@ -46,7 +46,7 @@ struct exchange_call {
 };
 
 struct expert_exchange_ops {
-    /* True where dispatch brings the storage of *saved and *scratch: how many rows arrive is not known before. */
+    /* True where the exchange brings the storage of *saved and *scratch: how many rows arrive is not known before. */
     bool brings_storage;
     /* As soon as the route is known: ranks begin to tell each other how many rows they will send. */
     enum status (*announce)(void *self, const struct exchange_call *call) MUST_USE;
@@ -60,9 +60,10 @@ struct expert_exchange_ops {
      * y real [S,D] += the results of all. */
     enum status (*combine)(void *self, const struct exchange_call *call, int round, struct tensor results,
                            struct tensor y) MUST_USE;
-    /* dy compute [S,D] -> the gradient of each row's result, as data, rows and offsets of *drows. */
+    /* dy compute [S,D] -> the gradient of each row's result, as data, rows and offsets of *drows; also scratch where it
+     * brings it: other layers have used it since dispatch. */
     enum status (*combine_backward)(void *self, const struct exchange_call *call, int round, struct tensor dy,
-                                    struct expert_rows *drows) MUST_USE;
+                                    struct expert_rows *drows, struct expert_scratch *scratch) MUST_USE;
     /* drows real [N,D], drow_weight real [N]. After the last round dtokens real [S,D] =, dweight real [S,K] = . */
     enum status (*dispatch_backward)(void *self, const struct exchange_call *call, int round, struct tensor drows,
                                      struct tensor drow_weight, struct tensor dtokens, struct tensor dweight) MUST_USE;

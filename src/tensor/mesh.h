@@ -39,6 +39,10 @@ struct range {
     int64_t begin, end;
 };
 struct range range_part(int64_t total, int part_count, int part);
+/* The part that thing `index` of 0 .. total-1 is in: index is in range_part(total, part_count, range_owner(..)). */
+static inline int32_t range_owner(int64_t total, int part_count, int64_t index) {
+    return (int32_t)(((uint64_t)(index + 1) * (uint64_t)part_count - 1) / (uint64_t)total);
+}
 static inline int64_t range_count(struct range range) {
     return range.end - range.begin;
 }

@@ -1,6 +1,8 @@
 /* Operations that look at one element at a time, the gated activation, and the optimizer. */
 #include "kernels/ref/ref.h"
 
+#include <string.h>
+
 void ref_fill(struct tensor t, double value) {
     for (int64_t i = 0; i < tensor_elements(t); i++) {
         if (t.dtype == DTYPE_I32)
@@ -37,11 +39,27 @@ void ref_sum_squares(struct tensor x, struct tensor sum) {
 }
 
 void ref_gather_scalars(struct tensor from, struct tensor index, struct tensor to) {
-    CHECK(ref_is_real(from, from.dtype) && to.dtype == from.dtype && index.dtype == DTYPE_I32);
+    bool is_integer = from.dtype == DTYPE_I32;
+    CHECK((is_integer || ref_is_real(from, from.dtype)) && to.dtype == from.dtype && index.dtype == DTYPE_I32);
     CHECK_OP(tensor_elements(index), ==, tensor_elements(to));
     for (int64_t i = 0; i < tensor_elements(to); i++) {
-        CHECK(ref_index(index, i) >= 0 && ref_index(index, i) < tensor_elements(from));
-        ref_store(to, i, ref_load(from, ref_index(index, i)));
+        int64_t at = ref_index(index, i);
+        CHECK(at >= 0 && at < tensor_elements(from));
+        if (is_integer)
+            ((int32_t *)to.data)[i] = (int32_t)ref_index(from, at);
+        else
+            ref_store(to, i, ref_load(from, at));
+    }
+}
+
+void ref_gather_rows(struct tensor from, struct tensor index, struct tensor to) {
+    int64_t rows = to.shape[0], width = to.shape[1];
+    CHECK(ref_is_float(from) && to.dtype == from.dtype && index.dtype == DTYPE_I32);
+    CHECK(ref_is_2d(from, from.shape[0], width) && ref_is_2d(to, rows, width) && ref_is_1d(index, rows));
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t at = ref_index(index, i);
+        CHECK(at >= 0 && at < from.shape[0]);
+        memcpy(tensor_rows(to, i, 1).data, tensor_rows(from, at, 1).data, (size_t)width * dtype_size(to.dtype));
     }
 }
 

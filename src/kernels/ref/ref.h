@@ -65,6 +65,7 @@ void ref_cast(struct tensor from, struct tensor to);
 void ref_add_tensor(struct tensor x, struct tensor y);
 void ref_sum_squares(struct tensor x, struct tensor sum);
 void ref_gather_scalars(struct tensor from, struct tensor index, struct tensor to);
+void ref_gather_rows(struct tensor from, struct tensor index, struct tensor to);
 void ref_sum_boxes(const struct box *terms, int term_count, const int64_t count[3], struct box to, bool accumulate);
 
 void ref_rmsnorm_forward(struct tensor x, struct tensor weight, double epsilon, struct tensor y,
@@ -93,6 +94,8 @@ void ref_router_stats(struct tensor logits, struct tensor prob, struct tensor ex
 void ref_route_sort(struct tensor expert, struct tensor count, struct tensor offsets, struct tensor row_slot,
                     struct tensor row_token, struct tensor slot_row);
 void ref_combine_rows(struct tensor rows, struct tensor slot_row, struct tensor y, bool accumulate);
+void ref_route_pairs(struct tensor expert, int64_t expert_count, int rank_count, struct pair_plan plan);
+void ref_sort_arrivals(struct arrivals arrivals);
 
 void ref_swiglu_forward(struct tensor gate, struct tensor up, struct tensor row_weight, struct tensor act);
 void ref_swiglu_backward(struct tensor dact, struct tensor gate, struct tensor up, struct tensor row_weight,

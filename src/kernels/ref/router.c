@@ -157,8 +157,8 @@ void ref_combine_rows(struct tensor rows, struct tensor slot_row, struct tensor 
         memset(sum, 0, (size_t)width * sizeof *sum);
         for (int64_t k = 0; k < choices; k++) {
             int64_t row = ref_index(slot_row, s * choices + k);
-            CHECK(row >= 0 && row < rows.shape[0]);
-            for (int64_t d = 0; d < width; d++)
+            CHECK(row < rows.shape[0]);
+            for (int64_t d = 0; d < width && row >= 0; d++)
                 sum[d] += values[row * width + d];
         }
         ref_write(y, s * width, width, sum, accumulate);

@@ -208,6 +208,32 @@ static void gather_scalars(struct tensor from, struct tensor index, struct tenso
 
 /* ---- rows of tokens -------------------------------------------------------------------------------------------- */
 
+struct row_gather {
+    struct tensor from, index, to;
+    int64_t rows_per_task;
+    size_t row_bytes;
+};
+
+static void gather_rows_task(void *context, int64_t task) {
+    const struct row_gather *g = context;
+    const int32_t *index = g->index.data;
+    const char *from = g->from.data;
+    char *to = g->to.data;
+    int64_t end = at_most((task + 1) * g->rows_per_task, g->to.shape[0]);
+    for (int64_t row = task * g->rows_per_task; row < end; row++) {
+        CHECK(index[row] >= 0 && index[row] < g->from.shape[0]);
+        memcpy(to + (size_t)row * g->row_bytes, from + (size_t)index[row] * g->row_bytes, g->row_bytes);
+    }
+}
+
+static void gather_rows(struct tensor from, struct tensor index, struct tensor to) {
+    CHECK(to.dtype == from.dtype && from.dtype != DTYPE_I32 && index.dtype == DTYPE_I32);
+    CHECK_OP(from.shape[1], ==, to.shape[1]);
+    CHECK_OP(tensor_elements(index), ==, to.shape[0]);
+    struct row_gather g = {from, index, to, rows_per_task(to.shape[1]), (size_t)to.shape[1] * dtype_size(to.dtype)};
+    parallel_for(divide_up(to.shape[0], g.rows_per_task), gather_rows_task, &g);
+}
+
 struct combine {
     struct tensor rows, slot_row, y;
     int64_t width, choices, tokens_per_task;
@@ -221,6 +247,8 @@ ALWAYS_INLINE void combine_numbers(enum dtype dtype, enum dtype y_dtype, const s
     vector_f32 sum[WAYS] = {{0}};
     for (int64_t k = 0; k < c->choices; k++) {
         int64_t from = row[k] * c->width + at;
+        if (row[k] < 0)
+            continue;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             sum[v] += numbers_load(dtype, c->rows.data, from + v * VECTOR_LANES, count);
@@ -240,7 +268,7 @@ ALWAYS_INLINE void combine_body(enum dtype dtype, enum dtype y_dtype, const void
     for (int64_t token = index * c->tokens_per_task; token < end; token++) {
         const int32_t *row = (const int32_t *)c->slot_row.data + token * c->choices;
         for (int64_t k = 0; k < c->choices; k++)
-            CHECK(row[k] >= 0 && row[k] < c->rows.shape[0]);
+            CHECK(row[k] < c->rows.shape[0]);
         int64_t i = 0;
         for (; i + WAYS * VECTOR_LANES <= c->width; i += WAYS * VECTOR_LANES)
             combine_numbers(dtype, y_dtype, c, token, i, WAYS, VECTOR_LANES);
@@ -391,6 +419,7 @@ void ISA_NAME(pointwise_fill)(struct kernel_ops *ops) {
     ops->add = add;
     ops->sum_squares = sum_squares;
     ops->gather_scalars = gather_scalars;
+    ops->gather_rows = gather_rows;
     ops->combine_rows = combine_rows;
     ops->swiglu_forward = swiglu_forward;
     ops->swiglu_backward = swiglu_backward;
