@@ -9,3 +9,6 @@ enum status cmd_eval(int argc, char **argv) MUST_USE;
 enum status cmd_tokenize(int argc, char **argv) MUST_USE;
 enum status cmd_inspect(int argc, char **argv) MUST_USE;
 enum status cmd_bench(int argc, char **argv) MUST_USE;
+
+/* This process prints no line about how its verb failed: another rank does. */
+void cli_stay_silent(void);

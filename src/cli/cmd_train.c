@@ -2,11 +2,13 @@
 
 #include "base/log.h"
 #include "cli/arguments.h"
+#include "comm/launch/launch.h"
 #include "infer/generate.h"
 #include "metrics/metrics_file.h"
 #include "metrics/progress.h"
 #include "train/trainer.h"
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -27,6 +29,26 @@ static enum status write_sample(void *context, struct model *model, const struct
     enum status status = generator_run(generator, &generation, &result);
     generator_destroy(generator);
     return status;
+}
+
+/* Where the run would go on. Written by the training thread, read by a thread of the transport when a rank is lost. */
+static char good_checkpoint[4096];
+static pthread_mutex_t good_checkpoint_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void note_checkpoint(const char *path) {
+    pthread_mutex_lock(&good_checkpoint_lock);
+    snprintf(good_checkpoint, sizeof good_checkpoint, "%s", path);
+    pthread_mutex_unlock(&good_checkpoint_lock);
+}
+
+/* One line, at once: the starter may end all other ranks in the next moment. */
+static void tell_lost_rank(const char *line) {
+    pthread_mutex_lock(&good_checkpoint_lock);
+    if (*good_checkpoint)
+        fprintf(stderr, "cadre train: %s; the same command goes on from %s\n", line, good_checkpoint);
+    else
+        fprintf(stderr, "cadre train: %s; no checkpoint was saved yet\n", line);
+    pthread_mutex_unlock(&good_checkpoint_lock);
 }
 
 static void print_command(int argc, char **argv) {
@@ -63,8 +85,10 @@ static void print_json(const struct run_config *config, const struct train_summa
     json_decref(object);
 }
 
-static enum status finish(const struct run_config *config, const struct train_summary *summary, bool json, int argc,
-                          char **argv) {
+static enum status finish(const struct run_config *config, const struct train_summary *summary, bool json, bool tells,
+                          int argc, char **argv) {
+    if (!tells)
+        return summary->interrupted ? status_fail(STATUS_INTERRUPTED, "interrupted") : STATUS_OK;
     if (summary->interrupted) {
         log_info("stopped and saved at step %lld of %lld; the same command goes on:", (long long)summary->step,
                  (long long)summary->step_count);
@@ -126,7 +150,16 @@ enum status cmd_train(int argc, char **argv) {
     TRY(run_config_resolve(&config, config_path, pairs, pair_count));
     if (dry)
         return dry_run(&config);
-    struct comm world = comm_self();
-    TRY(train_run(&config, (struct train_world){&world, 0}, (struct train_hooks){write_sample, NULL, profile}, &summary));
-    return finish(&config, &summary, json, argc, argv);
+    struct comm_launch launch;
+    TRY(comm_launch_open(&launch, tell_lost_rank));
+    struct train_world world = {&launch.world, launch.local_size, launch.thread_count};
+    struct train_hooks hooks = {write_sample, NULL, profile, note_checkpoint};
+    enum status status = train_run(&config, world, hooks, &summary);
+    if (status == STATUS_OK)
+        status = finish(&config, &summary, json, launch.world.rank == 0, argc, argv);
+    /* All ranks fail together, in the same words: one of them says so. */
+    if (launch.world.rank > 0 || (status == STATUS_PEER && comm_launch_has_told(&launch)))
+        cli_stay_silent();
+    comm_launch_close(&launch, status);
+    return status;
 }

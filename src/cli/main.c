@@ -1,6 +1,7 @@
 #include "cli/cli.h"
 
 #include "base/text.h"
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -39,13 +40,20 @@ static int fail_unknown_verb(const char *word) {
     return 2;
 }
 
+static bool silent;
+
+void cli_stay_silent(void) {
+    silent = true;
+}
+
 static int run_verb(const struct verb *verb, int argc, char **argv) {
     enum status status = verb->run(argc, argv);
     if (status == STATUS_OK && (fflush(stdout) != 0 || ferror(stdout)))
         status = status_fail(STATUS_IO, "cannot write the result to standard output");
     if (status == STATUS_OK)
         return 0;
-    fprintf(stderr, "cadre %s: %s\n", verb->name, status_text());
+    if (!silent)
+        fprintf(stderr, "cadre %s: %s\n", verb->name, status_text());
     return status == STATUS_USAGE ? 2 : 1;
 }
 

@@ -6,6 +6,8 @@
 
 static const char *const precision_names[] = {"auto", "fp32", "bf16", NULL};
 static const char *const recompute_names[] = {"none", "block", NULL};
+static const char *const zero_names[] = {"auto", "0", "1", "2", "3", NULL};
+static const char *const wire_names[] = {"fp32", "bf16", NULL};
 
 #define AT(member) offsetof(struct run_config, member)
 
@@ -28,7 +30,7 @@ static const struct setting run_settings[] = {
     {"train", "sequence_length", SETTING_INTEGER, AT(train.sequence_length), 1, 1 << 24, NULL, "tokens in a sequence"},
     {"train", "batch_sequences", SETTING_INTEGER, AT(train.batch_sequences), 1, 1 << 20, NULL, "sequences in a step"},
     {"train", "micro_batch_sequences", SETTING_INTEGER, AT(train.micro_batch_sequences), 0, 1 << 20, NULL,
-     "sequences at a time; 0: the whole batch"},
+     "sequences at a time, over all ranks; 0: the whole batch"},
     {"train", "precision", SETTING_CHOICE, AT(train.precision), 0, 2, precision_names,
      "of products: fp32, bf16 (master weights stay fp32), or auto: bf16 where the processor has it"},
     {"train", "recompute", SETTING_CHOICE, AT(train.recompute), 0, 1, recompute_names,
@@ -40,6 +42,21 @@ static const struct setting run_settings[] = {
      "held-out tokens looked at during training; 0: all"},
     {"train", "sample_every_steps", SETTING_INTEGER, AT(train.sample_every_steps), 0, 1e9, NULL,
      "steps between passages written to samples.txt; 0: none"},
+};
+
+static const struct setting layout_settings[] = {
+    {"layout", "replicate", SETTING_INTEGER, AT(layout.replicate), 0, 1 << 20, NULL,
+     "ranks that hold the same parameters; 0: chosen"},
+    {"layout", "shard", SETTING_INTEGER, AT(layout.shard), 0, 1 << 20, NULL,
+     "ranks that parameters are divided over; 0: chosen"},
+    {"layout", "expert", SETTING_INTEGER, AT(layout.expert), 0, 1 << 20, NULL,
+     "ranks that the experts of a block are divided over, rows travel to them; 0: chosen"},
+    {"layout", "zero", SETTING_CHOICE, AT(layout.zero), 0, 4, zero_names,
+     "what is divided: 1 moments, 2 and gradients, 3 and weights; 0 nothing; auto: as memory asks for"},
+    {"layout", "grad_wire", SETTING_CHOICE, AT(layout.grad_wire), 0, 1, wire_names,
+     "of gradients that travel between ranks: fp32, or bf16 (half the bytes; sums stay fp32)"},
+    {"layout", "exchange_limit_bytes", SETTING_INTEGER, AT(layout.exchange_limit_bytes), 0, 9e15, NULL,
+     "rows of tokens that may arrive at a rank at once, bytes; more come in rounds; 0: no limit"},
 };
 
 static const struct setting place_settings[] = {
@@ -61,6 +78,7 @@ struct setting_group run_config_group(void) {
         {model_settings, 0, offsetof(struct run_config, model)},
         {run_settings, COUNT(run_settings), 0},
         {optimizer_setting_list, 0, offsetof(struct run_config, optim)},
+        {layout_settings, COUNT(layout_settings), 0},
         {place_settings, COUNT(place_settings), 0},
     };
     tables[1].count = model_setting_count;

@@ -6,6 +6,8 @@
 
 enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_BLOCK };
+enum layout_zero { LAYOUT_ZERO_AUTO, LAYOUT_ZERO_0, LAYOUT_ZERO_1, LAYOUT_ZERO_2, LAYOUT_ZERO_3 };
+enum gradient_wire { GRADIENT_WIRE_FP32, GRADIENT_WIRE_BF16 };
 
 struct run_config {
     struct model_config model;
@@ -22,6 +24,11 @@ struct run_config {
         int64_t seed, eval_every_steps, eval_tokens, sample_every_steps;
     } train;
     struct optimizer_settings optim;
+    struct {
+        int64_t replicate, shard, expert; /* ranks along an axis; 0: to be chosen */
+        int zero, grad_wire;              /* enum layout_zero, enum gradient_wire */
+        int64_t exchange_limit_bytes;
+    } layout;
     struct {
         int64_t every_steps, keep;
     } checkpoint;

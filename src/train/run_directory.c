@@ -15,7 +15,7 @@ static bool may_change(const char *section, const char *key) {
                                             "checkpoint.every_steps", "checkpoint.keep",      "run.directory",
                                             "run.threads",           NULL};
     char *name = text_format("%s.%s", section, key);
-    bool found = false;
+    bool found = strcmp(section, "layout") == 0; /* a run goes on in any */
     for (int i = 0; free_keys[i]; i++)
         found = found || strcmp(name, free_keys[i]) == 0;
     free(name);

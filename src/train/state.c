@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20, PATH_BYTES = 4096 };
+enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20, PATH_BYTES = CHECKPOINT_PATH_BYTES };
 
 /* ---- saving ------------------------------------------------------------------------------------------------------------ */
 
@@ -198,11 +198,9 @@ static enum status find_latest(const char *checkpoints_directory, struct comm *w
 }
 
 enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
-                              struct train_state *state, bool *found) {
-    char path[PATH_BYTES];
+                              struct train_state *state, char path[CHECKPOINT_PATH_BYTES]) {
     TRY(find_latest(checkpoints_directory, ranks->world, path));
-    *found = *path != '\0';
-    if (!*found)
+    if (!*path)
         return STATUS_OK;
     enum status status = comm_agree(ranks->world, read_all(path, model, state));
     if (status == STATUS_OK)

@@ -28,6 +28,7 @@ struct checkpoint_sources {
 enum status checkpoint_save(const struct checkpoint_sources *sources) MUST_USE;
 
 /* Collective. Fill model and state from the newest good checkpoint, whatever layout wrote it: every rank reads the rows
- * that it owns. *found is false where there is none. What ranks compute with is to be refreshed by the caller. */
+ * that it owns. path is empty where there is none. What ranks compute with is to be refreshed by the caller. */
+enum { CHECKPOINT_PATH_BYTES = 4096 };
 enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
-                              struct train_state *state, bool *found) MUST_USE;
+                              struct train_state *state, char path[CHECKPOINT_PATH_BYTES]) MUST_USE;

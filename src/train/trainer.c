@@ -9,7 +9,9 @@
 #include "data/loader.h"
 #include "data/tokenizer.h"
 #include "train/agreement.h"
+#include "parallel/layout_choice.h"
 #include "train/evaluate.h"
+#include "train/placement.h"
 #include "train/profile.h"
 #include "train/report.h"
 #include "train/roof.h"
@@ -131,7 +133,9 @@ static struct workspace_options workspace_options_from(const struct run_config *
 
 static struct step_settings step_settings_from(const struct run_config *c) {
     return (struct step_settings){(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
-                                  c->train.micro_batch_sequences, DTYPE_F32, 0};
+                                  c->train.micro_batch_sequences,
+                                  c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
+                                  c->layout.exchange_limit_bytes};
 }
 
 static enum status create_model(struct trainer *t) {
@@ -189,7 +193,11 @@ static enum status measure_steps(struct trainer *t) {
 }
 
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
-    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, resumed));
+    char path[CHECKPOINT_PATH_BYTES];
+    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, path));
+    *resumed = *path != '\0';
+    if (*resumed && t->hooks.checkpoint_is_good)
+        t->hooks.checkpoint_is_good(path);
     TRY(agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t)));
     if (t->config->train.steps == 0)
         TRY(measure_steps(t));
@@ -218,10 +226,23 @@ static enum status measure_roof(struct trainer *t) {
     return comm_sum_f64(t->world.comm, &t->roof_operations_per_s, 1);
 }
 
+/* Every rank chooses by the same facts: those of the rank that has least. */
 static enum status choose_layout(struct trainer *t) {
     struct comm *world = t->world.comm;
-    const int size[MESH_AXIS_COUNT] = {1, 1, world->size, 1};
-    t->sharding = (struct sharding){mesh_make(size, world->rank), 3};
+    char line[LAYOUT_LINE_BYTES];
+    int64_t mine[2] = {placement_machine_bytes() / t->world.local_size, t->world.local_size}, *all;
+    TRY(memory_alloc(&all, 2 * (size_t)world->size, sizeof *all));
+    enum status status = comm_share(world, mine, sizeof mine, all);
+    struct placement_world known = {world->rank, world->size, (int)mine[1], mine[0]};
+    for (int r = 0; r < world->size && status == STATUS_OK; r++) {
+        known.rank_memory_bytes = all[2 * r] < known.rank_memory_bytes ? all[2 * r] : known.rank_memory_bytes;
+        known.ranks_per_machine = all[2 * r + 1] == mine[1] ? known.ranks_per_machine : 0;
+    }
+    free(all);
+    TRY(status);
+    TRY(comm_agree(world, placement_choose(t->config, known, &t->sharding)));
+    if (world->size > 1)
+        log_info("layout  %s", layout_describe(&t->sharding, line));
     return ranks_open(&t->ranks, &t->sharding.mesh, world);
 }
 
@@ -232,11 +253,11 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     if (!is_first(t))
         log_set_level(LOG_QUIET);
     TRY(agreement_settings(world, c));
-    TRY(choose_layout(t));
     t->checkpoints = run_directory_path(c, "checkpoints");
     t->samples_path = run_directory_path(c, "samples.txt");
     TRY(open_data(t));
     TRY(comm_agree(world, open_tokenizer(t)));
+    TRY(choose_layout(t));
     TRY(comm_agree(world, create_model(t)));
     TRY(measure_roof(t));
     describe(t);
@@ -273,6 +294,11 @@ static enum status save(struct trainer *t) {
                                          t->config->checkpoint.keep};
     enum status status = checkpoint_save(&sources);
     free(config_path);
+    if (status == STATUS_OK && t->hooks.checkpoint_is_good) {
+        char *path = text_format("%s/step-%06lld", t->checkpoints, (long long)t->state.step);
+        t->hooks.checkpoint_is_good(path);
+        free(path);
+    }
     return status;
 }
 

@@ -14,6 +14,8 @@ struct train_hooks {
     void *context;
     /* Time every event: at the end a table on stderr, and trace.json in the run's directory (train/profile.h). */
     bool profile;
+    /* The run can go on from this checkpoint: called on every rank when it was resumed from or published. */
+    void (*checkpoint_is_good)(const char *path);
 };
 
 /* What a training process takes beside its tensors: libraries, the code that they generate, working memory of the
@@ -23,6 +25,7 @@ enum { TRAIN_PROCESS_BYTES = 40 << 20 };
 /* Who trains: the communicator of all ranks (comm_self for one process), and this rank's share of the processors. */
 struct train_world {
     struct comm *comm;
+    int local_size; /* ranks on this machine */
     int threads; /* where run.threads is 0; 0: one for each processor */
 };
 

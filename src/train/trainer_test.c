@@ -82,10 +82,10 @@ static enum status train(struct call call, struct train_summary *summary) {
     struct run_config config;
     int should_interrupt = call.interrupt_at > 0;
     struct comm self = comm_self();
-    struct train_world world = {&self, 0};
+    struct train_world world = {&self, 1, 0};
     enum status status = run_config_resolve(&config, NULL, pairs, call.more_key ? 11 : 10);
     if (status == STATUS_OK)
-        status = train_run(&config, world, (struct train_hooks){interrupt, &should_interrupt, call.profile},
+        status = train_run(&config, world, (struct train_hooks){interrupt, &should_interrupt, call.profile, NULL},
                            summary ? summary : &unused);
     free(directory);
     return status;
