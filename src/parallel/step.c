@@ -25,6 +25,36 @@ int64_t step_sequences_most(const struct mesh *mesh, int64_t micro_batch_sequenc
     return (micro_batch_sequences + ranks - 1) / ranks;
 }
 
+enum status step_workspace_create(const struct model *model, struct ranks *ranks, struct workspace_options options,
+                                  int64_t limit_bytes, struct workspace **workspace,
+                                  struct expert_parallel **exchange) {
+    const struct model_config *c = &model->config;
+    *exchange = NULL;
+    if (c->num_experts == 0 || ranks->experts.size == 1)
+        return workspace_create(model, options, workspace);
+    struct expert_parallel_options wanted = {
+        .comm = &ranks->experts,
+        .device = model->device,
+        .context = model->context,
+        .token_count = options.batch * options.sequence_length,
+        .width = c->hidden_size,
+        .inner = c->moe_intermediate_size,
+        .expert_count = c->num_experts,
+        .choice_count = c->num_experts_per_tok,
+        .slot_count = options.training && !options.recompute ? model->table.block_count : 1,
+        .training = options.training,
+        .limit_bytes = limit_bytes,
+    };
+    TRY(expert_parallel_create(&wanted, exchange));
+    enum status status =
+        workspace_create_exchanging(model, options, expert_parallel_ops(), *exchange, workspace);
+    if (status != STATUS_OK) {
+        expert_parallel_destroy(*exchange);
+        *exchange = NULL;
+    }
+    return status;
+}
+
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
                                               int micro_batch_count, bool recompute) {
     return (struct schedule_options){model->table.block_count,

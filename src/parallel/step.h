@@ -11,6 +11,7 @@
 #include "model/block.h"
 #include "optim/optimizer.h"
 #include "parallel/balance.h"
+#include "parallel/expert_parallel.h"
 #include "parallel/ranks.h"
 #include "parallel/schedule.h"
 #include "parallel/traffic.h"
@@ -32,7 +33,6 @@ struct step_settings {
     int micro_batch_count;
     int64_t micro_batch_sequences; /* over all ranks; 0: as many as the workspace holds */
     enum dtype gradient_wire;      /* f32 or bf16 */
-    int64_t exchange_limit_bytes;  /* rows that may arrive at once; 0: no limit */
 };
 
 /* Called after every event with the seconds it took; for profiles. */
@@ -69,6 +69,12 @@ void step_runner_release(struct step_runner *runner);
 /* This rank's sequences of a micro-batch, and the most that any rank has. */
 struct range step_sequences(const struct mesh *mesh, int64_t micro_batch_sequences);
 int64_t step_sequences_most(const struct mesh *mesh, int64_t micro_batch_sequences);
+
+/* What a rank needs to compute with `model` on these ranks: its workspace and, where experts are divided, the exchange of
+ * their rows (else NULL), which must outlive the workspace. limit_bytes: see expert_parallel.h. Not collective. */
+enum status step_workspace_create(const struct model *model, struct ranks *ranks, struct workspace_options options,
+                                  int64_t limit_bytes, struct workspace **workspace,
+                                  struct expert_parallel **exchange) MUST_USE;
 
 /* How the list of a model on a mesh is written. */
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
