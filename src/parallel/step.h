@@ -11,6 +11,7 @@
 #include "model/block.h"
 #include "optim/optimizer.h"
 #include "parallel/balance.h"
+#include "parallel/expert_parallel.h"
 #include "parallel/ranks.h"
 #include "parallel/schedule.h"
 #include "parallel/traffic.h"
@@ -25,14 +26,13 @@ struct step_result {
     double gradient_norm; /* before clipping */
     double lr;
     bool skipped;         /* the loss or the norm was not finite: weights untouched */
-    int64_t comm_bytes;   /* sent by all ranks since the last step's end was agreed on: one step's worth */
+    int64_t comm_bytes;   /* sent by all ranks: in this step up to its norm, and in the step before after its norm */
 };
 
 struct step_settings {
     int micro_batch_count;
     int64_t micro_batch_sequences; /* over all ranks; 0: as many as the workspace holds */
     enum dtype gradient_wire;      /* f32 or bf16 */
-    int64_t exchange_limit_bytes;  /* rows that may arrive at once; 0: no limit */
 };
 
 /* Called after every event with the seconds it took; for profiles. */
@@ -54,7 +54,8 @@ struct step_runner {
     double *sums;                      /* scratch: what the ranks add up at the end of a step */
     int sum_count;
     struct tensor gradient_square_sum; /* f64 [1] */
-    int64_t agreed_bytes;              /* ranks_sent_bytes when the last step's end was agreed on */
+    int64_t begin_bytes, norm_bytes;   /* ranks_sent_bytes when the step began, and at its norm */
+    int64_t tail_bytes;                /* sent in the last step from its norm on */
     struct arena arena;
     struct step_observer observer; /* event_done NULL: none */
 };
@@ -70,9 +71,18 @@ void step_runner_release(struct step_runner *runner);
 struct range step_sequences(const struct mesh *mesh, int64_t micro_batch_sequences);
 int64_t step_sequences_most(const struct mesh *mesh, int64_t micro_batch_sequences);
 
+/* What a rank needs to compute with `model` on these ranks: its workspace and, where experts are divided, the exchange of
+ * their rows (else NULL), which must outlive the workspace. limit_bytes: see expert_parallel.h. Not collective. */
+enum status step_workspace_create(const struct model *model, struct ranks *ranks, struct workspace_options options,
+                                  int64_t limit_bytes, struct workspace **workspace,
+                                  struct expert_parallel **exchange) MUST_USE;
+
 /* How the list of a model on a mesh is written. */
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
                                               int micro_batch_count, bool recompute);
+
+/* Numbers that the ranks add up at a step's norm. */
+int64_t step_sum_count(const struct model_config *config);
 
 /* After own_weight was written by anything but the optimizer: what this rank computes with follows. Collective. */
 enum status step_refresh(struct step_runner *runner) MUST_USE;

@@ -41,6 +41,7 @@ struct trainer {
     struct loader *loader;
     struct model *model;
     struct workspace *workspace;
+    struct expert_parallel *exchange; /* NULL where experts are not divided */
     struct step_runner runner;
     struct train_state state;
     struct train_report report;
@@ -134,8 +135,7 @@ static struct workspace_options workspace_options_from(const struct run_config *
 static struct step_settings step_settings_from(const struct run_config *c) {
     return (struct step_settings){(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
                                   c->train.micro_batch_sequences,
-                                  c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
-                                  c->layout.exchange_limit_bytes};
+                                  c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32};
 }
 
 static enum status create_model(struct trainer *t) {
@@ -143,7 +143,8 @@ static enum status create_model(struct trainer *t) {
     const struct kernel_ops *ops;
     TRY(kernels_choose(c->run.kernels, &ops));
     TRY(model_create(&c->model, model_options_from(c, ops, t->sharding), &t->model));
-    TRY(workspace_create(t->model, workspace_options_from(c, &t->sharding.mesh), &t->workspace));
+    TRY(step_workspace_create(t->model, &t->ranks, workspace_options_from(c, &t->sharding.mesh),
+                              c->layout.exchange_limit_bytes, &t->workspace, &t->exchange));
     TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, step_settings_from(c)));
     size_t token_count = (size_t)(c->train.batch_sequences * (c->train.sequence_length + 1));
     return memory_alloc(&t->tokens, token_count, sizeof *t->tokens);
@@ -276,6 +277,7 @@ static void tear_down(struct trainer *t) {
     profile_release(&t->profile);
     step_runner_release(&t->runner);
     workspace_destroy(t->workspace);
+    expert_parallel_destroy(t->exchange);
     model_destroy(t->model);
     tokenizer_destroy(t->tokenizer);
     corpus_close(&t->corpus);
@@ -502,19 +504,4 @@ enum status train_run(struct run_config *config, struct train_world world, struc
     enum status status = run_all(&trainer, summary);
     tear_down(&trainer);
     return status;
-}
-
-enum status train_dry_run(struct run_config *config, int rank_count, struct text *out) {
-    (void)rank_count;
-    if (config->model.vocab_size == 0)
-        config->model.vocab_size = config->data.vocab_size;
-    struct schedule schedule;
-    struct schedule_options options = {
-        .block_count = (int)config->model.num_hidden_layers,
-        .micro_batch_count = (int)(config->train.batch_sequences / config->train.micro_batch_sequences),
-        .recompute = config->train.recompute == RECOMPUTE_BLOCK};
-    TRY(schedule_build(&schedule, options));
-    schedule_print(&schedule, out);
-    schedule_release(&schedule);
-    return STATUS_OK;
 }

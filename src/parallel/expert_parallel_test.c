@@ -1,0 +1,508 @@
+/* A layer of experts divided over ranks that are threads, forward and backward, against the same layer with all experts
+ * and the concatenated tokens in one process. Two layers run between each other's forward and backward, as in a model. */
+#include "parallel/expert_parallel.h"
+
+#include "base/memory.h"
+#include "base/random.h"
+#include "base/threads.h"
+#include "comm/threads/comm_threads.h"
+#include "tensor/mesh.h"
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h>
+
+enum { RANKS_MAX = 8, LAYERS = 2, WIDTH = 20, INNER = 13, ARENA_BYTES = 16 << 20 };
+
+/* ---- problems -------------------------------------------------------------------------------------------------------- */
+
+enum routing {
+    ROUTE_RANDOM,
+    ROUTE_ONE_EXPERT,   /* every token's first choice is one expert, the others follow it */
+    ROUTE_SPREAD,       /* a token's experts as far apart as they can be: on different ranks */
+    ROUTE_ALTERNATING,  /* halves of the tokens prefer opposite ends */
+    ROUTING_COUNT
+};
+
+struct problem {
+    const struct kernel_ops *ops;
+    enum dtype compute, real;
+    int ranks;
+    int64_t tokens[RANKS_MAX]; /* of each rank */
+    int64_t experts, choices;
+    enum routing routing;
+    int64_t limit_bytes;
+    uint64_t seed;
+};
+
+static int64_t all_tokens(const struct problem *p) {
+    int64_t sum = 0;
+    for (int r = 0; r < p->ranks; r++)
+        sum += p->tokens[r];
+    return sum;
+}
+
+static int64_t first_token(const struct problem *p, int rank) {
+    int64_t first = 0;
+    for (int r = 0; r < rank; r++)
+        first += p->tokens[r];
+    return first;
+}
+
+/* Choice k of token s: all different for one token. */
+static int32_t choice(const struct problem *p, int layer, int64_t s, int64_t k) {
+    int64_t e = p->experts, stride = e / p->choices, all = all_tokens(p);
+    uint64_t stream = p->seed * 100 + (uint64_t)(layer * 50);
+    switch (p->routing) {
+    case ROUTE_RANDOM:
+        return (int32_t)random_permute(stream, (uint64_t)s, (uint64_t)e, (uint64_t)k);
+    case ROUTE_ONE_EXPERT:
+        return (int32_t)((e / 2 + k) % e);
+    case ROUTE_SPREAD:
+        return (int32_t)((s + k * stride) % e);
+    default:
+        return (int32_t)(2 * s < all ? k : e - 1 - k);
+    }
+}
+
+static void set(struct tensor t, int64_t i, double value) {
+    if (t.dtype == DTYPE_BF16)
+        ((uint16_t *)t.data)[i] = float_to_bf16((float)value);
+    else if (t.dtype == DTYPE_F32)
+        ((float *)t.data)[i] = (float)value;
+    else
+        ((double *)t.data)[i] = value;
+}
+
+static double get(struct tensor t, int64_t i) {
+    if (t.dtype == DTYPE_BF16)
+        return bf16_to_float(((const uint16_t *)t.data)[i]);
+    return t.dtype == DTYPE_F32 ? (double)((const float *)t.data)[i] : ((const double *)t.data)[i];
+}
+
+/* Rows first .. of a tensor whose numbers depend on their place in the whole. */
+static void fill(struct tensor t, uint64_t seed, uint64_t stream, int64_t first_row, double scale) {
+    int64_t columns = t.shape[1] * t.shape[2];
+    for (int64_t i = 0; i < tensor_elements(t); i++)
+        set(t, i, scale * random_normal(seed, stream, (uint64_t)(first_row * columns + i)));
+}
+
+/* ---- one rank's layers ----------------------------------------------------------------------------------------------- */
+
+/* What a run leaves behind; of the tokens and experts of one rank, or of all. */
+struct outcome {
+    struct tensor y, dtokens, dweight;       /* [S,D], [S,D], [S,K] */
+    struct tensor dgate, dup, ddown;         /* [E,F,D], [E,F,D], [E,D,F] */
+};
+
+struct layer {
+    struct tensor tokens, dy;
+    struct route route;
+    struct expert_weights weights;
+    struct expert_gradients gradients;
+    struct expert_rows rows;
+    struct expert_saved saved;
+    struct outcome outcome;
+    int rounds;
+};
+
+struct member {
+    const struct problem *problem;
+    struct layer_context context;
+    const struct expert_exchange_ops *exchange;
+    void *self;
+    int64_t first_token, token_count;
+    struct range experts;
+    struct arena arena;
+    struct expert_scratch scratch;
+    struct layer layers[LAYERS];
+};
+
+static struct tensor take(struct member *m, enum dtype dtype, int64_t d0, int64_t d1, int64_t d2) {
+    struct tensor t = tensor_make(NULL, dtype, d2 > 1 ? 3 : 2, d0, d1, d2);
+    t.data = arena_take(&m->arena, tensor_bytes(t));
+    return t;
+}
+
+static struct packed take_packed(struct member *m, uint64_t stream, int64_t out, int64_t in) {
+    struct tensor w = take(m, m->context.compute, range_count(m->experts), out, in);
+    struct packed packed = {.dtype = m->context.compute, .groups = w.shape[0], .out = out, .in = in, .backward = true};
+    w.dim_count = 3;
+    fill(w, m->problem->seed, stream, m->experts.begin, 0.4);
+    packed.data = arena_take(&m->arena, m->context.ops->packed_bytes(packed));
+    m->context.ops->pack(w, packed);
+    return packed;
+}
+
+static struct tensor take_gradient(struct member *m, int64_t out, int64_t in) {
+    struct tensor t = take(m, m->context.real, range_count(m->experts), out, in);
+    t.dim_count = 3;
+    memset(t.data, 0, tensor_bytes(t));
+    return t;
+}
+
+static void take_route(struct member *m, struct layer *layer, int index) {
+    const struct problem *p = m->problem;
+    int64_t s = m->token_count, k = p->choices, n = s * k;
+    struct route *route = &layer->route;
+    *route = (struct route){take(m, DTYPE_I32, s, k, 1),
+                            take(m, m->context.real, s, k, 1),
+                            take(m, DTYPE_I32, p->experts, 1, 1),
+                            take(m, DTYPE_I32, p->experts + 1, 1, 1),
+                            take(m, DTYPE_I32, n, 1, 1),
+                            take(m, DTYPE_I32, n, 1, 1),
+                            take(m, DTYPE_I32, s, k, 1)};
+    for (int64_t i = 0; i < n; i++)
+        ((int32_t *)route->expert.data)[i] = choice(p, index, m->first_token + i / k, i % k);
+    fill(route->weight, p->seed, (uint64_t)(index * 10 + 3), m->first_token, 1);
+    m->context.ops->route_sort(route->expert, route->count, route->offsets, route->row_slot, route->row_token,
+                               route->slot_row);
+}
+
+static void take_layer(struct member *m, int index) {
+    const struct problem *p = m->problem;
+    struct layer *layer = &m->layers[index];
+    int64_t s = m->token_count;
+    uint64_t stream = (uint64_t)(index * 10);
+    enum dtype compute = m->context.compute, real = m->context.real;
+    layer->tokens = take(m, compute, s, WIDTH, 1);
+    layer->dy = take(m, compute, s, WIDTH, 1);
+    fill(layer->tokens, p->seed, stream + 1, m->first_token, 1);
+    fill(layer->dy, p->seed, stream + 2, m->first_token, 1);
+    take_route(m, layer, index);
+    layer->weights = (struct expert_weights){take_packed(m, stream + 4, INNER, WIDTH), take_packed(m, stream + 5, INNER, WIDTH),
+                                             take_packed(m, stream + 6, WIDTH, INNER)};
+    layer->gradients = (struct expert_gradients){take_gradient(m, INNER, WIDTH), take_gradient(m, INNER, WIDTH),
+                                                 take_gradient(m, WIDTH, INNER)};
+    layer->outcome = (struct outcome){take(m, real, s, WIDTH, 1), take(m, real, s, WIDTH, 1), take(m, real, s, p->choices, 1),
+                                      layer->gradients.gate, layer->gradients.up, layer->gradients.down};
+    fill(layer->outcome.y, p->seed, stream + 7, m->first_token, 1); /* what the results are added to */
+}
+
+/* All layers of the tokens and experts given; scratch and saved are the arena's for the local form. */
+static enum status member_init(struct member *m, const struct problem *p, int64_t first, int64_t count,
+                               struct range experts) {
+    *m = (struct member){.problem = p, .context = {p->ops, p->compute, p->real}, .exchange = expert_exchange_local(),
+                         .first_token = first, .token_count = count, .experts = experts};
+    TRY(arena_init(&m->arena, device_cpu(), ARENA_BYTES));
+    struct expert_dims dims = {count * p->choices, WIDTH, INNER};
+    expert_scratch_take(&m->scratch, &m->context, &dims, false, &m->arena);
+    for (int i = 0; i < LAYERS; i++) {
+        take_layer(m, i);
+        expert_saved_take(&m->layers[i].saved, &m->context, &dims, false, &m->arena);
+    }
+    return STATUS_OK;
+}
+
+/* As model/block.c runs them. */
+static enum status layer_forward(struct member *m, int index) {
+    struct layer *l = &m->layers[index];
+    struct exchange_call call = {&m->context, &l->route, index};
+    TRY(m->exchange->announce(m->self, &call));
+    TRY(m->exchange->begin(m->self, &call, l->tokens, &l->rounds));
+    for (int round = 0; round < l->rounds; round++) {
+        TRY(m->exchange->dispatch(m->self, &call, round, l->tokens, &l->rows, &l->saved, &m->scratch));
+        experts_forward(&m->context, &l->weights, &l->rows, &l->saved, &m->scratch);
+        TRY(m->exchange->combine(m->self, &call, round, m->scratch.results, l->outcome.y));
+    }
+    return STATUS_OK;
+}
+
+static enum status layer_backward(struct member *m, int index) {
+    struct layer *l = &m->layers[index];
+    struct exchange_call call = {&m->context, &l->route, index};
+    struct expert_rows drows;
+    for (int round = 0; round < l->rounds; round++) {
+        if (l->rounds > 1) {
+            TRY(m->exchange->dispatch(m->self, &call, round, l->tokens, &l->rows, &l->saved, &m->scratch));
+            experts_inner_forward(&m->context, &l->weights, &l->rows, &l->saved);
+        }
+        TRY(m->exchange->combine_backward(m->self, &call, round, l->dy, &drows, &m->scratch));
+        experts_backward(&m->context, &l->weights, &l->rows, &drows, &l->saved, &m->scratch, &l->gradients);
+        TRY(m->exchange->dispatch_backward(m->self, &call, round, m->scratch.drows, m->scratch.drow_weight,
+                                           l->outcome.dtokens, l->outcome.dweight));
+    }
+    return STATUS_OK;
+}
+
+static enum status member_run(struct member *m) {
+    for (int i = 0; i < LAYERS; i++)
+        TRY(layer_forward(m, i));
+    for (int i = LAYERS - 1; i >= 0; i--)
+        TRY(layer_backward(m, i));
+    return STATUS_OK;
+}
+
+/* ---- all ranks ------------------------------------------------------------------------------------------------------- */
+
+struct run {
+    const struct problem *problem;
+    struct member members[RANKS_MAX];
+    struct comm_count counts[RANKS_MAX];
+    int64_t grown_bytes[RANKS_MAX], known_bytes[RANKS_MAX];
+    int repeats; /* more than 1: the buffers have been used before */
+};
+
+static enum status run_rank(void *context, struct comm *comm) {
+    struct run *run = context;
+    const struct problem *p = run->problem;
+    struct member *m = &run->members[comm->rank];
+    struct expert_parallel *exchange;
+    struct expert_parallel_options options = {comm, device_cpu(), {p->ops, p->compute, p->real}, p->tokens[comm->rank],
+                                              WIDTH, INNER, p->experts, p->choices, LAYERS, true, p->limit_bytes};
+    TRY(expert_parallel_create(&options, &exchange));
+    enum status status = STATUS_OK;
+    for (int i = 0; i < run->repeats && status == STATUS_OK; i++) {
+        arena_release(&m->arena);
+        status = member_init(m, p, first_token(p, comm->rank), p->tokens[comm->rank],
+                             range_part(p->experts, comm->size, comm->rank));
+        m->exchange = expert_parallel_ops();
+        m->self = exchange;
+        struct comm_count before = comm->count;
+        if (status == STATUS_OK)
+            status = member_run(m);
+        run->counts[comm->rank] = (struct comm_count){comm->count.sent_bytes - before.sent_bytes,
+                                                      comm->count.received_bytes - before.received_bytes,
+                                                      comm->count.calls - before.calls};
+    }
+    run->grown_bytes[comm->rank] = (int64_t)expert_parallel_grown_bytes(exchange);
+    run->known_bytes[comm->rank] = (int64_t)(expert_parallel_bytes(exchange) - expert_parallel_grown_bytes(exchange));
+    if (run->known_bytes[comm->rank] != (int64_t)expert_parallel_plan(&options))
+        status = status_fail(STATUS_FORMAT, "the plan is not what was taken");
+    expert_parallel_destroy(exchange);
+    return status;
+}
+
+static void run_all(struct run *run, const struct problem *p, int repeats) {
+    memset(run, 0, sizeof *run);
+    run->problem = p;
+    run->repeats = repeats;
+    if (comm_threads_run(p->ranks, run_rank, run) != STATUS_OK)
+        fail_msg("%d ranks, %d of %d experts: %s", p->ranks, (int)p->choices, (int)p->experts, status_text());
+}
+
+static void run_release(struct run *run) {
+    for (int r = 0; r < run->problem->ranks; r++)
+        arena_release(&run->members[r].arena);
+}
+
+/* ---- comparing ------------------------------------------------------------------------------------------------------- */
+
+struct difference {
+    double error, norm;
+};
+
+/* Of a rank's tensor and the rows from `first` on of the whole. */
+static void compare(struct difference *d, struct tensor part, struct tensor whole, int64_t first) {
+    int64_t columns = whole.shape[1] * whole.shape[2];
+    for (int64_t i = 0; i < tensor_elements(part); i++) {
+        double expected = get(whole, first * columns + i), error = get(part, i) - expected;
+        d->error += error * error;
+        d->norm += expected * expected;
+        if (isnan(error))
+            d->error = INFINITY;
+    }
+}
+
+static void expect_close(const struct problem *p, const char *what, struct difference d, double tolerance) {
+    if (sqrt(d.error) <= tolerance * sqrt(d.norm))
+        return;
+    fail_msg("%s, %d ranks, %d of %d experts, routing %d, limit %d: %s is off by %.3g", p->ops->name, p->ranks,
+             (int)p->choices, (int)p->experts, (int)p->routing, (int)p->limit_bytes, what, sqrt(d.error / d.norm));
+}
+
+static void compare_with_one(const struct run *run, double tolerance) {
+    static const char *const names[6] = {"y", "dtokens", "dweight", "dgate", "dup", "ddown"};
+    const struct problem *p = run->problem;
+    struct member one;
+    assert_int_equal(member_init(&one, p, 0, all_tokens(p), (struct range){0, p->experts}), STATUS_OK);
+    assert_int_equal(member_run(&one), STATUS_OK);
+    for (int i = 0; i < LAYERS; i++) {
+        struct difference d[6] = {{0, 0}};
+        for (int r = 0; r < p->ranks; r++) {
+            const struct member *m = &run->members[r];
+            const struct outcome *part = &m->layers[i].outcome, *whole = &one.layers[i].outcome;
+            compare(&d[0], part->y, whole->y, m->first_token);
+            compare(&d[1], part->dtokens, whole->dtokens, m->first_token);
+            compare(&d[2], part->dweight, whole->dweight, m->first_token);
+            compare(&d[3], part->dgate, whole->dgate, m->experts.begin);
+            compare(&d[4], part->dup, whole->dup, m->experts.begin);
+            compare(&d[5], part->ddown, whole->ddown, m->experts.begin);
+        }
+        for (int t = 0; t < 6; t++)
+            expect_close(p, names[t], d[t], tolerance);
+    }
+    arena_release(&one.arena);
+}
+
+static bool same_bits(struct tensor a, struct tensor b) {
+    return tensor_same_shape(a, b) && memcmp(a.data, b.data, tensor_bytes(a)) == 0;
+}
+
+/* Two runs of one problem; weight gradients may be summed in another order. */
+static void expect_same(const struct run *a, const struct run *b, bool gradients_too, double tolerance) {
+    for (int r = 0; r < a->problem->ranks; r++)
+        for (int i = 0; i < LAYERS; i++) {
+            const struct outcome *x = &a->members[r].layers[i].outcome, *y = &b->members[r].layers[i].outcome;
+            assert_true(same_bits(x->y, y->y) && same_bits(x->dtokens, y->dtokens) && same_bits(x->dweight, y->dweight));
+            if (gradients_too)
+                assert_true(same_bits(x->dgate, y->dgate) && same_bits(x->dup, y->dup) && same_bits(x->ddown, y->ddown));
+            struct difference d = {0, 0};
+            compare(&d, x->dgate, y->dgate, 0);
+            compare(&d, x->dup, y->dup, 0);
+            compare(&d, x->ddown, y->ddown, 0);
+            expect_close(b->problem, "a weight gradient", d, tolerance);
+        }
+}
+
+/* ---- tests ----------------------------------------------------------------------------------------------------------- */
+
+static const int rank_counts[] = {1, 2, 3, 4, 6, 8};
+static const int64_t expert_counts[] = {1, 5, 6, 8};
+enum { RANK_CASES = sizeof rank_counts / sizeof *rank_counts, EXPERT_CASES = sizeof expert_counts / sizeof *expert_counts };
+
+/* Uneven, some without any. */
+static void set_tokens(struct problem *p, uint64_t seed, int64_t most) {
+    for (int r = 0; r < p->ranks; r++) {
+        uint64_t bits = random_bits(seed, 77, (uint64_t)r);
+        p->tokens[r] = bits % 4 == 0 && p->ranks > 1 ? 0 : 1 + (int64_t)((bits >> 8) % (uint64_t)most);
+    }
+}
+
+static void check_all(const struct kernel_ops *ops, enum dtype compute, enum dtype real, double tolerance, int64_t most) {
+    uint64_t seed = 1;
+    for (int a = 0; a < RANK_CASES; a++)
+        for (int b = 0; b < EXPERT_CASES; b++)
+            for (int64_t choices = 1; choices <= expert_counts[b]; choices++, seed++) {
+                struct problem p = {.ops = ops, .compute = compute, .real = real, .ranks = rank_counts[a],
+                                    .experts = expert_counts[b], .choices = choices, .seed = seed,
+                                    .routing = seed % ROUTING_COUNT, .limit_bytes = seed % 3 == 1 ? 3000 : 0};
+                struct run run;
+                set_tokens(&p, seed, most);
+                run_all(&run, &p, 1);
+                compare_with_one(&run, tolerance);
+                run_release(&run);
+            }
+}
+
+static void test_double(void **state) {
+    (void)state;
+    check_all(kernels_ref(), DTYPE_F64, DTYPE_F64, 1e-12, 11);
+}
+
+static const struct kernel_ops *fast_ops(void) {
+    const struct kernel_ops *ops;
+    assert_int_equal(kernels_choose("auto", &ops), STATUS_OK);
+    return ops;
+}
+
+static void test_single(void **state) {
+    (void)state;
+    check_all(fast_ops(), DTYPE_F32, DTYPE_F32, 3e-6, 90);
+}
+
+static void test_bf16(void **state) {
+    (void)state;
+    check_all(fast_ops(), DTYPE_BF16, DTYPE_F32, 2e-2, 40);
+}
+
+static struct problem larger_problem(int ranks, enum routing routing) {
+    struct problem p = {.ops = fast_ops(), .compute = DTYPE_F32, .real = DTYPE_F32, .ranks = ranks, .experts = 6,
+                        .choices = 3, .routing = routing, .seed = 5};
+    set_tokens(&p, 3, 60);
+    p.tokens[0] = 60;
+    return p;
+}
+
+/* Rounds change nothing but the order in which weight gradients are summed; memory stays below the limit. */
+static void test_limit(void **state) {
+    (void)state;
+    static const int64_t limits[] = {1, 5000, 20000, 50000, 1 << 30};
+    for (int routing = 0; routing < ROUTING_COUNT; routing++)
+        for (int ranks = 1; ranks <= 4; ranks++) {
+            struct problem p = larger_problem(ranks, (enum routing)routing), limited = p;
+            struct run whole, parts;
+            run_all(&whole, &p, 1);
+            for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+                limited.limit_bytes = limits[i];
+                run_all(&parts, &limited, 1);
+                bool one_round = parts.members[0].layers[0].rounds == 1 && parts.members[0].layers[1].rounds == 1;
+                assert_true(limits[i] > 5000 || !one_round);
+                expect_same(&whole, &parts, one_round, 1e-6);
+                for (int r = 0; r < ranks && limits[i] > 20000; r++) /* rows of rounds are nearly even, and an eighth is slack */
+                    assert_true(one_round || parts.grown_bytes[r] < limits[i] + limits[i] / 2);
+                run_release(&parts);
+            }
+            run_release(&whole);
+        }
+}
+
+/* The same run twice; and once more in buffers that another has left behind. */
+static void test_bitwise(void **state) {
+    (void)state;
+    for (int routing = 0; routing < ROUTING_COUNT; routing++)
+        for (int ranks = 1; ranks <= 4; ranks++) {
+            struct problem p = larger_problem(ranks, (enum routing)routing);
+            p.limit_bytes = routing % 2 ? 30000 : 0;
+            struct run a, b;
+            run_all(&a, &p, 1);
+            run_all(&b, &p, 2);
+            expect_same(&a, &b, true, 0);
+            for (int r = 0; r < ranks; r++)
+                assert_int_equal(a.grown_bytes[r], b.grown_bytes[r]);
+            run_release(&a);
+            run_release(&b);
+        }
+}
+
+/* Pairs and rows that `from` has for `to`, counted from the routing. */
+static void count_pairs(const struct problem *p, int layer, int from, int to, int64_t *pairs, int64_t *rows) {
+    struct range experts = range_part(p->experts, p->ranks, to);
+    for (int64_t s = 0; s < p->tokens[from]; s++) {
+        int64_t here = 0;
+        for (int64_t k = 0; k < p->choices; k++) {
+            int32_t e = choice(p, layer, first_token(p, from) + s, k);
+            here += e >= experts.begin && e < experts.end;
+        }
+        *pairs += here > 0;
+        *rows += here;
+    }
+}
+
+/* What a rank sends, in one round: counts; for each row its two numbers and its weight out, the weight's gradient back; for
+ * each pair the token, its answer, dy and dx. */
+static void test_bytes(void **state) {
+    (void)state;
+    for (int routing = 0; routing < ROUTING_COUNT; routing++)
+        for (int ranks = 1; ranks <= 4; ranks++) {
+            struct problem p = larger_problem(ranks, (enum routing)routing);
+            struct run run;
+            run_all(&run, &p, 2); /* the second time nobody grows, and has nothing to agree on */
+            for (int r = 0; r < ranks; r++) {
+                int64_t out_pairs = 0, out_rows = 0, in_pairs = 0, in_rows = 0;
+                for (int i = 0; i < LAYERS * ranks; i++)
+                    if (i % ranks != r) {
+                        count_pairs(&p, i / ranks, r, i % ranks, &out_pairs, &out_rows);
+                        count_pairs(&p, i / ranks, i % ranks, r, &in_pairs, &in_rows);
+                    }
+                int64_t row_bytes = WIDTH * 4, counts = (int64_t)LAYERS * (ranks - 1) * ranks * 16;
+                assert_int_equal(run.counts[r].sent_bytes,
+                                 counts + out_rows * (8 + 4) + in_rows * 4 + 2 * (out_pairs + in_pairs) * row_bytes);
+                assert_int_equal(run.counts[r].calls, LAYERS * (1 + 3 + 1 + 1 + 2));
+                assert_true(routing != ROUTE_ONE_EXPERT || out_pairs <= LAYERS * p.tokens[r] * 2);
+            }
+            run_release(&run);
+        }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_double), cmocka_unit_test(test_single),  cmocka_unit_test(test_bf16),
+        cmocka_unit_test(test_limit),  cmocka_unit_test(test_bitwise), cmocka_unit_test(test_bytes),
+    };
+    threads_set_count(1);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
