@@ -101,8 +101,8 @@ static void test_wishes(void **state) {
                    "--layout.expert 2, --layout.replicate 2 --layout.shard 2 --layout.expert 2, --layout.replicate 2 "
                    "--layout.shard 4, --layout.shard 2 --layout.expert 4");
     expect_failure((struct layout_wishes){0, 3, 0, -1}, facts, 4,
-                   "layout.shard 3 does not divide the 4 ranks started; possible: --layout.shard 4, --layout.shard 2 --layout.expert 2, "
-                   "--layout.replicate 2 --layout.shard 2, --layout.expert 4");
+                   "layout.shard 3 does not divide the 4 ranks started; possible: --layout.shard 4, --layout.shard 2 "
+                   "--layout.expert 2, --layout.replicate 2 --layout.shard 2, --layout.expert 4");
     expect_failure((struct layout_wishes){0, 0, 16, -1}, facts, 16,
                    "layout.expert 16, but the model has 8 experts; possible: --layout.shard 2 --layout.expert 8, "
                    "--layout.replicate 2 --layout.expert 8, --layout.shard 4 --layout.expert 4, --layout.replicate 2 "
