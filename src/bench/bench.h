@@ -2,6 +2,7 @@
  * a test. Every figure stands beside a roof that was measured in the same call. */
 #pragma once
 
+#include "comm/launch/launch.h"
 #include "device/device.h"
 #include "train/run_config.h"
 
@@ -17,6 +18,7 @@ struct bench {
     const char *preset;      /* of `train` */
     const char *peer;        /* shell command that `train` alternates with; NULL: none */
     int64_t sequence_length; /* 0: the benchmark's own list */
+    struct comm_launch *launch; /* of `comm` */
 };
 
 struct bench_time { /* seconds */
@@ -52,4 +54,5 @@ enum status bench_roof(const struct bench *bench) MUST_USE;      /* multiply and
 enum status bench_gemm(const struct bench *bench) MUST_USE;      /* dense products, packed weights */
 enum status bench_moe(const struct bench *bench) MUST_USE;       /* grouped products */
 enum status bench_attention(const struct bench *bench) MUST_USE; /* causal */
+enum status bench_comm(const struct bench *bench) MUST_USE;      /* transfers; Collective, rank 0 prints */
 enum status bench_train(const struct bench *bench) MUST_USE;     /* whole steps of a preset on random tokens */

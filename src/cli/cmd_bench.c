@@ -18,6 +18,7 @@ static const struct bench_verb verbs[] = {
     {"gemm", "dense products over packed weights, forward and both gradients", bench_gemm},
     {"moe", "grouped products over ragged groups, gathered", bench_moe},
     {"attention", "causal attention, forward and backward, sequence 512 to 8192", bench_attention},
+    {"comm", "transfers between the ranks that mpirun started, beside MPI's own", bench_comm},
     {"train", "whole training steps of a preset on random tokens", bench_train},
 };
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
@@ -48,15 +49,15 @@ static enum status find_verb(const char *word, const struct bench_verb **verb) {
         }
     }
     if (!word)
-        return status_fail(STATUS_USAGE, "what to measure is missing: roof, gemm, moe, attention or train");
+        return status_fail(STATUS_USAGE, "what to measure is missing: roof, gemm, moe, attention, comm or train");
     int nearest = text_nearest(word, names, VERB_COUNT);
     if (nearest >= 0)
         return status_fail(STATUS_USAGE, "cannot measure \"%s\"; the nearest known word is %s", word, names[nearest]);
-    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention or train", word);
+    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, comm or train", word);
 }
 
 static void print_help(const struct argument *known, int count) {
-    arguments_print_help("bench", "roof | gemm | moe | attention | train", known, count);
+    arguments_print_help("bench", "roof | gemm | moe | attention | comm | train", known, count);
     printf("\n");
     for (int i = 0; i < VERB_COUNT; i++)
         printf("  %-10s %s\n", verbs[i].name, verbs[i].help);
@@ -76,6 +77,20 @@ static enum status check_flags(const struct bench_flags *f) {
     if (f->peer && strcmp(f->what, "train") != 0)
         return status_fail(STATUS_USAGE, "--peer is for cadre bench train");
     return STATUS_OK;
+}
+
+static void print_lost(const char *line) {
+    fprintf(stderr, "cadre bench: %s\n", line);
+}
+
+/* What is measured by all ranks. */
+static enum status run_together(struct bench *bench) {
+    struct comm_launch launch;
+    TRY(comm_launch_open(&launch, print_lost));
+    bench->launch = &launch;
+    enum status status = bench_comm(bench);
+    comm_launch_close(&launch, status);
+    return status;
 }
 
 enum status cmd_bench(int argc, char **argv) {
@@ -107,5 +122,5 @@ enum status cmd_bench(int argc, char **argv) {
     TRY(choose_precisions(f.precision, &bench));
     TRY(kernels_choose(f.kernels, &bench.ops));
     threads_set_count((int)f.threads);
-    return verb->run(&bench);
+    return verb->run == bench_comm ? run_together(&bench) : verb->run(&bench);
 }

@@ -106,9 +106,21 @@ static enum status finish(const struct run_config *config, const struct train_su
     return STATUS_OK;
 }
 
-static enum status dry_run(struct run_config *config) {
+/* As if `rank_count` ranks had been started (0: as many as were). */
+static enum status dry_run(struct run_config *config, int64_t rank_count) {
     struct text out = {0};
-    TRY(train_dry_run(config, 1, &out));
+    if (rank_count < 0 || rank_count > 1 << 20)
+        return status_fail(STATUS_USAGE, "--ranks is 1 to %d, not %lld", 1 << 20, (long long)rank_count);
+    if (rank_count == 0) {
+        struct comm_launch launch;
+        TRY(comm_launch_open(&launch, NULL));
+        rank_count = launch.world.size;
+        bool tells = launch.world.rank == 0;
+        comm_launch_close(&launch, STATUS_OK);
+        if (!tells)
+            return STATUS_OK;
+    }
+    TRY(train_dry_run(config, (int)rank_count, &out));
     fputs(text_string(&out), stdout);
     text_release(&out);
     return STATUS_OK;
@@ -128,9 +140,11 @@ enum status cmd_train(int argc, char **argv) {
     const char *config_path = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX];
     bool help, quiet = false, verbose = false, dry = false, json = false, profile = false;
     int pair_count = 0;
+    int64_t rank_count = 0;
     const struct argument known[] = {
         {"config", ARGUMENT_STRING, &config_path, "settings from an INI file; the command line wins"},
-        {"dry-run", ARGUMENT_SWITCH, &dry, "print the schedule of a step and do nothing"},
+        {"dry-run", ARGUMENT_SWITCH, &dry, "print mesh, placements, the schedule of a step and memory; train nothing"},
+        {"ranks", ARGUMENT_INTEGER, &rank_count, "of --dry-run: as if so many ranks had been started"},
         {"quiet", ARGUMENT_SWITCH, &quiet, "only warnings and errors"},
         {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
         {"profile", ARGUMENT_SWITCH, &profile,
@@ -149,7 +163,7 @@ enum status cmd_train(int argc, char **argv) {
     struct train_summary summary;
     TRY(run_config_resolve(&config, config_path, pairs, pair_count));
     if (dry)
-        return dry_run(&config);
+        return dry_run(&config, rank_count);
     struct comm_launch launch;
     TRY(comm_launch_open(&launch, tell_lost_rank));
     struct train_world world = {&launch.world, launch.local_size, launch.thread_count};

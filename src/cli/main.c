@@ -1,6 +1,7 @@
 #include "cli/cli.h"
 
 #include "base/text.h"
+#include "comm/launch/launch.h"
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
@@ -26,6 +27,12 @@ static int print_help(FILE *out, int exit_status) {
         fprintf(out, "  cadre %-10s %s\n", verbs[i].name, verbs[i].help);
     fprintf(out, "\ncadre VERB --help tells more.\n");
     return exit_status;
+}
+
+static int print_version(void) {
+    char library[128];
+    printf("cadre %s, %s\n", CADRE_VERSION, comm_launch_library(library, sizeof library));
+    return 0;
 }
 
 static int fail_unknown_verb(const char *word) {
@@ -63,10 +70,8 @@ int main(int argc, char **argv) {
     const char *word = argv[1];
     if (strcmp(word, "help") == 0 || strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0)
         return print_help(stdout, 0);
-    if (strcmp(word, "--version") == 0) {
-        printf("cadre %s\n", CADRE_VERSION);
-        return 0;
-    }
+    if (strcmp(word, "version") == 0 || strcmp(word, "--version") == 0)
+        return print_version();
     for (int i = 0; i < VERB_COUNT; i++)
         if (strcmp(word, verbs[i].name) == 0)
             return run_verb(&verbs[i], argc - 1, argv + 1);

@@ -215,13 +215,23 @@ static enum status fill_rope(struct model *model) {
     return STATUS_OK;
 }
 
-enum status model_plan(const struct model_config *config, struct model_options options, struct model_memory *memory) {
+enum status model_create_shapes(const struct model_config *config, struct model_options options, struct model **out) {
     struct model *model;
     TRY(memory_alloc(&model, 1, sizeof *model));
     enum status status = model_prepare(model, config, &options);
+    if (status == STATUS_OK)
+        *out = model;
+    else
+        model_destroy(model);
+    return status;
+}
+
+enum status model_plan(const struct model_config *config, struct model_options options, struct model_memory *memory) {
+    struct model *model;
+    TRY(model_create_shapes(config, options, &model));
     *memory = model->memory;
     model_destroy(model);
-    return status;
+    return STATUS_OK;
 }
 
 static enum status model_take(struct model *model, const struct model_options *options) {

@@ -51,6 +51,10 @@ struct model {
 enum status model_plan(const struct model_config *config, struct model_options options,
                        struct model_memory *memory) MUST_USE;
 
+/* The model without its memory: shapes, but no data. For plans of what a run would do. Destroy with model_destroy. */
+enum status model_create_shapes(const struct model_config *config, struct model_options options,
+                                struct model **out) MUST_USE;
+
 /* All tensors zero. The configuration must be checked. Destroy with model_destroy. */
 enum status model_create(const struct model_config *config, struct model_options options, struct model **out) MUST_USE;
 void model_destroy(struct model *model);

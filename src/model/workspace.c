@@ -148,10 +148,10 @@ static enum status prepare(struct workspace *w, const struct model *model, struc
 }
 
 enum status workspace_plan(const struct model *model, struct workspace_options options,
-                           struct workspace_memory *memory) {
+                           const struct expert_exchange_ops *exchange, struct workspace_memory *memory) {
     struct workspace *w;
     TRY(memory_alloc(&w, 1, sizeof *w));
-    enum status status = prepare(w, model, options, expert_exchange_local());
+    enum status status = prepare(w, model, options, exchange ? exchange : expert_exchange_local());
     *memory = w->memory;
     workspace_destroy(w);
     return status;
@@ -162,7 +162,7 @@ enum status workspace_plan_config(const struct model_config *config, enum dtype 
     /* Sizes follow from the configuration and the dtypes; no tensor of this model is ever touched. */
     struct model shape_only = {.config = *config, .context = {.compute = compute, .real = DTYPE_F32}};
     shape_only.rope = tensor_2d(NULL, DTYPE_F32, 0, config->head_dim);
-    return workspace_plan(&shape_only, options, memory);
+    return workspace_plan(&shape_only, options, NULL, memory);
 }
 
 enum status workspace_create(const struct model *model, struct workspace_options options, struct workspace **out) {

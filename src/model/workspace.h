@@ -63,10 +63,10 @@ struct workspace {
     int block_count;
 };
 
-/* What workspace_create would take; all experts are here. */
+/* What workspace_create (exchange NULL) or workspace_create_exchanging would take. */
 enum status workspace_plan(const struct model *model, struct workspace_options options,
-                           struct workspace_memory *memory) MUST_USE;
-/* The same from a configuration alone. */
+                           const struct expert_exchange_ops *exchange, struct workspace_memory *memory) MUST_USE;
+/* The same from a configuration alone; all experts are here. */
 enum status workspace_plan_config(const struct model_config *config, enum dtype compute,
                                   struct workspace_options options, struct workspace_memory *memory) MUST_USE;
 

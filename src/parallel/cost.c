@@ -1,5 +1,8 @@
 #include "parallel/cost.h"
 
+#include "parallel/step.h"
+#include <math.h>
+
 /* Of one event, per token; see model_forward_operations. */
 static double operations_per_token(enum event_kind kind, const struct model_operations *forward) {
     switch (kind) {
@@ -48,4 +51,50 @@ struct event_cost event_cost(const struct event *event, const struct model *mode
     if (event->kind == EVENT_OPTIMIZER)
         cost.bytes = optimizer_bytes(model, event->block);
     return cost;
+}
+
+bool event_is_exchange(enum event_kind kind) {
+    return kind == EVENT_EXCHANGE || kind == EVENT_EXCHANGE_BACK || kind == EVENT_EXCHANGE_BACK_GRAD ||
+           kind == EVENT_EXCHANGE_GRAD;
+}
+
+/* The share of tokens that have at least one of their K choices among `local` of E experts, if all sets of K are equally
+ * likely: 1 - C(E - local, K) / C(E, K). */
+static double share_that_meets(int64_t local, int64_t experts, int64_t choices) {
+    double misses = 1;
+    for (int64_t k = 0; k < choices; k++)
+        misses *= fmax(0, (double)(experts - local - k)) / (double)(experts - k);
+    return 1 - misses;
+}
+
+/* One row for each token and each other rank that has an expert of its choice. */
+static double exchange_bytes(const struct event_sending *s) {
+    const struct model *m = s->model;
+    const struct mesh *mesh = &m->sharding.mesh;
+    double rows = 0;
+    for (int r = 0; r < mesh->size[MESH_EXPERT]; r++) {
+        int64_t local = range_count(range_part(m->config.num_experts, mesh->size[MESH_EXPERT], r));
+        if (r != mesh->coordinate[MESH_EXPERT])
+            rows += (double)s->tokens * share_that_meets(local, m->config.num_experts, m->config.num_experts_per_tok);
+    }
+    return rows * (double)m->config.hidden_size * (double)dtype_size(m->context.compute);
+}
+
+double event_sent_bytes(const struct event *event, const struct event_sending *s) {
+    const struct model_config *c = &s->model->config;
+    int others = mesh_group_size(&s->model->sharding.mesh, RANKS_BATCH_AXES) - 1;
+    switch (event->kind) {
+    case EVENT_GATHER:
+        return (double)traffic_bytes_of(s->traffic, event->block).gather;
+    case EVENT_REDUCE:
+        return (double)traffic_bytes_of(s->traffic, event->block).reduce;
+    case EVENT_REPLICATE:
+        return (double)traffic_bytes_of(s->traffic, event->block).replicate;
+    case EVENT_COUNTS:
+        return (double)(others * c->num_experts) * sizeof(int32_t);
+    case EVENT_GRADIENT_NORM:
+        return (double)others * sizeof(double) * (double)step_sum_count(c);
+    default:
+        return event_is_exchange(event->kind) && c->num_experts > 0 ? exchange_bytes(s) : 0;
+    }
 }

@@ -233,12 +233,14 @@ static void print_number(struct text *out, const char *what, int number) {
         text_printf(out, "  %*s", (int)strlen(what) + 5, "");
 }
 
-void schedule_print(const struct schedule *s, struct text *out) {
+void schedule_print(const struct schedule *s, const struct schedule_remarks *remarks, struct text *out) {
     for (int i = 0; i < s->count; i++) {
         const struct event *event = &s->events[i];
         text_printf(out, "%5d  %-18s", i, event_kind_name(event->kind));
         print_number(out, "block", event->block);
         print_number(out, "micro-batch", event->micro_batch);
+        if (remarks)
+            remarks->write(remarks->context, event, out);
         for (int w = 0; w < event->wait_count; w++)
             text_printf(out, "%s%d", w ? ", " : "  after ", event->waits[w]);
         text_add_string(out, "\n");

@@ -74,5 +74,11 @@ void schedule_release(struct schedule *schedule);
 
 const char *event_kind_name(enum event_kind kind);
 
-/* A line an event: index, name, block, micro-batch, what it waits for. */
-void schedule_print(const struct schedule *schedule, struct text *out);
+/* What a line of schedule_print tells besides; NULL: nothing. */
+struct schedule_remarks {
+    void (*write)(const void *context, const struct event *event, struct text *out);
+    const void *context;
+};
+
+/* A line an event: index, name, block, micro-batch, the remark, what it waits for. */
+void schedule_print(const struct schedule *schedule, const struct schedule_remarks *remarks, struct text *out);

@@ -63,7 +63,7 @@ static void test_print(void **state) {
     struct schedule s;
     struct text out = {0};
     build(&s, (struct schedule_options){.block_count = 1, .micro_batch_count = 1, .recompute = false});
-    schedule_print(&s, &out);
+    schedule_print(&s, NULL, &out);
     assert_non_null(strstr(out.data, "exchange back"));
     text_release(&out);
     schedule_release(&s);

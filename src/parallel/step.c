@@ -65,11 +65,14 @@ struct schedule_options step_schedule_options(const struct model *model, const s
                                      traffic_replicates(traffic)};
 }
 
+int64_t step_sum_count(const struct model_config *c) {
+    return SUM_STATS + (c->num_experts > 0 ? c->num_hidden_layers * (2 + 2 * c->num_experts) : 0);
+}
+
 static enum status take_memory(struct step_runner *runner) {
     struct workspace *w = runner->workspace;
     int64_t rows = w->options.batch * w->options.sequence_length;
-    int64_t stats = tensor_exists(w->all_stats) ? tensor_elements(w->all_stats) : 0;
-    runner->sum_count = SUM_STATS + (int)stats;
+    runner->sum_count = (int)step_sum_count(&runner->model->config);
     TRY(memory_alloc(&runner->host_ids, (size_t)rows + 1, sizeof *runner->host_ids));
     TRY(memory_alloc(&runner->sums, (size_t)runner->sum_count, sizeof *runner->sums));
     TRY(arena_init(&runner->arena, runner->model->device, sizeof(double) * 8));
@@ -169,11 +172,10 @@ static void collect_sums(struct step_runner *runner) {
     for (int i = 0; i < model->table.count; i++)
         if (counts_row(runner, i))
             ops->sum_squares(model->own_gradient[i], runner->gradient_square_sum);
-    int64_t sent = ranks_sent_bytes(runner->ranks);
+    runner->norm_bytes = ranks_sent_bytes(runner->ranks);
     runner->sums[SUM_NORM] = read_sum(runner, runner->gradient_square_sum);
     runner->sums[SUM_LOSS] = read_sum(runner, w->loss_sum);
-    runner->sums[SUM_BYTES] = (double)(sent - runner->agreed_bytes);
-    runner->agreed_bytes = sent;
+    runner->sums[SUM_BYTES] = (double)(runner->norm_bytes - runner->begin_bytes + runner->tail_bytes);
     if (runner->sum_count > SUM_STATS)
         model->device->copy_to_host(runner->sums + SUM_STATS, w->all_stats.data, tensor_bytes(w->all_stats));
 }
@@ -303,6 +305,7 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) {
     struct step_state state = {.input = input};
     state.scales = model_loss_scales(runner->model, step_tokens(runner), 0);
+    runner->begin_bytes = ranks_sent_bytes(runner->ranks);
     for (int i = 0; i < runner->schedule.count; i++) {
         const struct event *event = &runner->schedule.events[i];
         for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */
@@ -312,6 +315,7 @@ enum status step_run(struct step_runner *runner, struct step_input input, struct
         if (runner->observer.event_done)
             runner->observer.event_done(runner->observer.context, event, clock_seconds() - begin);
     }
+    runner->tail_bytes = ranks_sent_bytes(runner->ranks) - runner->norm_bytes;
     *result = state.result;
     return STATUS_OK;
 }

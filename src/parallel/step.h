@@ -26,7 +26,7 @@ struct step_result {
     double gradient_norm; /* before clipping */
     double lr;
     bool skipped;         /* the loss or the norm was not finite: weights untouched */
-    int64_t comm_bytes;   /* sent by all ranks since the last step's end was agreed on: one step's worth */
+    int64_t comm_bytes;   /* sent by all ranks: in this step up to its norm, and in the step before after its norm */
 };
 
 struct step_settings {
@@ -54,7 +54,8 @@ struct step_runner {
     double *sums;                      /* scratch: what the ranks add up at the end of a step */
     int sum_count;
     struct tensor gradient_square_sum; /* f64 [1] */
-    int64_t agreed_bytes;              /* ranks_sent_bytes when the last step's end was agreed on */
+    int64_t begin_bytes, norm_bytes;   /* ranks_sent_bytes when the step began, and at its norm */
+    int64_t tail_bytes;                /* sent in the last step from its norm on */
     struct arena arena;
     struct step_observer observer; /* event_done NULL: none */
 };
@@ -79,6 +80,9 @@ enum status step_workspace_create(const struct model *model, struct ranks *ranks
 /* How the list of a model on a mesh is written. */
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
                                               int micro_batch_count, bool recompute);
+
+/* Numbers that the ranks add up at a step's norm. */
+int64_t step_sum_count(const struct model_config *config);
 
 /* After own_weight was written by anything but the optimizer: what this rank computes with follows. Collective. */
 enum status step_refresh(struct step_runner *runner) MUST_USE;

@@ -505,18 +505,3 @@ enum status train_run(struct run_config *config, struct train_world world, struc
     tear_down(&trainer);
     return status;
 }
-
-enum status train_dry_run(struct run_config *config, int rank_count, struct text *out) {
-    (void)rank_count;
-    if (config->model.vocab_size == 0)
-        config->model.vocab_size = config->data.vocab_size;
-    struct schedule schedule;
-    struct schedule_options options = {
-        .block_count = (int)config->model.num_hidden_layers,
-        .micro_batch_count = (int)(config->train.batch_sequences / config->train.micro_batch_sequences),
-        .recompute = config->train.recompute == RECOMPUTE_BLOCK};
-    TRY(schedule_build(&schedule, options));
-    schedule_print(&schedule, out);
-    schedule_release(&schedule);
-    return STATUS_OK;
-}

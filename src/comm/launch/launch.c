@@ -70,7 +70,7 @@ const char *comm_launch_library(char *buffer, size_t bytes) {
 #ifdef CADRE_MPI
     comm_mpi_library(buffer, bytes);
 #else
-    snprintf(buffer, bytes, "without MPI");
+    snprintf(buffer, bytes, "without MPI: one process only");
 #endif
     return buffer;
 }

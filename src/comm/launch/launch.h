@@ -26,7 +26,7 @@ void comm_launch_close(struct comm_launch *launch, enum status status);
 /* Whether a rank was lost and `lost` was called, here or on another rank: STATUS_PEER needs no further line then. */
 bool comm_launch_has_told(const struct comm_launch *launch);
 
-/* Which MPI the program is built with, "without MPI" if none; for a person. Writes at most `bytes`. */
+/* Which MPI the program is built with, or that it is built without; for a person. Writes at most `bytes`. */
 const char *comm_launch_library(char *buffer, size_t bytes);
 
 /* ---- for measuring ------------------------------------------------------------------------------------------------- */

@@ -1,0 +1,146 @@
+#include "train/trainer.h"
+
+#include "parallel/cost.h"
+#include "parallel/layout_choice.h"
+#include "train/placement.h"
+#include <stdio.h>
+
+enum { LINE_BYTES = 64 };
+
+struct plan {
+    const struct run_config *config;
+    struct sharding sharding;
+    struct model *model;
+    struct traffic *traffic;
+    struct schedule schedule;
+    struct workspace_options workspace;
+    struct workspace_memory memory;
+    struct event_sending sending;
+};
+
+static enum status plan_open(struct plan *p, const struct run_config *c, int rank_count) {
+    const struct kernel_ops *ops;
+    struct placement_world world = {.rank_count = rank_count, .rank_memory_bytes = placement_machine_bytes() / rank_count};
+    p->config = c;
+    TRY(placement_choose(c, world, &p->sharding));
+    TRY(kernels_choose(c->run.kernels, &ops));
+    struct model_options options = {ops,  device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length,
+                                    true, p->sharding};
+    TRY(model_create_shapes(&c->model, options, &p->model));
+    TRY(traffic_create(p->model, NULL, c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32, &p->traffic));
+    int micros = (int)(c->train.batch_sequences / c->train.micro_batch_sequences);
+    bool recompute = c->train.recompute == RECOMPUTE_BLOCK;
+    TRY(schedule_build(&p->schedule, step_schedule_options(p->model, p->traffic, micros, recompute)));
+    p->workspace = (struct workspace_options){
+        step_sequences_most(&p->sharding.mesh, c->train.micro_batch_sequences), c->train.sequence_length, true, recompute};
+    const struct expert_exchange_ops *exchange = p->sharding.mesh.size[MESH_EXPERT] > 1 ? expert_parallel_ops() : NULL;
+    TRY(workspace_plan(p->model, p->workspace, exchange, &p->memory));
+    int64_t sequences = range_count(step_sequences(&p->sharding.mesh, c->train.micro_batch_sequences));
+    p->sending = (struct event_sending){p->model, p->traffic, sequences * c->train.sequence_length};
+    return STATUS_OK;
+}
+
+static void plan_close(struct plan *p) {
+    schedule_release(&p->schedule);
+    traffic_destroy(p->traffic);
+    model_destroy(p->model);
+}
+
+/* "[S0 R S1]": for replicate, shard and expert, Replicate or Shard(dim). */
+static char *print_layout(const struct layout *layout, char line[LINE_BYTES]) {
+    int used = snprintf(line, LINE_BYTES, "[");
+    for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++) {
+        struct placement placement = layout->axis[axis];
+        used += snprintf(line + used, LINE_BYTES - (size_t)used, axis > MESH_REPLICATE ? " " : "");
+        if (placement.kind == PLACEMENT_SHARD)
+            used += snprintf(line + used, LINE_BYTES - (size_t)used, "S%d", placement.dim);
+        else
+            used += snprintf(line + used, LINE_BYTES - (size_t)used, "R");
+    }
+    snprintf(line + used, LINE_BYTES - (size_t)used, "]");
+    return line;
+}
+
+static char *print_shape(int dim_count, const int64_t *shape, char line[LINE_BYTES]) {
+    int used = 0;
+    for (int dim = 0; dim < dim_count; dim++)
+        used += snprintf(line + used, LINE_BYTES - (size_t)used, "%s%lld", dim ? "," : "[", (long long)shape[dim]);
+    snprintf(line + used, LINE_BYTES - (size_t)used, "]");
+    return line;
+}
+
+static void print_parameters(const struct plan *p, struct text *out) {
+    text_add_string(out, "\nparameters: layouts over [replicate shard expert], S0 is divided by dimension 0, R replicated\n");
+    text_printf(out, "  %-48s %-15s  %-23s %s\n", "name", "shape", "owned by rank 0", "computed with");
+    for (int i = 0; i < p->model->table.count; i++) {
+        const struct parameter *row = &p->model->table.rows[i];
+        struct layout own = sharding_own_layout(&p->sharding, row), compute = sharding_compute_layout(row);
+        char whole[LINE_BYTES], mine[LINE_BYTES], here[LINE_BYTES], own_line[LINE_BYTES], compute_line[LINE_BYTES];
+        text_printf(out, "  %-48s %-15s  %s %-13s  %s %s\n", row->name, print_shape(row->dim_count, row->shape, whole),
+                    print_layout(&own, own_line), print_shape(row->dim_count, p->model->own_weight[i].shape, mine),
+                    print_layout(&compute, compute_line),
+                    print_shape(row->dim_count, p->model->weight[i].shape, here));
+    }
+}
+
+static void write_bytes(const void *context, const struct event *event, struct text *out) {
+    char line[LINE_BYTES];
+    double bytes = event_sent_bytes(event, context);
+    if (bytes > 0)
+        text_printf(out, "%s%9s  ", event_is_exchange(event->kind) ? "~" : " ", text_bytes(line, bytes));
+    else
+        text_printf(out, "%12s", "");
+}
+
+static void print_schedule(const struct plan *p, struct text *out) {
+    double sum = 0;
+    char line[LINE_BYTES];
+    struct schedule_remarks remarks = {write_bytes, &p->sending};
+    bool alone = mesh_rank_count(&p->sharding.mesh) == 1;
+    for (int i = 0; i < p->schedule.count; i++)
+        sum += event_sent_bytes(&p->schedule.events[i], &p->sending);
+    text_printf(out, "\nschedule of a step: %d events", p->schedule.count);
+    if (!alone)
+        text_printf(out, "; bytes that rank 0 sends, ~ with even routing: %s in all", text_bytes(line, sum));
+    text_add_string(out, "\n");
+    schedule_print(&p->schedule, alone ? NULL : &remarks, out);
+}
+
+static void print_line(struct text *out, const char *name, double bytes, const char *remark) {
+    char line[LINE_BYTES];
+    if (bytes > 0)
+        text_printf(out, "  %-14s %12s   %s\n", name, text_bytes(line, bytes), remark);
+}
+
+static void print_memory(const struct plan *p, struct text *out) {
+    const struct model_memory *m = &p->model->memory;
+    double staging = (double)traffic_staging_bytes(p->traffic);
+    text_add_string(out, "\nmemory of rank 0\n");
+    print_line(out, "weights", (double)m->weights, "fp32");
+    print_line(out, "packed", (double)m->packed, "as the products read the weights");
+    print_line(out, "gradients", (double)m->gradients, "fp32");
+    print_line(out, "optimizer", (double)m->moments, "AdamW's two moments, fp32");
+    print_line(out, "working", (double)m->working, "weights and gradients of two blocks while they are whole");
+    print_line(out, "staging", staging, "what is under way between ranks");
+    print_line(out, "activations", (double)p->memory.activations, "");
+    print_line(out, "scratch", (double)p->memory.scratch, "");
+    print_line(out, "process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
+    print_line(out, "total", (double)m->total + staging + (double)p->memory.total + TRAIN_PROCESS_BYTES,
+               p->sharding.mesh.size[MESH_EXPERT] > 1 ? "and the rows that routing sends here" : "");
+}
+
+enum status train_dry_run(struct run_config *config, int rank_count, struct text *out) {
+    struct plan plan = {0};
+    char line[LAYOUT_LINE_BYTES];
+    if (config->model.vocab_size == 0)
+        config->model.vocab_size = config->data.vocab_size;
+    enum status status = plan_open(&plan, config, rank_count);
+    if (status == STATUS_OK) {
+        text_printf(out, "mesh: %s\n", layout_describe(&plan.sharding, line));
+        print_parameters(&plan, out);
+        print_schedule(&plan, out);
+        print_memory(&plan, out);
+    }
+    plan_close(&plan);
+    return status;
+}
