@@ -195,12 +195,12 @@ static enum status run_gradient_norm(struct step_runner *runner, struct step_sta
     return STATUS_OK;
 }
 
-static void run_optimizer(struct step_runner *runner, const struct step_state *state, int block) {
+static void run_optimizer(struct step_runner *runner, const struct step_state *state, int group) {
     struct model *model = runner->model;
     const struct packed none = {0};
     for (int i = 0; i < model->table.count && !state->result.skipped; i++) {
         const struct parameter *row = &model->table.rows[i];
-        if (row->block != block)
+        if (parameter_group(row) != group)
             continue;
         struct adamw_settings settings = optimizer_update_settings(
             runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm,
