@@ -247,13 +247,25 @@ static enum status choose_layout(struct trainer *t) {
     return ranks_open(&t->ranks, &t->sharding.mesh, world);
 }
 
+/* What cannot be is refused before anything is written; the choice itself waits for the vocabulary, which the data decide. */
+static enum status check_layout(const struct trainer *t) {
+    struct run_config config = *t->config;
+    struct placement_world known = {.rank = t->world.comm->rank, .rank_count = t->world.comm->size};
+    struct sharding ignored;
+    if (config.model.vocab_size == 0)
+        config.model.vocab_size = config.data.vocab_size;
+    return placement_choose(&config, known, &ignored);
+}
+
 static enum status set_up(struct trainer *t, struct train_summary *summary) {
     struct run_config *c = t->config;
     struct comm *world = t->world.comm;
     threads_set_count(c->run.threads > 0 ? (int)c->run.threads : t->world.threads);
     if (!is_first(t))
-        log_set_level(LOG_QUIET);
+        log_set_level(LOG_SILENT);
     TRY(agreement_settings(world, c));
+    TRY(comm_agree(world, check_layout(t)));
+    TRY(agreement_directory(world, c));
     t->checkpoints = run_directory_path(c, "checkpoints");
     t->samples_path = run_directory_path(c, "samples.txt");
     TRY(open_data(t));
@@ -492,8 +504,8 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
     while (status == STATUS_OK && t->state.step < t->config->train.steps && !t->stopping)
         status = run_step(t, summary);
     finish_summary(t, clock_seconds() - begin, first_token, summary);
-    if (t->hooks.profile && status == STATUS_OK && is_first(t))
-        status = finish_profile(t);
+    if (t->hooks.profile && status == STATUS_OK)
+        status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);
     return status;
 }
 
