@@ -18,7 +18,11 @@ struct bench {
     const char *preset;      /* of `train` */
     const char *peer;        /* shell command that `train` alternates with; NULL: none */
     int64_t sequence_length; /* 0: the benchmark's own list */
-    struct comm_launch *launch; /* of `comm` */
+    struct comm_launch *launch; /* of `comm` and `train` */
+    const char *const *pairs;   /* of `train`: settings, "section.key", "value" */
+    int pair_count;
+    bool threads_follow_launch; /* no --threads: this rank's share of the processors */
+    const char *part; /* of `train`: "step", or "compute" or "transfers" alone */
 };
 
 struct bench_time { /* seconds */

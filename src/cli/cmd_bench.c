@@ -24,7 +24,7 @@ static const struct bench_verb verbs[] = {
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
 
 struct bench_flags {
-    const char *what, *precision, *kernels, *preset, *peer;
+    const char *what, *precision, *kernels, *preset, *peer, *part;
     int64_t threads, rounds, sequence_length;
     bool json;
 };
@@ -76,6 +76,8 @@ static enum status check_flags(const struct bench_flags *f) {
                            (long long)f->sequence_length);
     if (f->peer && strcmp(f->what, "train") != 0)
         return status_fail(STATUS_USAGE, "--peer is for cadre bench train");
+    if (strcmp(f->part, "step") != 0 && strcmp(f->part, "compute") != 0 && strcmp(f->part, "transfers") != 0)
+        return status_fail(STATUS_USAGE, "--part is step, compute or transfers, not \"%s\"", f->part);
     return STATUS_OK;
 }
 
@@ -84,17 +86,21 @@ static void print_lost(const char *line) {
 }
 
 /* What is measured by all ranks. */
-static enum status run_together(struct bench *bench) {
+static enum status run_together(struct bench *bench, enum status (*run)(const struct bench *bench)) {
     struct comm_launch launch;
     TRY(comm_launch_open(&launch, print_lost));
     bench->launch = &launch;
-    enum status status = bench_comm(bench);
+    if (bench->threads_follow_launch)
+        threads_set_count(launch.thread_count);
+    enum status status = run(bench);
+    if (launch.world.rank > 0 || (status == STATUS_PEER && comm_launch_has_told(&launch)))
+        cli_stay_silent();
     comm_launch_close(&launch, status);
     return status;
 }
 
 enum status cmd_bench(int argc, char **argv) {
-    struct bench_flags f = {.precision = "both", .kernels = "auto", .preset = "bench", .rounds = 5};
+    struct bench_flags f = {.precision = "both", .kernels = "auto", .preset = "bench", .part = "step", .rounds = 5};
     bool help;
     const struct argument known[] = {
         {"precision", ARGUMENT_STRING, &f.precision, "fp32, bf16 or both (both)"},
@@ -103,11 +109,14 @@ enum status cmd_bench(int argc, char **argv) {
         {"preset", ARGUMENT_STRING, &f.preset, "of train (bench)"},
         {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "of train and attention (the preset's; a list)"},
         {"peer", ARGUMENT_STRING, &f.peer, "of train: a command to alternate with; prints {\"tokens_per_s\": N}"},
+        {"part", ARGUMENT_STRING, &f.part, "of train: step, or what it computes or transfers alone (step)"},
         {"kernels", ARGUMENT_STRING, &f.kernels, "instruction set (auto)"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object a line"},
     };
     enum { COUNT = sizeof known / sizeof *known };
-    struct arguments arguments = {known, COUNT, NULL, NULL, &f.what};
+    const char *pairs[2 * ARGUMENT_PAIRS_MAX];
+    int pair_count = 0;
+    struct arguments arguments = {known, COUNT, pairs, &pair_count, &f.what};
     const struct bench_verb *verb = NULL;
     TRY(arguments_parse(arguments, argc, argv, &help));
     if (help) {
@@ -117,10 +126,15 @@ enum status cmd_bench(int argc, char **argv) {
     log_set_level(LOG_QUIET);
     TRY(find_verb(f.what, &verb));
     TRY(check_flags(&f));
+    if (pair_count > 0 && verb->run != bench_train)
+        return status_fail(STATUS_USAGE, "--%s is for cadre bench train", pairs[0]);
     struct bench bench = {.device = device_cpu(), .rounds = (int)f.rounds, .json = f.json, .preset = f.preset,
-                          .peer = f.peer, .sequence_length = f.sequence_length};
+                          .peer = f.peer, .sequence_length = f.sequence_length, .pairs = pairs,
+                          .pair_count = pair_count, .part = f.part};
     TRY(choose_precisions(f.precision, &bench));
     TRY(kernels_choose(f.kernels, &bench.ops));
     threads_set_count((int)f.threads);
-    return verb->run == bench_comm ? run_together(&bench) : verb->run(&bench);
+    bench.threads_follow_launch = f.threads == 0;
+    bool together = verb->run == bench_comm || verb->run == bench_train;
+    return together ? run_together(&bench, verb->run) : verb->run(&bench);
 }

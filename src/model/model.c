@@ -328,9 +328,9 @@ void model_repack(struct model *model) {
             model->context.ops->pack(model->weight[i], model->packed[i]);
 }
 
-void model_pack_gathered(struct model *model, int block) {
+void model_pack_gathered(struct model *model, int group) {
     for (int i = 0; i < model->table.count; i++)
-        if (model->table.rows[i].block == block && model->packed[i].data && !model_row_is_whole(model, i))
+        if (parameter_group(&model->table.rows[i]) == group && model->packed[i].data && !model_row_is_whole(model, i))
             model->context.ops->pack(model->weight[i], model->packed[i]);
 }
 

@@ -65,8 +65,8 @@ enum status model_initialize(struct model *model, uint64_t seed) MUST_USE;
 /* Pack the weights again after they were written by anything but the optimizer: of the rows that are whole here. */
 void model_repack(struct model *model);
 
-/* The same for the gathered rows of a block (-1: outside the blocks). */
-void model_pack_gathered(struct model *model, int block);
+/* The same for the gathered rows of a group (parameter_group). */
+void model_pack_gathered(struct model *model, int group);
 
 /* True where what this rank owns of a row is all that it computes with. */
 bool model_row_is_whole(const struct model *model, int row);

@@ -118,6 +118,11 @@ int parameter_find(const struct parameter_table *table, enum parameter_role role
     return -1;
 }
 
+int parameter_group(const struct parameter *parameter) {
+    bool at_end = parameter->role == PARAMETER_FINAL_NORM || parameter->role == PARAMETER_HEAD;
+    return at_end ? GROUP_HEAD : parameter->block;
+}
+
 int64_t parameter_elements(const struct parameter *parameter) {
     return parameter->shape[0] * parameter->shape[1] * parameter->shape[2];
 }

@@ -53,6 +53,11 @@ struct parameter_table {
 enum status parameter_table_init(struct parameter_table *table, const struct model_config *config) MUST_USE;
 void parameter_table_release(struct parameter_table *table);
 
+/* Parameters move between ranks in groups, for each is needed at another time: those of a block (0 and up), the embedding,
+ * and the end of the model, which is the final norm and the head (where tied to the embedding, the norm alone). */
+enum { GROUP_EMBEDDING = -1, GROUP_HEAD = -2, GROUP_FIRST = GROUP_HEAD };
+int parameter_group(const struct parameter *parameter);
+
 /* Row of a role in a block (-1 outside the blocks); -1 where the model has none. */
 int parameter_find(const struct parameter_table *table, enum parameter_role role, int block);
 

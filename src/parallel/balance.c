@@ -1,5 +1,6 @@
 #include "parallel/balance.h"
 
+#include "base/log.h"
 #include "base/memory.h"
 #include <stdlib.h>
 
@@ -37,7 +38,11 @@ enum status balance_init(struct balance *b, const struct model *model, const str
     return status;
 }
 
+/* After a step that failed elsewhere counts may be under way still. */
 void balance_release(struct balance *b) {
+    for (int block = 0; b->requests && block < b->block_count; block++)
+        if (b->comm->ops->wait(b->comm, &b->requests[block]) != STATUS_OK)
+            log_verbose("counts of experts' rows ended with a rank gone");
     arena_release(&b->arena);
     free(b->counts);
     free(b->requests);

@@ -28,10 +28,10 @@ static double operations_per_token(enum event_kind kind, const struct model_oper
 }
 
 /* The optimizer reads and writes the weight and two moments, reads the gradient and writes what products read. */
-static double optimizer_bytes(const struct model *model, int block) {
+static double optimizer_bytes(const struct model *model, int group) {
     double bytes = 0;
     for (int i = 0; i < model->table.count; i++) {
-        if (model->table.rows[i].block != block)
+        if (parameter_group(&model->table.rows[i]) != group)
             continue;
         bytes += 2 * (double)(tensor_bytes(model->weight[i]) + tensor_bytes(model->moment1[i]) +
                               tensor_bytes(model->moment2[i])) +

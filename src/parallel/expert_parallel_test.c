@@ -238,8 +238,24 @@ static enum status member_run(struct member *m) {
 
 /* ---- all ranks ------------------------------------------------------------------------------------------------------- */
 
+/* A device that has no more memory after so many pieces; each rank is a thread. */
+static _Thread_local int pieces_left;
+
+static enum status failing_alloc(void **out, size_t bytes) {
+    if (pieces_left-- <= 0)
+        return status_fail(STATUS_MEMORY, "no memory for %zu bytes", bytes);
+    return device_cpu()->alloc(out, bytes);
+}
+
+static struct device failing_device(void) {
+    struct device device = *device_cpu();
+    device.alloc = failing_alloc;
+    return device;
+}
+
 struct run {
     const struct problem *problem;
+    int failing_rank, pieces; /* its device has so many pieces of memory; 0: no limit */
     struct member members[RANKS_MAX];
     struct comm_count counts[RANKS_MAX];
     int64_t grown_bytes[RANKS_MAX], known_bytes[RANKS_MAX];
@@ -251,7 +267,9 @@ static enum status run_rank(void *context, struct comm *comm) {
     const struct problem *p = run->problem;
     struct member *m = &run->members[comm->rank];
     struct expert_parallel *exchange;
-    struct expert_parallel_options options = {comm, device_cpu(), {p->ops, p->compute, p->real}, p->tokens[comm->rank],
+    struct device device = failing_device();
+    pieces_left = run->pieces && comm->rank == run->failing_rank ? run->pieces : 1 << 20;
+    struct expert_parallel_options options = {comm, &device, {p->ops, p->compute, p->real}, p->tokens[comm->rank],
                                               WIDTH, INNER, p->experts, p->choices, LAYERS, true, p->limit_bytes};
     TRY(expert_parallel_create(&options, &exchange));
     enum status status = STATUS_OK;
@@ -498,10 +516,47 @@ static void test_bytes(void **state) {
         }
 }
 
+/* Memory that ends on one rank ends the step of all, in the same place and with its message. */
+static void test_memory_ends(void **state) {
+    (void)state;
+    int failures = 0;
+    for (int pieces = 2; pieces < 9; pieces++)
+        for (int limited = 0; limited < 2; limited++) {
+            struct problem p = larger_problem(3, ROUTE_RANDOM);
+            p.limit_bytes = limited ? 20000 : 0;
+            struct run run = {.problem = &p, .failing_rank = 1, .pieces = pieces, .repeats = 1};
+            enum status status = comm_threads_run(p.ranks, run_rank, &run);
+            assert_true(status == STATUS_OK || (status == STATUS_MEMORY && strstr(status_text(), "rows that arrived")));
+            failures += status != STATUS_OK;
+            run_release(&run);
+        }
+    assert_in_range(failures, 2, 12); /* it has some memory, and not enough */
+}
+
+/* A rank that dies at any call: the others learn it, and nothing is left behind. */
+static void test_rank_dies(void **state) {
+    (void)state;
+    for (int limited = 0; limited < 2; limited++) {
+        struct problem p = larger_problem(3, ROUTE_RANDOM);
+        p.limit_bytes = limited ? 60000 : 0;
+        enum status status = STATUS_PEER;
+        int64_t call = 1;
+        for (; status != STATUS_OK; call++) {
+            struct comm_threads_faults faults = {.seed = 3, .dying_rank = 2, .dying_call = call};
+            struct run run = {.problem = &p, .repeats = 1};
+            status = comm_threads_run_with(p.ranks, &faults, run_rank, &run);
+            assert_true(status == STATUS_OK || status == STATUS_PEER);
+            run_release(&run);
+        }
+        assert_true(call > LAYERS * 15);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_double), cmocka_unit_test(test_single),  cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_limit),  cmocka_unit_test(test_bitwise), cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_memory_ends), cmocka_unit_test(test_rank_dies),
     };
     threads_set_count(1);
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -220,8 +220,10 @@ static enum status fail_wishes(const struct layout_wishes *wishes, const struct 
     } else {
         int64_t product = add_wishes(&text, wishes, &given);
         if (given > 1)
-            text_printf(&text, " = %lld ranks", (long long)product);
-        text_printf(&text, ", but %d %s started", facts->ranks, facts->ranks == 1 ? "was" : "were");
+            text_printf(&text, " = %lld ranks, but %d %s started", (long long)product, facts->ranks,
+                        facts->ranks == 1 ? "was" : "were");
+        else
+            text_printf(&text, " does not divide the %d rank%s started", facts->ranks, facts->ranks == 1 ? "" : "s");
     }
     text_add_string(&text, "; possible: ");
     add_nearest(&text, wishes, facts);

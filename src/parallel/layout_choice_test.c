@@ -101,8 +101,8 @@ static void test_wishes(void **state) {
                    "--layout.expert 2, --layout.replicate 2 --layout.shard 2 --layout.expert 2, --layout.replicate 2 "
                    "--layout.shard 4, --layout.shard 2 --layout.expert 4");
     expect_failure((struct layout_wishes){0, 3, 0, -1}, facts, 4,
-                   "layout.shard 3, but 4 were started; possible: --layout.shard 4, --layout.shard 2 --layout.expert 2, "
-                   "--layout.replicate 2 --layout.shard 2, --layout.expert 4");
+                   "layout.shard 3 does not divide the 4 ranks started; possible: --layout.shard 4, --layout.shard 2 "
+                   "--layout.expert 2, --layout.replicate 2 --layout.shard 2, --layout.expert 4");
     expect_failure((struct layout_wishes){0, 0, 16, -1}, facts, 16,
                    "layout.expert 16, but the model has 8 experts; possible: --layout.shard 2 --layout.expert 8, "
                    "--layout.replicate 2 --layout.expert 8, --layout.shard 4 --layout.expert 4, --layout.replicate 2 "
@@ -110,7 +110,7 @@ static void test_wishes(void **state) {
     expect_failure((struct layout_wishes){0, 0, 2, -1}, dense, 2,
                    "layout.expert 2, but the model has no experts; possible: --layout.shard 2, --layout.replicate 2");
     expect_failure((struct layout_wishes){0, 2, 0, -1}, dense, 1,
-                   "layout.shard 2, but 1 was started; possible: --layout.shard 1");
+                   "layout.shard 2 does not divide the 1 rank started; possible: --layout.shard 1");
     facts.batch_sequences = 4;
     expect_failure(nothing, facts, 8,
                    "train.batch_sequences 4 leaves some of 8 ranks without work; raise it to 8, or start 4");

@@ -1,4 +1,5 @@
 /* Every layout trains the same run: N ranks in one process against one rank, in fp32 on the processor's own kernels. */
+#include "parallel/cost.h"
 #include "parallel/step.h"
 
 #include "base/random.h"
@@ -25,7 +26,7 @@ struct job {
     /* what came out */
     double loss[STEPS_MAX], norm[STEPS_MAX], load[STEPS_MAX];
     int64_t comm_bytes;                 /* of the last step, all ranks */
-    int64_t planned_bytes;              /* parameters and gradients of a step, all ranks */
+    double planned_bytes[RANKS_MAX];    /* what the events of a step are said to send */
     int64_t state_bytes[RANKS_MAX];     /* weights, gradients and moments */
     uint64_t sums[RANKS_MAX];           /* of the bits of what each rank owns */
 };
@@ -135,6 +136,11 @@ static uint64_t hash_tensor(uint64_t sum, struct tensor t) {
 static void note_rank(struct job *job, const struct rank *r) {
     int me = mesh_rank(&r->ranks.mesh);
     const struct model *m = r->model;
+    struct event_sending sending = {m, r->runner.traffic, 0};
+    job->planned_bytes[me] = 0;
+    for (int i = 0; i < r->runner.schedule.count; i++)
+        if (!event_is_exchange(r->runner.schedule.events[i].kind))
+            job->planned_bytes[me] += event_sent_bytes(&r->runner.schedule.events[i], &sending);
     job->sums[me] = 14695981039346656037u;
     job->state_bytes[me] = 0;
     for (int i = 0; i < m->table.count; i++) {
@@ -213,9 +219,159 @@ static void test_every_layout_trains_the_same_run(void **state) {
     }
 }
 
+static void try_layout(struct job job, const struct job *one, int replicate, int shard, int expert, int zero) {
+    job.replicate = replicate, job.shard = shard, job.expert = expert, job.zero = zero;
+    run(&job);
+    compare(&job, one, 1e-5);
+}
+
+/* More ranks than sequences, and more ranks than experts: some have no token, no expert, no row of a small parameter. */
+static void test_ranks_without_tokens(void **state) {
+    (void)state;
+    for (int64_t sequences = 1; sequences <= 3; sequences += 2) {
+        struct job wanted = {.experts = 5, .sequences = sequences, .micro_batch_sequences = sequences, .steps = 20};
+        struct job one = alone(wanted);
+        try_layout(wanted, &one, 1, 1, 6, 0);
+        try_layout(wanted, &one, 2, 2, 2, 2);
+        try_layout(wanted, &one, 1, 2, 4, 3);
+        try_layout(wanted, &one, 1, 8, 1, 3);
+        try_layout(wanted, &one, 1, 1, 8, 3);
+    }
+}
+
+static void test_micro_batches_and_recomputation(void **state) {
+    (void)state;
+    struct job wanted = {.experts = 6, .sequences = 8, .micro_batch_sequences = 4, .steps = 20, .recompute = true};
+    for (int turn = 0; turn < 2; turn++, wanted.recompute = false) {
+        struct job one = alone(wanted);
+        try_layout(wanted, &one, 2, 1, 1, 0);
+        try_layout(wanted, &one, 1, 2, 1, 1);
+        try_layout(wanted, &one, 2, 2, 1, 2);
+        try_layout(wanted, &one, 1, 3, 1, 3);
+        try_layout(wanted, &one, 1, 2, 2, 3);
+        try_layout(wanted, &one, 2, 1, 3, 3);
+        try_layout(wanted, &one, 1, 1, 4, 2);
+    }
+}
+
+/* The worst imbalance, with no room for it: rounds change nothing but the time. */
+static void test_all_tokens_on_one_expert(void **state) {
+    (void)state;
+    struct job wanted = {.experts = 6, .sequences = 8, .micro_batch_sequences = 8, .steps = 20};
+    wanted.routing = ROUTE_ALL_TO_ONE;
+    struct job one = alone(wanted);
+    assert_true(one.load[0] == 8 * LENGTH); /* every token chose it */
+    for (int64_t limit = 0; limit <= 6000; limit += 3000) {
+        wanted.exchange_limit_bytes = limit;
+        try_layout(wanted, &one, 1, 1, 3, 0);
+        try_layout(wanted, &one, 1, 2, 2, 3);
+        try_layout(wanted, &one, 2, 1, 4, 2);
+    }
+}
+
+static void test_the_same_layout_twice_is_bitwise_the_same(void **state) {
+    (void)state;
+    static const int meshes[][4] = {{1, 1, 4, 0}, {2, 2, 1, 1}, {1, 2, 3, 2}, {2, 2, 2, 3}, {1, 4, 1, 3}};
+    for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+        struct job first = {.experts = 5, .sequences = 8, .micro_batch_sequences = 4, .steps = 6};
+        first.replicate = meshes[i][0], first.shard = meshes[i][1], first.expert = meshes[i][2];
+        first.zero = meshes[i][3];
+        struct job second = first;
+        run(&first);
+        run(&second);
+        assert_memory_equal(first.loss, second.loss, sizeof first.loss);
+        assert_memory_equal(first.norm, second.norm, sizeof first.norm);
+        assert_memory_equal(first.sums, second.sums, sizeof first.sums);
+        assert_int_equal(first.comm_bytes, second.comm_bytes);
+    }
+}
+
+/* Replicas hold the same bits. */
+static void test_replicas_agree(void **state) {
+    (void)state;
+    struct job job = {.experts = 5, .sequences = 8, .micro_batch_sequences = 8, .steps = 6};
+    job.replicate = 2, job.shard = 2, job.expert = 2, job.zero = 3;
+    run(&job);
+    for (int r = 0; r < 4; r++)
+        assert_true(job.sums[r] == job.sums[r + 4]);
+    assert_true(job.sums[0] != job.sums[1]);
+}
+
+static void test_state_falls_with_the_ranks(void **state) {
+    (void)state;
+    static const int meshes[][2] = {{2, 1}, {1, 2}, {4, 1}, {2, 2}, {1, 4}, {8, 1}, {4, 2}, {2, 4}, {1, 8}};
+    struct job wanted = {.experts = 8, .sequences = 8, .micro_batch_sequences = 8, .steps = 1};
+    struct job one = alone(wanted);
+    for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+        struct job job = wanted;
+        job.replicate = 1, job.shard = meshes[i][0], job.expert = meshes[i][1], job.zero = 3;
+        run(&job);
+        int ranks = job.shard * job.expert;
+        for (int r = 0; r < ranks; r++)
+            if ((double)job.state_bytes[r] > 1.05 * (double)one.state_bytes[0] / ranks)
+                fail_msg("shard %d, expert %d: rank %d holds %lld bytes of %lld", job.shard, job.expert, r,
+                         (long long)job.state_bytes[r], (long long)one.state_bytes[0]);
+    }
+}
+
+/* Counted at the transports, against what the events are said to send. What rows send depends on the routing and is held to
+ * its formula in expert_parallel_test. */
+static void test_bytes_are_those_of_the_plan(void **state) {
+    (void)state;
+    static const int meshes[][2] = {{2, 1}, {1, 2}, {3, 1}, {2, 2}, {1, 4}, {2, 4}, {1, 8}};
+    for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++)
+        for (int zero = 0; zero <= 3; zero++)
+            for (int experts = 0; experts <= 5; experts += 5) {
+                struct job job = {.experts = experts, .sequences = 8, .micro_batch_sequences = 4, .steps = 3};
+                job.replicate = meshes[i][0], job.shard = meshes[i][1], job.expert = 1, job.zero = zero;
+                run(&job);
+                double planned = 0;
+                for (int r = 0; r < job.replicate * job.shard; r++)
+                    planned += job.planned_bytes[r];
+                if ((double)job.comm_bytes != planned)
+                    fail_msg("replicate %d, shard %d, stage %d, %d experts: %lld bytes, %.0f are planned", job.replicate,
+                             job.shard, zero, experts, (long long)job.comm_bytes, planned);
+            }
+}
+
+/* Rounding to bf16 is the same wherever a weight lies; what differs is the order of sums. */
+static void test_bf16(void **state) {
+    (void)state;
+    struct job wanted = {.experts = 5, .sequences = 8, .micro_batch_sequences = 8, .steps = 20, .compute = DTYPE_BF16};
+    struct job one = alone(wanted);
+    for (int zero = 0; zero <= 3; zero++) {
+        struct job job = wanted;
+        job.replicate = 1, job.shard = 2, job.expert = 2, job.zero = zero;
+        run(&job);
+        compare(&job, &one, 2e-3);
+    }
+}
+
+/* A rank that is gone in the middle of a step is a failure on all that wait for it, and no hang. */
+static void test_a_rank_dies(void **state) {
+    (void)state;
+    for (int64_t call = 20; call <= 200; call += 45) {
+        struct job job = {.experts = 5, .sequences = 8, .micro_batch_sequences = 8, .steps = 20};
+        job.replicate = 1, job.shard = 2, job.expert = 2, job.zero = 3;
+        struct comm_threads_faults faults = {.dying_rank = 2, .dying_call = call};
+        threads_set_count(1);
+        assert_int_equal(comm_threads_run_with(4, &faults, run_rank, &job), STATUS_PEER);
+        assert_non_null(strstr(status_text(), "rank 2"));
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_layout_trains_the_same_run),
+        cmocka_unit_test(test_ranks_without_tokens),
+        cmocka_unit_test(test_micro_batches_and_recomputation),
+        cmocka_unit_test(test_all_tokens_on_one_expert),
+        cmocka_unit_test(test_the_same_layout_twice_is_bitwise_the_same),
+        cmocka_unit_test(test_replicas_agree),
+        cmocka_unit_test(test_state_falls_with_the_ranks),
+        cmocka_unit_test(test_bytes_are_those_of_the_plan),
+        cmocka_unit_test(test_bf16),
+        cmocka_unit_test(test_a_rank_dies),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -50,7 +50,8 @@ struct tensor layout_local_tensor(const struct layout *layout, const struct mesh
  * whose layouts this group cannot serve are our own mistake (CHECK). Release with redistribution_destroy. */
 enum status redistribution_create(const struct mesh *mesh, unsigned axes, const struct redistribute_item *items, int count,
                                   struct redistribution **out) MUST_USE;
-void redistribution_destroy(struct redistribution *plan); /* nothing may be under way; NULL does nothing */
+/* Where something is under way, because another transfer failed, it is waited for. NULL does nothing. */
+void redistribution_destroy(struct redistribution *plan);
 
 /* Other local tensors for item i, of the shapes and dtypes it has. Not while under way. */
 void redistribution_bind(struct redistribution *plan, int i, struct tensor from, struct tensor to);

@@ -5,9 +5,9 @@
 #include <string.h>
 
 /* At most: of one micro-batch and block, of one micro-batch besides, of a step and block, of a step besides. */
-enum { EVENTS_PER_BLOCK_AND_MICRO = 21, EVENTS_PER_MICRO = 9, EVENTS_PER_BLOCK = 7, EVENTS_PER_STEP = 12 };
+enum { EVENTS_PER_BLOCK_AND_MICRO = 21, EVENTS_PER_MICRO = 9, EVENTS_PER_BLOCK = 7, EVENTS_PER_STEP = 24 };
 
-enum { NO_BLOCK = -2, NO_EVENT = -1 };
+enum { NO_BLOCK = -3, NO_EVENT = -1 };
 
 /* Where the list stands while it is written. */
 struct builder {
@@ -16,7 +16,7 @@ struct builder {
     int last;             /* the latest event of the chain that computes */
     int slot_block[2];    /* whose weights a slot holds, or will when its gather is done; NO_BLOCK */
     int gather_event[2];  /* a gather into a slot that nobody waited for yet; NO_EVENT */
-    bool outside_is_whole;
+    int end_event;        /* the gather of the end of the model */
     int reducing, reduce_event;       /* block whose gradients are under way; NO_BLOCK */
     int replicating, replicate_event; /* the same between replicas */
 };
@@ -59,13 +59,24 @@ static void finish_gather(struct builder *b, int block, int micro) {
     b->gather_event[block % 2] = NO_EVENT;
 }
 
-static void gather_outside(struct builder *b, int micro) {
-    if (!gathers_in_pass(b) || b->outside_is_whole)
+/* The embedding, with the first block behind it. It stays whole for the rest of the step, as the end of the model does. */
+static void gather_embedding(struct builder *b, int micro) {
+    if (!gathers_in_pass(b) || micro > 0)
         return;
     int started = add(b, EVENT_GATHER, BLOCK_OUTSIDE, micro, b->last, NO_EVENT);
     start_gather(b, 0, micro);
     chain(b, EVENT_GATHERED, BLOCK_OUTSIDE, micro, started);
-    b->outside_is_whole = true;
+}
+
+/* The end of the model is asked for in the middle of the first forward pass: later than the blocks that are needed sooner. */
+static void start_gather_of_end(struct builder *b, int block, int micro) {
+    if (gathers_in_pass(b) && micro == 0 && block == b->options.block_count / 2)
+        b->end_event = add(b, EVENT_GATHER, BLOCK_END, micro, b->last, NO_EVENT);
+}
+
+static void finish_gather_of_end(struct builder *b, int micro) {
+    if (gathers_in_pass(b) && micro == 0)
+        chain(b, EVENT_GATHERED, BLOCK_END, micro, b->end_event);
 }
 
 /* ---- gradients ---------------------------------------------------------------------------------------------------------- */
@@ -107,6 +118,7 @@ static void add_forward(struct builder *b, int micro) {
         start_gather(b, block, micro);
         finish_gather(b, block, micro);
         start_gather(b, block + 1, micro);
+        start_gather_of_end(b, block, micro);
         chain(b, EVENT_ATTENTION, block, micro, NO_EVENT);
         chain(b, EVENT_ROUTE, block, micro, NO_EVENT);
         chain(b, EVENT_COUNTS, block, micro, NO_EVENT);
@@ -142,10 +154,13 @@ static void add_backward(struct builder *b, int micro) {
 static void add_micro_batch(struct builder *b, int micro) {
     bool is_last = micro == b->options.micro_batch_count - 1;
     chain(b, EVENT_LOAD, BLOCK_OUTSIDE, micro, NO_EVENT);
-    gather_outside(b, micro);
+    gather_embedding(b, micro);
     chain(b, EVENT_EMBED, BLOCK_OUTSIDE, micro, NO_EVENT);
     add_forward(b, micro);
+    finish_gather_of_end(b, micro);
     chain(b, EVENT_HEAD, BLOCK_OUTSIDE, micro, NO_EVENT);
+    if (is_last)
+        start_reduce(b, BLOCK_END, micro, true);
     add_backward(b, micro);
     chain(b, EVENT_EMBED_GRAD, BLOCK_OUTSIDE, micro, NO_EVENT);
     if (is_last)
@@ -158,7 +173,7 @@ static void add_micro_batch(struct builder *b, int micro) {
 static void add_updates(struct builder *b) {
     bool gathers = b->options.divided && (b->options.zero == 1 || b->options.zero == 2);
     int gathering = NO_BLOCK, started = NO_EVENT;
-    for (int block = BLOCK_OUTSIDE; block < b->options.block_count; block++) {
+    for (int block = BLOCK_END; block < b->options.block_count; block++) {
         chain(b, EVENT_OPTIMIZER, block, -1, NO_EVENT);
         if (!gathers)
             continue;
@@ -178,7 +193,7 @@ enum status schedule_build(struct schedule *s, struct schedule_options options) 
                       EVENTS_PER_STEP;
     *s = (struct schedule){.capacity = (int)capacity};
     TRY(memory_alloc(&s->events, capacity, sizeof *s->events));
-    struct builder b = {s, options, NO_EVENT, {NO_BLOCK, NO_BLOCK}, {NO_EVENT, NO_EVENT}, false,
+    struct builder b = {s, options, NO_EVENT, {NO_BLOCK, NO_BLOCK}, {NO_EVENT, NO_EVENT}, NO_EVENT,
                         NO_BLOCK, NO_EVENT, NO_BLOCK, NO_EVENT};
     chain(&b, EVENT_CLEAR, BLOCK_OUTSIDE, -1, NO_EVENT);
     for (int micro = 0; micro < options.micro_batch_count; micro++)
@@ -233,11 +248,22 @@ static void print_number(struct text *out, const char *what, int number) {
         text_printf(out, "  %*s", (int)strlen(what) + 5, "");
 }
 
+/* Transfers and updates outside the blocks say of what. */
+static void print_block(struct text *out, const struct event *event) {
+    bool of_parameters = event->kind == EVENT_GATHER || event->kind == EVENT_GATHERED || event->kind == EVENT_REDUCE ||
+                         event->kind == EVENT_REDUCED || event->kind == EVENT_REPLICATE ||
+                         event->kind == EVENT_REPLICATED || event->kind == EVENT_OPTIMIZER;
+    if (event->block < 0 && of_parameters)
+        text_printf(out, "  %-10s", event->block == BLOCK_END ? "head" : "embedding");
+    else
+        print_number(out, "block", event->block);
+}
+
 void schedule_print(const struct schedule *s, const struct schedule_remarks *remarks, struct text *out) {
     for (int i = 0; i < s->count; i++) {
         const struct event *event = &s->events[i];
         text_printf(out, "%5d  %-18s", i, event_kind_name(event->kind));
-        print_number(out, "block", event->block);
+        print_block(out, event);
         print_number(out, "micro-batch", event->micro_batch);
         if (remarks)
             remarks->write(remarks->context, event, out);

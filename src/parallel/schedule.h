@@ -45,11 +45,13 @@ enum event_kind {
     EVENT_KIND_COUNT,
 };
 
-enum { EVENT_WAITS_MAX = 3, BLOCK_OUTSIDE = -1 };
+/* Events outside the blocks; of a transfer or an optimizer event: the embedding, and the end of the model (as the groups of
+ * model/parameter.h). */
+enum { EVENT_WAITS_MAX = 3, BLOCK_OUTSIDE = -1, BLOCK_END = -2 };
 
 struct event {
     enum event_kind kind;
-    int block;       /* BLOCK_OUTSIDE: embedding, final norm and head */
+    int block;       /* 0 and up; BLOCK_OUTSIDE, BLOCK_END */
     int micro_batch; /* -1 where it has none */
     int wait_count;
     int waits[EVENT_WAITS_MAX]; /* indices of earlier events */

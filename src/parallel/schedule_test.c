@@ -32,8 +32,8 @@ static void test_counts(void **state) {
     assert_int_equal(count_kind(&s, EVENT_ATTENTION), 6);
     assert_int_equal(count_kind(&s, EVENT_EXPERTS_GRAD), 6);
     assert_int_equal(count_kind(&s, EVENT_HEAD), 2);
-    assert_int_equal(count_kind(&s, EVENT_REDUCE), 4);    /* once a step: three blocks and what is outside */
-    assert_int_equal(count_kind(&s, EVENT_OPTIMIZER), 4);
+    assert_int_equal(count_kind(&s, EVENT_REDUCE), 5);    /* once a step: three blocks, embedding and head */
+    assert_int_equal(count_kind(&s, EVENT_OPTIMIZER), 5);
     assert_int_equal(count_kind(&s, EVENT_RECOMPUTE), 0);
     schedule_release(&s);
 }

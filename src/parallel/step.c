@@ -195,12 +195,12 @@ static enum status run_gradient_norm(struct step_runner *runner, struct step_sta
     return STATUS_OK;
 }
 
-static void run_optimizer(struct step_runner *runner, const struct step_state *state, int block) {
+static void run_optimizer(struct step_runner *runner, const struct step_state *state, int group) {
     struct model *model = runner->model;
     const struct packed none = {0};
     for (int i = 0; i < model->table.count && !state->result.skipped; i++) {
         const struct parameter *row = &model->table.rows[i];
-        if (row->block != block)
+        if (parameter_group(row) != group)
             continue;
         struct adamw_settings settings = optimizer_update_settings(
             runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm,
@@ -302,6 +302,22 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     return STATUS_OK;
 }
 
+static bool is_transfer(enum event_kind kind) {
+    return kind == EVENT_GATHER || kind == EVENT_GATHERED || kind == EVENT_REDUCE || kind == EVENT_REDUCED ||
+           kind == EVENT_REPLICATE || kind == EVENT_REPLICATED;
+}
+
+/* What is measured alone leaves out the rest; packing what was gathered is computing. */
+static enum status run_part(struct step_runner *runner, struct step_state *state, const struct event *event) {
+    if (runner->part == STEP_TRANSFERS && !is_transfer(event->kind))
+        return STATUS_OK;
+    if (runner->part == STEP_COMPUTE && event->kind == EVENT_GATHERED)
+        model_pack_gathered(runner->model, event->block);
+    if (runner->part == STEP_COMPUTE && is_transfer(event->kind))
+        return STATUS_OK;
+    return run_event(runner, state, event);
+}
+
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) {
     struct step_state state = {.input = input};
     state.scales = model_loss_scales(runner->model, step_tokens(runner), 0);
@@ -311,7 +327,7 @@ enum status step_run(struct step_runner *runner, struct step_input input, struct
         for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */
             CHECK_OP(event->waits[k], <, i);
         double begin = runner->observer.event_done ? clock_seconds() : 0;
-        TRY(run_event(runner, &state, event));
+        TRY(run_part(runner, &state, event));
         if (runner->observer.event_done)
             runner->observer.event_done(runner->observer.context, event, clock_seconds() - begin);
     }

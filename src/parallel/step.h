@@ -41,6 +41,10 @@ struct step_observer {
     void *context;
 };
 
+/* For measuring what overlaps: a step that only computes (with whatever its buffers hold), or only transfers parameters and
+ * gradients. Its numbers mean nothing. Experts must not be divided. */
+enum step_part { STEP_WHOLE, STEP_COMPUTE, STEP_TRANSFERS };
+
 struct step_runner {
     struct model *model;
     struct workspace *workspace;
@@ -58,6 +62,7 @@ struct step_runner {
     int64_t tail_bytes;                /* sent in the last step from its norm on */
     struct arena arena;
     struct step_observer observer; /* event_done NULL: none */
+    enum step_part part;           /* STEP_WHOLE, but for measurements */
 };
 
 /* Borrows all pointers until step_runner_release. The model's sharding is that of the ranks' mesh. The workspace holds

@@ -2,15 +2,14 @@
 
 #include "base/memory.h"
 #include "parallel/redistribute.h"
-#include "parallel/schedule.h"
 #include <stdlib.h>
 
 /* Invariants.
  *  1. A row that is whole here (model_row_is_whole) is in no gather. It is in a reduce only at stage 0, where the sum
  *     replaces the term; a divided row's sum is added to own_gradient, for earlier micro-batches left theirs there.
  *  2. The kind of a row, whole or divided, is the same on every rank, and so is the list of a plan's rows.
- *  3. Staging is shared by the plans of a kind; what is outside the blocks has its own for gathers, because the first
- *     block's gather is under way beside it.
+ *  3. Staging is shared by the plans of a kind; what is outside the blocks has its own for gathers, because a block's gather
+ *     is under way beside it.
  */
 enum kind { KIND_GATHER, KIND_REDUCE, KIND_REPLICATE, KIND_COUNT };
 
@@ -18,8 +17,8 @@ struct traffic {
     struct model *model;
     struct ranks *ranks;
     enum dtype gradient_wire;
-    struct redistribution **plans[KIND_COUNT]; /* [L+1], by block + 1; NULL where nothing moves */
-    void *staging[KIND_COUNT], *staging_outside;
+    struct redistribution **plans[KIND_COUNT]; /* [L+2], by group - GROUP_FIRST; NULL where nothing moves */
+    void *staging[KIND_COUNT], *staging_outside[-GROUP_FIRST]; /* by -1 - group */
     struct arena arena;
 };
 
@@ -76,15 +75,15 @@ static bool make_item(const struct traffic *t, enum kind kind, int row, struct r
     return false;
 }
 
-static enum status make_plan(struct traffic *t, enum kind kind, int block, struct redistribute_item *items) {
+static enum status make_plan(struct traffic *t, enum kind kind, int group, struct redistribute_item *items) {
     static const unsigned axes[KIND_COUNT] = {RANKS_SHARD_AXES, RANKS_SHARD_AXES, MESH_BIT(MESH_REPLICATE)};
     int count = 0;
     for (int row = 0; row < t->model->table.count; row++)
-        if (t->model->table.rows[row].block == block && make_item(t, kind, row, &items[count]))
+        if (parameter_group(&t->model->table.rows[row]) == group && make_item(t, kind, row, &items[count]))
             count++;
     if (count == 0)
         return STATUS_OK;
-    return redistribution_create(&t->model->sharding.mesh, axes[kind], items, count, &t->plans[kind][block + 1]);
+    return redistribution_create(&t->model->sharding.mesh, axes[kind], items, count, &t->plans[kind][group - GROUP_FIRST]);
 }
 
 static enum status make_plans(struct traffic *t) {
@@ -92,29 +91,30 @@ static enum status make_plans(struct traffic *t) {
     TRY(memory_alloc(&items, (size_t)t->model->table.count, sizeof *items));
     enum status status = STATUS_OK;
     for (int kind = 0; kind < KIND_COUNT && status == STATUS_OK; kind++) {
-        status = memory_alloc(&t->plans[kind], (size_t)block_count(t) + 1, sizeof *t->plans[kind]);
-        for (int block = BLOCK_OUTSIDE; block < block_count(t) && status == STATUS_OK; block++)
-            status = make_plan(t, (enum kind)kind, block, items);
+        status = memory_alloc(&t->plans[kind], (size_t)block_count(t) - GROUP_FIRST, sizeof *t->plans[kind]);
+        for (int group = GROUP_FIRST; group < block_count(t) && status == STATUS_OK; group++)
+            status = make_plan(t, (enum kind)kind, group, items);
     }
     free(items);
     return status;
 }
 
-static size_t plan_staging_bytes(const struct traffic *t, enum kind kind, int block) {
-    const struct redistribution *plan = t->plans[kind][block + 1];
+static size_t plan_staging_bytes(const struct traffic *t, enum kind kind, int group) {
+    const struct redistribution *plan = t->plans[kind][group - GROUP_FIRST];
     return plan ? redistribution_staging_bytes(plan) : 0;
 }
 
 static void take_staging(struct traffic *t, struct arena *arena) {
     for (int kind = 0; kind < KIND_COUNT; kind++) {
         size_t most = 0;
-        for (int block = kind == KIND_GATHER ? 0 : BLOCK_OUTSIDE; block < block_count(t); block++) {
-            size_t bytes = plan_staging_bytes(t, (enum kind)kind, block);
+        for (int group = kind == KIND_GATHER ? 0 : GROUP_FIRST; group < block_count(t); group++) {
+            size_t bytes = plan_staging_bytes(t, (enum kind)kind, group);
             most = bytes > most ? bytes : most;
         }
         t->staging[kind] = arena_take(arena, most);
     }
-    t->staging_outside = arena_take(arena, plan_staging_bytes(t, KIND_GATHER, BLOCK_OUTSIDE));
+    for (int group = GROUP_FIRST; group < 0; group++)
+        t->staging_outside[-1 - group] = arena_take(arena, plan_staging_bytes(t, KIND_GATHER, group));
 }
 
 enum status traffic_create(struct model *model, struct ranks *ranks, enum dtype gradient_wire, struct traffic **out) {
@@ -144,8 +144,8 @@ void traffic_destroy(struct traffic *t) {
     if (!t)
         return;
     for (int kind = 0; kind < KIND_COUNT; kind++) {
-        for (int block = BLOCK_OUTSIDE; t->plans[kind] && block < block_count(t); block++)
-            redistribution_destroy(t->plans[kind][block + 1]);
+        for (int group = GROUP_FIRST; t->plans[kind] && group < block_count(t); group++)
+            redistribution_destroy(t->plans[kind][group - GROUP_FIRST]);
         free(t->plans[kind]);
     }
     arena_release(&t->arena);
@@ -154,14 +154,14 @@ void traffic_destroy(struct traffic *t) {
 
 /* ---- what is planned -------------------------------------------------------------------------------------------------- */
 
-static int64_t plan_sent_bytes(const struct traffic *t, enum kind kind, int block) {
-    const struct redistribution *plan = t->plans[kind][block + 1];
+static int64_t plan_sent_bytes(const struct traffic *t, enum kind kind, int group) {
+    const struct redistribution *plan = t->plans[kind][group - GROUP_FIRST];
     return plan ? redistribution_sent_bytes(plan) : 0;
 }
 
-struct traffic_bytes traffic_bytes_of(const struct traffic *t, int block) {
-    return (struct traffic_bytes){plan_sent_bytes(t, KIND_GATHER, block), plan_sent_bytes(t, KIND_REDUCE, block),
-                                  plan_sent_bytes(t, KIND_REPLICATE, block)};
+struct traffic_bytes traffic_bytes_of(const struct traffic *t, int group) {
+    return (struct traffic_bytes){plan_sent_bytes(t, KIND_GATHER, group), plan_sent_bytes(t, KIND_REDUCE, group),
+                                  plan_sent_bytes(t, KIND_REPLICATE, group)};
 }
 
 int64_t traffic_staging_bytes(const struct traffic *t) {
@@ -173,8 +173,8 @@ struct comm *traffic_batch_comm(const struct traffic *t) {
 }
 
 static bool any_plan(const struct traffic *t, enum kind kind) {
-    for (int block = BLOCK_OUTSIDE; block < block_count(t); block++)
-        if (t->plans[kind][block + 1])
+    for (int group = GROUP_FIRST; group < block_count(t); group++)
+        if (t->plans[kind][group - GROUP_FIRST])
             return true;
     return false;
 }
@@ -193,50 +193,50 @@ bool traffic_replicates(const struct traffic *t) {
 
 /* ---- what moves ---------------------------------------------------------------------------------------------------------- */
 
-static enum status start(struct traffic *t, enum kind kind, int block) {
-    struct redistribution *plan = t->plans[kind][block + 1];
+static enum status start(struct traffic *t, enum kind kind, int group) {
+    struct redistribution *plan = t->plans[kind][group - GROUP_FIRST];
     struct comm *comm = kind == KIND_REPLICATE ? &t->ranks->replicas : &t->ranks->shards;
-    void *staging = kind == KIND_GATHER && block == BLOCK_OUTSIDE ? t->staging_outside : t->staging[kind];
+    void *staging = kind == KIND_GATHER && group < 0 ? t->staging_outside[-1 - group] : t->staging[kind];
     return plan ? redistribution_start(plan, comm, t->model->context.ops, staging) : STATUS_OK;
 }
 
-static enum status finish(struct traffic *t, enum kind kind, int block, bool accumulate) {
-    struct redistribution *plan = t->plans[kind][block + 1];
+static enum status finish(struct traffic *t, enum kind kind, int group, bool accumulate) {
+    struct redistribution *plan = t->plans[kind][group - GROUP_FIRST];
     return plan ? redistribution_finish(plan, accumulate) : STATUS_OK;
 }
 
-enum status traffic_gather_start(struct traffic *t, int block) {
-    return start(t, KIND_GATHER, block);
+enum status traffic_gather_start(struct traffic *t, int group) {
+    return start(t, KIND_GATHER, group);
 }
 
-enum status traffic_gather_finish(struct traffic *t, int block) {
-    TRY(finish(t, KIND_GATHER, block, false));
-    model_pack_gathered(t->model, block);
+enum status traffic_gather_finish(struct traffic *t, int group) {
+    TRY(finish(t, KIND_GATHER, group, false));
+    model_pack_gathered(t->model, group);
     return STATUS_OK;
 }
 
-enum status traffic_reduce_start(struct traffic *t, int block) {
-    return start(t, KIND_REDUCE, block);
+enum status traffic_reduce_start(struct traffic *t, int group) {
+    return start(t, KIND_REDUCE, group);
 }
 
-enum status traffic_reduce_finish(struct traffic *t, int block) {
-    return finish(t, KIND_REDUCE, block, t->model->sharding.zero > 0);
+enum status traffic_reduce_finish(struct traffic *t, int group) {
+    return finish(t, KIND_REDUCE, group, t->model->sharding.zero > 0);
 }
 
-enum status traffic_replicate_start(struct traffic *t, int block) {
-    return start(t, KIND_REPLICATE, block);
+enum status traffic_replicate_start(struct traffic *t, int group) {
+    return start(t, KIND_REPLICATE, group);
 }
 
-enum status traffic_replicate_finish(struct traffic *t, int block) {
-    return finish(t, KIND_REPLICATE, block, false);
+enum status traffic_replicate_finish(struct traffic *t, int group) {
+    return finish(t, KIND_REPLICATE, group, false);
 }
 
 enum status traffic_refresh(struct traffic *t) {
     if (t->model->sharding.zero == 3)
         return STATUS_OK;
-    for (int block = BLOCK_OUTSIDE; block < block_count(t); block++) {
-        TRY(traffic_gather_start(t, block));
-        TRY(traffic_gather_finish(t, block));
+    for (int group = GROUP_FIRST; group < block_count(t); group++) {
+        TRY(traffic_gather_start(t, group));
+        TRY(traffic_gather_finish(t, group));
     }
     return STATUS_OK;
 }

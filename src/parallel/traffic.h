@@ -1,12 +1,12 @@
 /* What moves between the ranks of a run besides the rows of tokens: weights of divided rows to those who compute with
- * them, gradients to those who own them. For every block (BLOCK_OUTSIDE: what is outside) at most three plans, made once
- * and run every step:
+ * them, gradients to those who own them. For every group of parameters (parameter_group: a block, the embedding, the end of
+ * the model) at most three plans, made once and run every step:
  *
  *   gather     own_weight -> weight        over shard and expert, in the dtype that products read (fp32 where more is read)
  *   reduce     gradient   -> own_gradient  over shard and expert, summed in rank order
  *   replicate  own_gradient, summed over replicate
  *
- * One gather, one reduce and one replicate may be under way at once, besides one gather of what is outside the blocks.
+ * One gather of a block, one reduce and one replicate may be under way at once, besides the gathers of embedding and end.
  */
 #pragma once
 
@@ -26,7 +26,7 @@ enum status traffic_create(struct model *model, struct ranks *ranks, enum dtype 
                            struct traffic **out) MUST_USE;
 void traffic_destroy(struct traffic *traffic);
 
-struct traffic_bytes traffic_bytes_of(const struct traffic *traffic, int block);
+struct traffic_bytes traffic_bytes_of(const struct traffic *traffic, int group);
 int64_t traffic_staging_bytes(const struct traffic *traffic);
 
 /* The ranks that share a batch. */
@@ -38,12 +38,12 @@ bool traffic_reduces(const struct traffic *traffic);
 bool traffic_replicates(const struct traffic *traffic);
 
 /* Collective, all of them. Finish of a gather also packs what products read. */
-enum status traffic_gather_start(struct traffic *traffic, int block) MUST_USE;
-enum status traffic_gather_finish(struct traffic *traffic, int block) MUST_USE;
-enum status traffic_reduce_start(struct traffic *traffic, int block) MUST_USE;
-enum status traffic_reduce_finish(struct traffic *traffic, int block) MUST_USE;
-enum status traffic_replicate_start(struct traffic *traffic, int block) MUST_USE;
-enum status traffic_replicate_finish(struct traffic *traffic, int block) MUST_USE;
+enum status traffic_gather_start(struct traffic *traffic, int group) MUST_USE;
+enum status traffic_gather_finish(struct traffic *traffic, int group) MUST_USE;
+enum status traffic_reduce_start(struct traffic *traffic, int group) MUST_USE;
+enum status traffic_reduce_finish(struct traffic *traffic, int group) MUST_USE;
+enum status traffic_replicate_start(struct traffic *traffic, int group) MUST_USE;
+enum status traffic_replicate_finish(struct traffic *traffic, int group) MUST_USE;
 
 /* Below stage 3: every row whole, after own_weight was written by anything but the optimizer. */
 enum status traffic_refresh(struct traffic *traffic) MUST_USE;

@@ -109,7 +109,7 @@ static void test_table(void **state) {
     p->step_costs[EVENT_OPTIMIZER].bytes = 5e8;
     profile_print(p, (struct profile_roof){8e9, 4e9}, &table);
     assert_non_null(strstr(table.data, "experts                     4     125.00   25.0%       1.6 GFLOP/s    20.0%"));
-    assert_non_null(strstr(table.data, "optimizer                   3     250.00   50.0%       2.0 GB/s       50.0%"));
+    assert_non_null(strstr(table.data, "optimizer                   4     250.00   50.0%       2.0 GB/s       50.0%"));
     for (int kind = 0; kind < EVENT_KIND_COUNT; kind++)
         if (p->events[kind].calls > 0)
             assert_non_null(strstr(table.data, event_kind_name((enum event_kind)kind)));

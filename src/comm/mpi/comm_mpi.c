@@ -113,6 +113,7 @@ static enum status start(struct comm *comm, const void *send, const int64_t *sen
     if (send_counts[me])
         memcpy((char *)recv + recv_offsets[me], (const char *)send + (send_offsets ? send_offsets[me] : 0),
                (size_t)send_counts[me]);
+    engine_started(end->engine);
     return STATUS_OK;
 }
 

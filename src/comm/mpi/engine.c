@@ -1,7 +1,8 @@
 /* Who drives. MPI moves bytes only inside MPI's calls. A thread that waits drives them itself: nothing passes between
- * threads, so that a short transfer costs no more than bare MPI. While nobody waits, a thread of the engine's own does it:
- * again at once as long as bytes move, then after pauses that grow, since every look takes the core from one that
- * computes. With nothing under way it sleeps for good.
+ * threads, so that a short transfer costs little more than bare MPI. While nobody waits, a thread of the engine's own does
+ * it: again at once as long as bytes move, then after pauses that grow, since every look takes the core from one that
+ * computes. Waking it costs as much as a short transfer takes, and a start is often followed by its wait: so it is not
+ * woken, but looks of its own accord, until nothing was under way for some time. Then it sleeps for good.
  *
  * Invariants:
  *  1. MPI is called only with `drive` held, so that MPI_THREAD_SERIALIZED suffices. `drive` is only tried, never waited
@@ -23,11 +24,12 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-enum { PIECE_BYTES = 1 << 20, WINDOW_BYTES = 4 << 20 };
+enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 16 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
-static const double PAUSE_LEAST_S = 20e-6;   /* of the thread after a look at which nothing moved, */
-static const double PAUSE_MOST_S = 500e-6;   /* doubled until here */
-static const double LINGER_S = 5e-3;         /* how long the thread looks on with nothing under way */
+static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
+static const double PAUSE_MOST_S = 500e-6;   /* doubled until here; and while others drive */
+static const double ALONE_S = 100e-6;        /* the thread looks once nobody has been in here for so long */
+static const double LINGER_S = 20e-3;        /* how long the thread stays awake with nothing under way */
 static const double WAITER_PATIENCE_S = 2e-3; /* a waiter that saw nothing move for so long sleeps between looks */
 static const double WAITER_PAUSE_S = 30e-6;
 static const double LOOK_S = 2e-6;           /* a look that takes longer has moved bytes */
@@ -123,7 +125,7 @@ static void transfer_finish(struct engine *engine, struct transfer *transfer) {
     pthread_mutex_lock(&engine->lock);
     transfer->done = true;
     engine->under_way--;
-    if (engine->waiter_count > 0)
+    if (engine->inside_count > 0)
         pthread_cond_broadcast(&engine->done);
     pthread_mutex_unlock(&engine->lock);
 }
@@ -214,43 +216,50 @@ static bool try_look(struct engine *engine) {
     return moved;
 }
 
+/* What the thread does next, with `lock` held; returns how long it sleeps afterwards. */
+static double take_turn(struct engine *engine, double pause_s) {
+    bool alone = engine->under_way > 0 && engine->inside_count == 0 && clock_seconds() - engine->left_s > ALONE_S;
+    if (!alone)
+        return PAUSE_MOST_S;
+    bool moved = try_look(engine);
+    if (engine->inside_count > 0) /* it may have failed to get `drive` */
+        pthread_cond_broadcast(&engine->done);
+    if (moved || engine->queue_first) /* of one who did not get `drive` */
+        return 0;
+    return 2 * pause_s < PAUSE_MOST_S ? 2 * pause_s : PAUSE_MOST_S;
+}
+
 static void *thread_main(void *context) {
     struct engine *engine = context;
-    double pause_s = PAUSE_LEAST_S, busy_s = clock_seconds();
+    double pause_s = PAUSE_MOST_S, busy_s = clock_seconds();
 #ifdef PR_SET_TIMERSLACK
     prctl(PR_SET_TIMERSLACK, 1000UL); /* pauses are to be as short as they say */
 #endif
     pthread_mutex_lock(&engine->lock);
     while (!engine->closing) {
         double now = clock_seconds();
-        if (engine->broken || (engine->under_way == 0 && now - busy_s > LINGER_S)) {
+        busy_s = engine->under_way > 0 || engine->inside_count > 0 ? now : busy_s;
+        if (engine->broken || now - busy_s > LINGER_S) {
             engine->idle = true;
             pthread_cond_wait(&engine->work, &engine->lock);
             engine->idle = false;
-            pause_s = PAUSE_LEAST_S;
             busy_s = clock_seconds();
-            continue;
         }
-        if (engine->under_way > 0)
-            busy_s = now;
-        if (engine->under_way > 0 && engine->waiter_count == 0 && try_look(engine)) {
-            pause_s = PAUSE_LEAST_S;
-            if (engine->waiter_count > 0) /* it may have failed to get `drive` */
-                pthread_cond_broadcast(&engine->done);
-            continue;
-        }
-        if (engine->waiter_count > 0)
-            pthread_cond_broadcast(&engine->done);
-        if (engine->queue_first && engine->waiter_count == 0) /* its starter did not get `drive` */
-            continue;
-        sleep_for(engine, &engine->work, pause_s);
-        pause_s = 2 * pause_s < PAUSE_MOST_S ? 2 * pause_s : PAUSE_MOST_S;
+        pause_s = take_turn(engine, pause_s > 0 ? pause_s : PAUSE_LEAST_S / 2);
+        if (pause_s > 0 && !engine->closing)
+            sleep_for(engine, &engine->work, pause_s);
     }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
 }
 
 /* ---- for the ranks' threads ------------------------------------------------------------------------------------------------ */
+
+/* With `lock` held: from now on the thread may have to drive. */
+static void leave(struct engine *engine) {
+    engine->inside_count--;
+    engine->left_s = clock_seconds();
+}
 
 enum status engine_start(struct engine *engine, struct transfer *transfer) {
     transfer->open_count = transfer->stream_count;
@@ -260,6 +269,7 @@ enum status engine_start(struct engine *engine, struct transfer *transfer) {
         transfer->streams[i].posted = transfer->streams[i].done = 0;
     pthread_mutex_lock(&engine->lock);
     bool broken = engine->broken, idle = engine->idle;
+    engine->inside_count++;
     if (broken)
         status_fail(STATUS_PEER, "%s", engine->failure);
     if (!broken && !empty) {
@@ -273,13 +283,21 @@ enum status engine_start(struct engine *engine, struct transfer *transfer) {
             pthread_cond_signal(&engine->work);
     }
     pthread_mutex_unlock(&engine->lock);
-    if (broken)
+    if (broken) {
+        engine_started(engine);
         return STATUS_PEER;
+    }
     if (!empty && pthread_mutex_trylock(&engine->drive) == 0) {
         post_queue(engine);
         pthread_mutex_unlock(&engine->drive);
     }
     return STATUS_OK;
+}
+
+void engine_started(struct engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+    leave(engine);
+    pthread_mutex_unlock(&engine->lock);
 }
 
 /* Between two looks at which nothing moved: spin, then offer the core, then sleep. */
@@ -299,7 +317,7 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
     double still_since_s = 0;
     enum status status = STATUS_OK;
     pthread_mutex_lock(&engine->lock);
-    engine->waiter_count++;
+    engine->inside_count++;
     while (!transfer->done && !engine->broken && status == STATUS_OK) {
         pthread_mutex_unlock(&engine->lock);
         if (pthread_mutex_trylock(&engine->drive) == 0) {
@@ -320,7 +338,7 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
                 sleep_for(engine, &engine->done, PAUSE_MOST_S);
         }
     }
-    engine->waiter_count--;
+    leave(engine);
     if (status == STATUS_OK && !transfer->done)
         status = status_fail(STATUS_PEER, "%s", engine->failure);
     pthread_mutex_unlock(&engine->lock);

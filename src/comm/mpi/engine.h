@@ -48,7 +48,8 @@ struct engine {
     pthread_cond_t done;  /* a transfer is done, or nobody drives, or all is lost */
     pthread_cond_t work;  /* for the thread: there is something to do again */
     struct transfer *queue_first, *queue_last;
-    int under_way, waiter_count, next_tag, tag_limit;
+    int under_way, inside_count, next_tag, tag_limit;
+    double left_s; /* when one of those inside, who wait or begin a transfer, last left */
     bool idle, closing;
     atomic_bool broken; /* nothing is moved any more and MPI is not called; failure says why */
     char failure[512];
@@ -72,6 +73,10 @@ void engine_close(struct engine *engine);
 /* Begin to move the streams of a transfer, of which stream_count and each stream's link, transfer, data and bytes > 0 are
  * filled; it and the data stay until it is waited for. */
 enum status engine_start(struct engine *engine, struct transfer *transfer) MUST_USE;
+
+/* After engine_start succeeded, as soon as the caller has done what it does before it computes: until then the engine's
+ * thread leaves it the core. */
+void engine_started(struct engine *engine);
 
 /* Until the transfer is done, or all is lost (STATUS_PEER), or until deadline_s of clock_seconds (0: none) has passed. */
 enum status engine_wait(struct engine *engine, struct transfer *transfer, double deadline_s) MUST_USE;
