@@ -19,6 +19,7 @@
 #include "train/state.h"
 #include <math.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -68,6 +69,7 @@ static void watch_signals(void) {
     stop_requested = 0;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL); /* mpirun passes it on and, other than SIGTERM, does not end the ranks soon after */
 }
 
 /* ---- setting up ---------------------------------------------------------------------------------------------------- */
@@ -92,12 +94,21 @@ static enum status prepare_data(struct trainer *t, const char *directory) {
     return status;
 }
 
+static enum status open_corpus(struct trainer *t, const char *directory) {
+    char line[1024];
+    enum status status = corpus_open(&t->corpus, directory);
+    snprintf(line, sizeof line, "%s", status_text());
+    if (status == STATUS_OK || is_first(t)) /* which has just written it */
+        return status;
+    return status_fail(status, "%s; run.directory must be on a file system that all ranks share", line);
+}
+
 /* Rank 0 turns text into tokens; all read them. */
 static enum status open_data(struct trainer *t) {
     char *directory = run_directory_path(t->config, "data");
     enum status status = comm_agree(t->world.comm, is_first(t) ? prepare_data(t, directory) : STATUS_OK);
     if (status == STATUS_OK)
-        status = comm_agree(t->world.comm, corpus_open(&t->corpus, directory));
+        status = comm_agree(t->world.comm, open_corpus(t, directory));
     free(directory);
     return status == STATUS_OK ? agreement_data(t->world.comm, &t->corpus) : status;
 }
