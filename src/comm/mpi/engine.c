@@ -27,9 +27,10 @@
 enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 16 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
-static const double PAUSE_MOST_S = 500e-6;   /* doubled until here; and while others drive */
+static const double PAUSE_MOST_S = 2e-3;     /* doubled until here */
+static const double REST_S = 1e-3;           /* while others drive, or nothing is under way */
 static const double ALONE_S = 100e-6;        /* the thread looks once nobody has been in here for so long */
-static const double LINGER_S = 20e-3;        /* how long the thread stays awake with nothing under way */
+static const double LINGER_S = 10e-3;        /* how long the thread stays awake with nothing under way */
 static const double WAITER_PATIENCE_S = 2e-3; /* a waiter that saw nothing move for so long sleeps between looks */
 static const double WAITER_PAUSE_S = 30e-6;   /* and after that a share of the time for which nothing moved: who waits for */
 static const double WAITER_PAUSE_SHARE = 1.0 / 64; /* a disk must not keep the cores from it, and is late by that share */
@@ -220,22 +221,29 @@ static bool try_look(struct engine *engine) {
     return moved;
 }
 
-/* What the thread does next, with `lock` held; returns how long it sleeps afterwards. */
-static double take_turn(struct engine *engine, double pause_s) {
+/* What the thread does next, with `lock` held; returns how long it sleeps afterwards. *pause_s: of the next look at which
+ * nothing moves. */
+static double take_turn(struct engine *engine, double *pause_s) {
     bool alone = engine->under_way > 0 && engine->inside_count == 0 && clock_seconds() - engine->left_s > ALONE_S;
-    if (!alone)
-        return PAUSE_MOST_S;
+    if (!alone) {
+        *pause_s = PAUSE_LEAST_S;
+        return REST_S;
+    }
     bool moved = try_look(engine);
     if (engine->inside_count > 0) /* it may have failed to get `drive` */
         pthread_cond_broadcast(&engine->done);
-    if (moved || engine->queue_first) /* of one who did not get `drive` */
+    if (moved || engine->queue_first) { /* of one who did not get `drive` */
+        *pause_s = PAUSE_LEAST_S;
         return 0;
-    return 2 * pause_s < PAUSE_MOST_S ? 2 * pause_s : PAUSE_MOST_S;
+    }
+    double pause = *pause_s;
+    *pause_s = 2 * pause < PAUSE_MOST_S ? 2 * pause : PAUSE_MOST_S;
+    return pause;
 }
 
 static void *thread_main(void *context) {
     struct engine *engine = context;
-    double pause_s = PAUSE_MOST_S, busy_s = clock_seconds();
+    double pause_s = PAUSE_LEAST_S, busy_s = clock_seconds();
 #ifdef PR_SET_TIMERSLACK
     prctl(PR_SET_TIMERSLACK, 1000UL); /* pauses are to be as short as they say */
 #endif
@@ -249,9 +257,9 @@ static void *thread_main(void *context) {
             engine->idle = false;
             busy_s = clock_seconds();
         }
-        pause_s = take_turn(engine, pause_s > 0 ? pause_s : PAUSE_LEAST_S / 2);
-        if (pause_s > 0 && !engine->closing)
-            sleep_for(engine, &engine->work, pause_s);
+        double sleep_s = take_turn(engine, &pause_s);
+        if (sleep_s > 0 && !engine->closing)
+            sleep_for(engine, &engine->work, sleep_s);
     }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
@@ -339,7 +347,7 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
         } else {
             pthread_mutex_lock(&engine->lock);
             if (!transfer->done && !engine->broken)
-                sleep_for(engine, &engine->done, PAUSE_MOST_S);
+                sleep_for(engine, &engine->done, REST_S);
         }
     }
     leave(engine);
