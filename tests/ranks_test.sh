@@ -238,7 +238,7 @@ if [ "$course" = long ]; then
     end_of "SIGUSR1 to $(basename "$mpiexec")"
     expect_saved "SIGUSR1"
     if [ "$open_mpi" -gt 0 ]; then # it waits so long before the signal, and as long again before it kills
-        export OMPI_MCA_odls_base_sigkill_timeout=2
+        export OMPI_MCA_odls_base_sigkill_timeout=5
         begin killed 20 $long --train.steps 100000 --checkpoint.every_steps 1000
         kill -TERM $job
         end_of "SIGTERM to $(basename "$mpiexec")"
