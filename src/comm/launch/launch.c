@@ -66,15 +66,6 @@ void comm_launch_close(struct comm_launch *launch, enum status status) {
     *launch = (struct comm_launch){0};
 }
 
-bool comm_launch_has_told(const struct comm_launch *launch) {
-#ifdef CADRE_MPI
-    if (launch->state)
-        return comm_mpi_has_told(launch);
-#endif
-    (void)launch;
-    return false;
-}
-
 const char *comm_launch_library(char *buffer, size_t bytes) {
 #ifdef CADRE_MPI
     comm_mpi_library(buffer, bytes);

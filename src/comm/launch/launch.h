@@ -29,9 +29,6 @@ bool comm_launch_speaks(struct comm_launch *launch, enum status status);
  * some seconds, since they may not come; it never hangs on a rank that is gone. The process should exit soon. */
 void comm_launch_close(struct comm_launch *launch, enum status status);
 
-/* Whether a rank was lost and `lost` was called, here or on another rank: STATUS_PEER needs no further line then. */
-bool comm_launch_has_told(const struct comm_launch *launch);
-
 /* Which MPI the program is built with, or that it is built without; for a person. Writes at most `bytes`. */
 const char *comm_launch_library(char *buffer, size_t bytes);
 

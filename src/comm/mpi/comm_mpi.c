@@ -357,11 +357,6 @@ void comm_mpi_close(struct comm_launch *launch, enum status status) {
     free(site);
 }
 
-bool comm_mpi_has_told(const struct comm_launch *launch) {
-    const struct site *site = launch->state;
-    return site->watch.told;
-}
-
 void comm_mpi_library(char *buffer, size_t bytes) {
     char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
     int length;
