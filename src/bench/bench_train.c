@@ -102,10 +102,13 @@ static void training_close(struct training *t) {
 static enum status run_step(struct training *t, double *seconds) {
     struct step_result result;
     TRY(comm_agree(t->world, STATUS_OK)); /* all begin together */
+    int64_t sent = ranks_sent_bytes(&t->ranks);
     double begin = clock_seconds();
     TRY(step_run(&t->runner, (struct step_input){t->tokens, ++t->step, 1000000}, &result));
     *seconds = clock_seconds() - begin;
     t->comm_bytes = result.comm_bytes;
+    if (t->runner.part != STEP_WHOLE) /* nothing was agreed on: this rank's, for each */
+        t->comm_bytes = (ranks_sent_bytes(&t->ranks) - sent) * t->world->size;
     profile_note(&t->profile, SPAN_STEP, begin);
     if (result.skipped && t->runner.part == STEP_WHOLE)
         return status_fail(STATUS_NUMERIC, "step %lld was not finite", (long long)t->step);

@@ -10,5 +10,8 @@ enum status cmd_tokenize(int argc, char **argv) MUST_USE;
 enum status cmd_inspect(int argc, char **argv) MUST_USE;
 enum status cmd_bench(int argc, char **argv) MUST_USE;
 
+/* The line that says how the verb failed, now instead of at its end: for ranks, which a starter may end any moment. */
+void cli_tell_failure(const char *verb);
+
 /* This process prints no line about how its verb failed: another rank does. */
 void cli_stay_silent(void);

@@ -93,7 +93,9 @@ static enum status run_together(struct bench *bench, enum status (*run)(const st
     if (bench->threads_follow_launch)
         threads_set_count(launch.thread_count);
     enum status status = run(bench);
-    if (launch.world.rank > 0 || (status == STATUS_PEER && comm_launch_has_told(&launch)))
+    if (comm_launch_speaks(&launch, status))
+        cli_tell_failure("bench");
+    else if (status != STATUS_OK)
         cli_stay_silent();
     comm_launch_close(&launch, status);
     return status;

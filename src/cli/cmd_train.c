@@ -13,6 +13,17 @@
 #include <stdlib.h>
 
 enum { SAMPLE_TOKENS = 120 };
+enum { TASK_TRAIN, TASK_DRY_RUN, TASK_HELP };
+
+/* What was asked for. */
+struct train_call {
+    int argc;
+    char **argv;
+    int task;
+    int64_t rank_count; /* of a dry run; 0: as many as were started */
+    bool profile, json;
+    struct run_config config;
+};
 
 static void collect(void *context, const char *text, size_t size) {
     text_add(context, text, size);
@@ -85,42 +96,33 @@ static void print_json(const struct run_config *config, const struct train_summa
     json_decref(object);
 }
 
-static enum status finish(const struct run_config *config, const struct train_summary *summary, bool json, bool tells,
-                          int argc, char **argv) {
-    if (!tells)
+static enum status finish(const struct train_call *call, const struct comm *world, const struct train_summary *summary) {
+    const struct run_config *config = &call->config;
+    if (world->rank > 0)
         return summary->interrupted ? status_fail(STATUS_INTERRUPTED, "interrupted") : STATUS_OK;
     if (summary->interrupted) {
-        log_info("stopped and saved at step %lld of %lld; the same command goes on:", (long long)summary->step,
-                 (long long)summary->step_count);
-        print_command(argc, argv);
+        log_info("stopped and saved at step %lld of %lld; the same command goes on%s:", (long long)summary->step,
+                 (long long)summary->step_count, world->size == 1 ? "" : ", with as many ranks or any other number");
+        print_command(call->argc, call->argv);
         return status_fail(STATUS_INTERRUPTED, "interrupted");
     }
     if (summary->tokens_per_s > 0)
         print_summary(summary);
     else
         log_info("%s is complete: %lld steps", config->run.directory, (long long)summary->step);
-    if (json)
+    if (call->json)
         print_json(config, summary);
     else
         printf("%s\n", config->run.directory);
     return STATUS_OK;
 }
 
-/* As if `rank_count` ranks had been started (0: as many as were). */
-static enum status dry_run(struct run_config *config, int64_t rank_count) {
+/* As if call->rank_count ranks had been started (0: as many as were). */
+static enum status dry_run(struct train_call *call, const struct comm *world) {
     struct text out = {0};
-    if (rank_count < 0 || rank_count > 1 << 20)
-        return status_fail(STATUS_USAGE, "--ranks is 1 to %d, not %lld", 1 << 20, (long long)rank_count);
-    if (rank_count == 0) {
-        struct comm_launch launch;
-        TRY(comm_launch_open(&launch, NULL));
-        rank_count = launch.world.size;
-        bool tells = launch.world.rank == 0;
-        comm_launch_close(&launch, STATUS_OK);
-        if (!tells)
-            return STATUS_OK;
-    }
-    TRY(train_dry_run(config, (int)rank_count, &out));
+    if (call->rank_count < 0 || call->rank_count > 1 << 20)
+        return status_fail(STATUS_USAGE, "--ranks is 1 to %d, not %lld", 1 << 20, (long long)call->rank_count);
+    TRY(train_dry_run(&call->config, call->rank_count > 0 ? (int)call->rank_count : world->size, &out));
     fputs(text_string(&out), stdout);
     text_release(&out);
     return STATUS_OK;
@@ -136,44 +138,74 @@ static void print_help(const struct argument *known, int count) {
     text_release(&out);
 }
 
-enum status cmd_train(int argc, char **argv) {
+/* What the words of the command ask for; with --help it is printed by rank 0. */
+static enum status read_call(struct train_call *call, const struct comm *world) {
     const char *config_path = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX];
-    bool help, quiet = false, verbose = false, dry = false, json = false, profile = false;
+    bool help, quiet = false, verbose = false, dry = false;
     int pair_count = 0;
-    int64_t rank_count = 0;
     const struct argument known[] = {
         {"config", ARGUMENT_STRING, &config_path, "settings from an INI file; the command line wins"},
         {"dry-run", ARGUMENT_SWITCH, &dry, "print mesh, placements, the schedule of a step and memory; train nothing"},
-        {"ranks", ARGUMENT_INTEGER, &rank_count, "of --dry-run: as if so many ranks had been started"},
+        {"ranks", ARGUMENT_INTEGER, &call->rank_count, "of --dry-run: as if so many ranks had been started"},
         {"quiet", ARGUMENT_SWITCH, &quiet, "only warnings and errors"},
         {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
-        {"profile", ARGUMENT_SWITCH, &profile,
+        {"profile", ARGUMENT_SWITCH, &call->profile,
          "time every kind of event: a table at the end, the last steps in trace.json for chrome://tracing"},
-        {"json", ARGUMENT_SWITCH, &json, "how the run ended as one JSON object, instead of its directory"},
+        {"json", ARGUMENT_SWITCH, &call->json, "how the run ended as one JSON object, instead of its directory"},
     };
     enum { COUNT = sizeof known / sizeof *known };
     struct arguments arguments = {known, COUNT, pairs, &pair_count, NULL};
-    TRY(arguments_parse(arguments, argc, argv, &help));
-    if (help) {
+    TRY(arguments_parse(arguments, call->argc, call->argv, &help));
+    call->task = help ? TASK_HELP : dry ? TASK_DRY_RUN : TASK_TRAIN;
+    if (help && world->rank == 0)
         print_help(known, COUNT);
+    if (help)
         return STATUS_OK;
-    }
     log_set_level(quiet ? LOG_QUIET : verbose ? LOG_VERBOSE : LOG_NORMAL);
-    struct run_config config;
+    return run_config_resolve(&call->config, config_path, pairs, pair_count);
+}
+
+/* All do what rank 0 does, or nobody does anything. */
+static enum status agree_on_task(struct comm *world, int task) {
+    int first = task;
+    TRY(comm_broadcast(world, &first, sizeof first));
+    enum status status = STATUS_OK;
+    if (task != first)
+        status = status_fail(STATUS_USAGE, "its --help or --dry-run is not rank 0's: start all ranks with the same command");
+    return comm_agree(world, status);
+}
+
+static enum status run_call(struct train_call *call, const struct comm_launch *launch, struct comm *world) {
     struct train_summary summary;
-    TRY(run_config_resolve(&config, config_path, pairs, pair_count));
-    if (dry)
-        return dry_run(&config, rank_count);
+    TRY(comm_agree(world, read_call(call, world)));
+    TRY(agree_on_task(world, call->task));
+    if (call->task == TASK_HELP)
+        return STATUS_OK;
+    if (call->task == TASK_DRY_RUN)
+        return comm_agree(world, world->rank == 0 ? dry_run(call, world) : STATUS_OK);
+    struct train_world of_ranks = {world, launch->local_size, launch->thread_count};
+    struct train_hooks hooks = {write_sample, NULL, call->profile, note_checkpoint};
+    TRY(train_run(&call->config, of_ranks, hooks, &summary));
+    return finish(call, world, &summary);
+}
+
+/* Ranks that fail together do so in the same words: one of them says so, before any leaves. */
+static void tell_failure(struct comm_launch *launch, enum status status) {
+    bool speaks = comm_launch_speaks(launch, status);
+    if (speaks && status == STATUS_PEER)
+        tell_lost_rank(status_text());
+    else if (speaks)
+        cli_tell_failure("train");
+    cli_stay_silent();
+}
+
+enum status cmd_train(int argc, char **argv) {
+    struct train_call call = {.argc = argc, .argv = argv};
     struct comm_launch launch;
     TRY(comm_launch_open(&launch, tell_lost_rank));
-    struct train_world world = {&launch.world, launch.local_size, launch.thread_count};
-    struct train_hooks hooks = {write_sample, NULL, profile, note_checkpoint};
-    enum status status = train_run(&config, world, hooks, &summary);
-    if (status == STATUS_OK)
-        status = finish(&config, &summary, json, launch.world.rank == 0, argc, argv);
-    /* All ranks fail together, in the same words: one of them says so. */
-    if (launch.world.rank > 0 || (status == STATUS_PEER && comm_launch_has_told(&launch)))
-        cli_stay_silent();
+    enum status status = run_call(&call, &launch, &launch.world);
+    if (status != STATUS_OK)
+        tell_failure(&launch, status);
     comm_launch_close(&launch, status);
     return status;
 }

@@ -2,6 +2,7 @@
 
 #include "base/text.h"
 #include "comm/launch/launch.h"
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
@@ -53,18 +54,24 @@ void cli_stay_silent(void) {
     silent = true;
 }
 
+void cli_tell_failure(const char *verb) {
+    if (!silent)
+        fprintf(stderr, "cadre %s: %s\n", verb, status_text());
+    silent = true;
+}
+
 static int run_verb(const struct verb *verb, int argc, char **argv) {
     enum status status = verb->run(argc, argv);
     if (status == STATUS_OK && (fflush(stdout) != 0 || ferror(stdout)))
         status = status_fail(STATUS_IO, "cannot write the result to standard output");
     if (status == STATUS_OK)
         return 0;
-    if (!silent)
-        fprintf(stderr, "cadre %s: %s\n", verb->name, status_text());
+    cli_tell_failure(verb->name);
     return status == STATUS_USAGE ? 2 : 1;
 }
 
 int main(int argc, char **argv) {
+    signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is a write that fails, with the file's name */
     if (argc < 2)
         return print_help(stderr, 2);
     const char *word = argv[1];

@@ -18,6 +18,7 @@ struct builder {
     int gather_event[2];  /* a gather into a slot that nobody waited for yet; NO_EVENT */
     int end_event;        /* the gather of the end of the model */
     int reducing, reduce_event;       /* block whose gradients are under way; NO_BLOCK */
+    bool sums_are_final;              /* no later micro-batch adds to them */
     int replicating, replicate_event; /* the same between replicas */
 };
 
@@ -92,13 +93,12 @@ static void finish_replicate(struct builder *b) {
     b->replicating = NO_BLOCK;
 }
 
-/* `sums_are_final`: no later micro-batch adds to them. */
-static void finish_reduce(struct builder *b, int micro, bool sums_are_final) {
+static void finish_reduce(struct builder *b, int micro) {
     finish_replicate(b);
     if (b->reducing == NO_BLOCK)
         return;
     chain(b, EVENT_REDUCED, b->reducing, micro, b->reduce_event);
-    if (sums_are_final && b->options.replicas) {
+    if (b->sums_are_final && b->options.replicas) {
         b->replicate_event = add(b, EVENT_REPLICATE, b->reducing, -1, b->last, NO_EVENT);
         b->replicating = b->reducing;
     }
@@ -106,7 +106,8 @@ static void finish_reduce(struct builder *b, int micro, bool sums_are_final) {
 }
 
 static void start_reduce(struct builder *b, int block, int micro, bool sums_are_final) {
-    finish_reduce(b, micro, sums_are_final);
+    finish_reduce(b, micro);
+    b->sums_are_final = sums_are_final;
     b->reduce_event = add(b, EVENT_REDUCE, block, micro, b->last, NO_EVENT);
     b->reducing = block;
 }
@@ -131,8 +132,11 @@ static void add_forward(struct builder *b, int micro) {
 static void add_block_backward(struct builder *b, int block, int micro) {
     static const enum event_kind kinds[] = {EVENT_EXCHANGE_BACK_GRAD, EVENT_EXPERTS_GRAD, EVENT_EXCHANGE_GRAD,
                                             EVENT_ROUTE_GRAD, EVENT_ATTENTION_GRAD};
-    if (reduces_every_micro_batch(b))
+    if (reduces_every_micro_batch(b)) { /* of the micro-batch before, gradients may still leave the slot */
+        if (b->reducing >= 0 && b->reducing % 2 == block % 2)
+            finish_reduce(b, micro);
         chain(b, EVENT_CLEAR_BLOCK, block, micro, NO_EVENT);
+    }
     if (b->options.recompute)
         chain(b, EVENT_RECOMPUTE, block, micro, NO_EVENT);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -163,9 +167,10 @@ static void add_micro_batch(struct builder *b, int micro) {
         start_reduce(b, BLOCK_END, micro, true);
     add_backward(b, micro);
     chain(b, EVENT_EMBED_GRAD, BLOCK_OUTSIDE, micro, NO_EVENT);
-    if (is_last)
-        start_reduce(b, BLOCK_OUTSIDE, micro, true);
-    finish_reduce(b, micro, is_last);
+    if (!is_last) /* what is under way goes on beside the next micro-batch */
+        return;
+    start_reduce(b, BLOCK_OUTSIDE, micro, true);
+    finish_reduce(b, micro);
     finish_replicate(b);
 }
 
@@ -194,7 +199,7 @@ enum status schedule_build(struct schedule *s, struct schedule_options options) 
     *s = (struct schedule){.capacity = (int)capacity};
     TRY(memory_alloc(&s->events, capacity, sizeof *s->events));
     struct builder b = {s, options, NO_EVENT, {NO_BLOCK, NO_BLOCK}, {NO_EVENT, NO_EVENT}, NO_EVENT,
-                        NO_BLOCK, NO_EVENT, NO_BLOCK, NO_EVENT};
+                        NO_BLOCK, NO_EVENT, false, NO_BLOCK, NO_EVENT};
     chain(&b, EVENT_CLEAR, BLOCK_OUTSIDE, -1, NO_EVENT);
     for (int micro = 0; micro < options.micro_batch_count; micro++)
         add_micro_batch(&b, micro);

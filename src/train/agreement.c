@@ -29,9 +29,12 @@ static uint64_t settings_hash(const struct run_config *config) {
     return hash;
 }
 
-enum status agreement_settings(struct comm *world, struct run_config *config) {
-    TRY(compare_hashes(world, settings_hash(config), "settings",
-                       "start all ranks with the same command, file and version of cadre"));
+enum status agreement_settings(struct comm *world, const struct run_config *config) {
+    return compare_hashes(world, settings_hash(config), "settings",
+                          "start all ranks with the same command, file and version of cadre");
+}
+
+enum status agreement_directory(struct comm *world, struct run_config *config) {
     enum status status = STATUS_OK;
     if (world->rank == 0) {
         status = run_directory_open(config);

@@ -19,6 +19,7 @@
 #include "train/state.h"
 #include <math.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -68,6 +69,7 @@ static void watch_signals(void) {
     stop_requested = 0;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL); /* mpirun passes it on and, other than SIGTERM, does not end the ranks soon after */
 }
 
 /* ---- setting up ---------------------------------------------------------------------------------------------------- */
@@ -92,12 +94,21 @@ static enum status prepare_data(struct trainer *t, const char *directory) {
     return status;
 }
 
+static enum status open_corpus(struct trainer *t, const char *directory) {
+    char line[1024];
+    enum status status = corpus_open(&t->corpus, directory);
+    snprintf(line, sizeof line, "%s", status_text());
+    if (status == STATUS_OK || is_first(t)) /* which has just written it */
+        return status;
+    return status_fail(status, "%s; run.directory must be on a file system that all ranks share", line);
+}
+
 /* Rank 0 turns text into tokens; all read them. */
 static enum status open_data(struct trainer *t) {
     char *directory = run_directory_path(t->config, "data");
     enum status status = comm_agree(t->world.comm, is_first(t) ? prepare_data(t, directory) : STATUS_OK);
     if (status == STATUS_OK)
-        status = comm_agree(t->world.comm, corpus_open(&t->corpus, directory));
+        status = comm_agree(t->world.comm, open_corpus(t, directory));
     free(directory);
     return status == STATUS_OK ? agreement_data(t->world.comm, &t->corpus) : status;
 }
@@ -251,13 +262,25 @@ static enum status choose_layout(struct trainer *t) {
     return ranks_open(&t->ranks, &t->sharding.mesh, world);
 }
 
+/* What cannot be is refused before anything is written; the choice itself waits for the vocabulary, which the data decide. */
+static enum status check_layout(const struct trainer *t) {
+    struct run_config config = *t->config;
+    struct placement_world known = {.rank = t->world.comm->rank, .rank_count = t->world.comm->size};
+    struct sharding ignored;
+    if (config.model.vocab_size == 0)
+        config.model.vocab_size = config.data.vocab_size;
+    return placement_choose(&config, known, &ignored);
+}
+
 static enum status set_up(struct trainer *t, struct train_summary *summary) {
     struct run_config *c = t->config;
     struct comm *world = t->world.comm;
     threads_set_count(c->run.threads > 0 ? (int)c->run.threads : t->world.threads);
     if (!is_first(t))
-        log_set_level(LOG_QUIET);
+        log_set_level(LOG_SILENT);
     TRY(agreement_settings(world, c));
+    TRY(comm_agree(world, check_layout(t)));
+    TRY(agreement_directory(world, c));
     t->checkpoints = run_directory_path(c, "checkpoints");
     t->samples_path = run_directory_path(c, "samples.txt");
     TRY(open_data(t));
@@ -496,8 +519,8 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
     while (status == STATUS_OK && t->state.step < t->config->train.steps && !t->stopping)
         status = run_step(t, summary);
     finish_summary(t, clock_seconds() - begin, first_token, summary);
-    if (t->hooks.profile && status == STATUS_OK && is_first(t))
-        status = finish_profile(t);
+    if (t->hooks.profile && status == STATUS_OK)
+        status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);
     return status;
 }
 

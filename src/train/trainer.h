@@ -38,10 +38,10 @@ struct train_summary {
     double peak_bytes, planned_bytes; /* of this rank */
 };
 
-/* Collective. Train until config->train.steps, or until the first SIGINT or SIGTERM that reaches any rank, which finishes
- * the step and saves; a second one ends the process. Resumes where run.directory has a checkpoint, whatever layout wrote
- * it. config is completed (steps, vocabulary, precision, layout). Rank 0 alone writes files and lines; what fails on one
- * rank is an error on all. After STATUS_PEER a rank is gone, and with it the run. */
+/* Collective. Train until config->train.steps, or until the first SIGINT, SIGTERM or SIGUSR1 that reaches any rank, which
+ * finishes the step and saves; a second one ends the process. Resumes where run.directory has a checkpoint, whatever layout
+ * wrote it. config is completed (steps, vocabulary, precision, layout). Rank 0 alone writes files and lines; what fails on
+ * one rank is an error on all. After STATUS_PEER a rank is gone, and with it the run. */
 enum status train_run(struct run_config *config, struct train_world world, struct train_hooks hooks,
                       struct train_summary *summary) MUST_USE;
 

@@ -48,6 +48,15 @@ enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *l
 #endif
 }
 
+bool comm_launch_speaks(struct comm_launch *launch, enum status status) {
+#ifdef CADRE_MPI
+    if (launch->state)
+        return comm_mpi_speaks(launch, status);
+#endif
+    (void)launch;
+    return status != STATUS_OK;
+}
+
 void comm_launch_close(struct comm_launch *launch, enum status status) {
     (void)status;
 #ifdef CADRE_MPI
@@ -55,15 +64,6 @@ void comm_launch_close(struct comm_launch *launch, enum status status) {
         comm_mpi_close(launch, status);
 #endif
     *launch = (struct comm_launch){0};
-}
-
-bool comm_launch_has_told(const struct comm_launch *launch) {
-#ifdef CADRE_MPI
-    if (launch->state)
-        return comm_mpi_has_told(launch);
-#endif
-    (void)launch;
-    return false;
 }
 
 const char *comm_launch_library(char *buffer, size_t bytes) {

@@ -19,12 +19,15 @@ struct comm_launch {
  * without MPI, or with one that the starter does not belong to. */
 enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *line)) MUST_USE;
 
+/* Whether this process is the one that says how the work failed: of ranks that fail together rank 0; also one that failed
+ * alone, which shows by the others not coming for some seconds; none where `lost` was called for a rank that is gone.
+ * Collective of the ranks that are done, and what they say before comm_launch_close is said before any of them exits: a
+ * starter ends the others as soon as one did. false after STATUS_OK. */
+bool comm_launch_speaks(struct comm_launch *launch, enum status status);
+
 /* Leave. status: how the work ended here. After STATUS_OK this waits for the other ranks; after a failure for at most
  * some seconds, since they may not come; it never hangs on a rank that is gone. The process should exit soon. */
 void comm_launch_close(struct comm_launch *launch, enum status status);
-
-/* Whether a rank was lost and `lost` was called, here or on another rank: STATUS_PEER needs no further line then. */
-bool comm_launch_has_told(const struct comm_launch *launch);
 
 /* Which MPI the program is built with, or that it is built without; for a person. Writes at most `bytes`. */
 const char *comm_launch_library(char *buffer, size_t bytes);

@@ -103,6 +103,15 @@ static enum status part_failure(struct comm_launch *launch) {
     return case_uneven(&launch->world);
 }
 
+/* All fail with one accord, rank 0 last to say so: no other has ended by then. */
+static enum status part_accord(struct comm_launch *launch) {
+    enum status mine = launch->world.rank == 1 ? status_fail(STATUS_USAGE, "no such layout") : STATUS_OK;
+    enum status status = comm_agree(&launch->world, mine);
+    if (launch->world.rank == 0)
+        usleep(300000);
+    return status;
+}
+
 /* Pieces in a communicator of a size beyond 2 GiB: run by hand, takes 10 GiB. */
 static enum status part_huge(struct comm_launch *launch) {
     struct comm *comm = &launch->world;
@@ -129,6 +138,7 @@ static const struct {
 } parts[] = {{"cases", part_cases},     {"place", part_place},
              {"progress", part_progress}, {"death", part_death},
              {"death-computing", part_death_computing}, {"failure", part_failure},
+             {"accord", part_accord},
              {"huge", part_huge}};
 
 static void print_line(const char *line) {
@@ -148,7 +158,7 @@ static int run_part(const char *name) {
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         if (strcmp(parts[i].name, name) == 0)
             status = parts[i].run(&launch);
-    if (status != STATUS_OK && !comm_launch_has_told(&launch))
+    if (status != STATUS_OK && comm_launch_speaks(&launch, status))
         fprintf(stderr, "failed: %s\n", status_text());
     if (status == STATUS_OK && launch.world.rank == 0)
         printf("%d ranks: %s: well\n", launch.world.size, name);
@@ -247,6 +257,16 @@ static void test_failure(void **state) {
     assert_int_equal(count_in_output("failed: the disk is full"), 1);
 }
 
+static void test_accord(void **state) {
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        int status = run_ranks(4, "accord");
+        if (status != 1 || count_in_output("failed: ") != 1 || count_in_output("failed: rank 1: no such layout") != 1 ||
+            count_in_output("told: ") != 0)
+            fail_msg("accord: exit status %d: %s", status, output);
+    }
+}
+
 /* Started by the mpirun of another MPI: not N runs of one rank. */
 static void test_foreign_starter(void **state) {
     (void)state;
@@ -319,6 +339,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_progress),
         cmocka_unit_test(test_death),
         cmocka_unit_test(test_failure),
+        cmocka_unit_test(test_accord),
         cmocka_unit_test(test_foreign_starter),
 #else
         cmocka_unit_test(test_without_mpi),

@@ -14,6 +14,7 @@
 #include <time.h>
 
 static const double FAREWELL_S = 5; /* how long a rank that failed waits for the others to fail too */
+enum { FAREWELLS = 2 };            /* after the first one of them says how all failed, after the second they may exit */
 static const double LINGER_S = 0.5; /* how long one that lost another stays, so that the others see that one gone, not this */
 
 /* This process among the others. */
@@ -22,6 +23,7 @@ struct site {
     struct watch watch;
     struct peer *peers;
     bool watched;
+    int farewell_count; /* of FAREWELLS; more than those after one to which the others did not come */
     struct comm farewell; /* of all ranks, with a tag of its own: who leaves alone must not meet what others still wait for */
 };
 
@@ -284,8 +286,8 @@ enum status comm_mpi_open(int expected_size, const char *starter, void (*lost)(c
     return status;
 }
 
-/* Take leave of all, so that nobody enters MPI_Finalize, which waits for all, before all can. */
-static enum status take_leave(struct comm *world, enum status status) {
+/* One round of all: nobody goes on before all are here. */
+static enum status meet(struct comm *world, enum status status) {
     struct comm_request request;
     int64_t *tables;
     char mine = 1, *all;
@@ -310,12 +312,36 @@ static void sleep_s(double seconds) {
     nanosleep(&time, NULL);
 }
 
+/* Take leave of all, so that nobody enters MPI_Finalize, which waits for all, before all can. */
+static bool take_leave(struct site *site, int rounds, enum status status) {
+    site->watch.leaving = true;
+    while (site->farewell_count < rounds)
+        site->farewell_count = meet(&site->farewell, status) == STATUS_OK ? site->farewell_count + 1 : FAREWELLS + 1;
+    return site->farewell_count <= FAREWELLS;
+}
+
+bool comm_mpi_speaks(struct comm_launch *launch, enum status status) {
+    struct site *site = launch->state;
+    if (!launch->world.state || !site->watched)
+        return status != STATUS_OK;
+    if (status == STATUS_PEER) { /* an error of MPI may show before the watch sees why */
+        if (!site->watch.told)
+            sleep_s(LINGER_S);
+        return !site->watch.told;
+    }
+    char line[1024];
+    snprintf(line, sizeof line, "%s", status_text());
+    bool together = take_leave(site, 1, status);
+    if (status != STATUS_OK && !together)
+        status_fail(status, "%s", line); /* and not that the others did not come */
+    return status != STATUS_OK && (launch->world.rank == 0 || !together);
+}
+
 void comm_mpi_close(struct comm_launch *launch, enum status status) {
     struct site *site = launch->state;
     if (!launch->world.state || !site->watched)
         return;
-    site->watch.leaving = true;
-    if (take_leave(&site->farewell, status) != STATUS_OK) {
+    if (!take_leave(site, FAREWELLS, status)) {
         if (site->watch.told)
             sleep_s(LINGER_S);
         engine_break(&site->engine, "this rank has left");
@@ -329,11 +355,6 @@ void comm_mpi_close(struct comm_launch *launch, enum status status) {
     MPI_Finalize();
     free(site->peers);
     free(site);
-}
-
-bool comm_mpi_has_told(const struct comm_launch *launch) {
-    const struct site *site = launch->state;
-    return site->watch.told;
 }
 
 void comm_mpi_library(char *buffer, size_t bytes) {

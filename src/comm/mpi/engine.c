@@ -32,8 +32,11 @@ static const double REST_S = 2e-3;           /* while others drive, or nothing i
 static const double ALONE_S = 100e-6;        /* the thread looks once nobody has been in here for so long */
 static const double LINGER_S = 10e-3;        /* how long the thread stays awake with nothing under way */
 static const double WAITER_PATIENCE_S = 2e-3; /* a waiter that saw nothing move for so long sleeps between looks */
-static const double WAITER_PAUSE_S = 30e-6;
-static const double LOOK_S = 2e-6;           /* a look that takes longer has moved bytes */
+static const double WAITER_PAUSE_S = 30e-6;   /* and after that a share of the time for which nothing moved: who waits for */
+static const double WAITER_PAUSE_SHARE = 1.0 / 64; /* a disk must not keep the cores from it, and is late by that share */
+static const double WAITER_PAUSE_MOST_S = 2e-3;
+static const double LOOK_S = 2e-6;           /* a look that takes longer has moved bytes, or had to give the core away: */
+static const double LOOK_PATIENCE_S = 20e-3; /* believed for so long if no piece is done */
 
 /* One message under way. */
 struct piece {
@@ -189,6 +192,7 @@ static bool look(struct engine *engine) {
     }
     if (count <= 0)
         return moved || clock_seconds() - begin > LOOK_S;
+    engine->moved_s = clock_seconds();
     for (int i = 0; i < count && !engine->broken; i++)
         piece_finish(engine, engine->indices[i], code == MPI_SUCCESS ? MPI_SUCCESS : engine->statuses[i].MPI_ERROR,
                      &engine->statuses[i]);
@@ -308,21 +312,22 @@ void engine_started(struct engine *engine) {
     pthread_mutex_unlock(&engine->lock);
 }
 
-/* Between two looks at which nothing moved: spin, then offer the core, then sleep. */
+/* Between two looks: spin, then offer the core, then sleep. looks: at which nothing moved; still_s: since a piece was done. */
 static void pace(int looks, double still_s) {
-    if (looks < SPINS)
-        return;
-    if (still_s < WAITER_PATIENCE_S) {
-        sched_yield();
+    if (still_s < (looks == 0 ? LOOK_PATIENCE_S : WAITER_PATIENCE_S)) {
+        if (looks >= SPINS)
+            sched_yield();
         return;
     }
-    struct timespec time = {.tv_nsec = (long)(1e9 * WAITER_PAUSE_S)};
+    double pause_s = WAITER_PAUSE_SHARE * still_s;
+    pause_s = pause_s < WAITER_PAUSE_S ? WAITER_PAUSE_S : pause_s > WAITER_PAUSE_MOST_S ? WAITER_PAUSE_MOST_S : pause_s;
+    struct timespec time = {.tv_nsec = (long)(1e9 * pause_s)};
     nanosleep(&time, NULL);
 }
 
 enum status engine_wait(struct engine *engine, struct transfer *transfer, double deadline_s) {
     int looks = 0;
-    double still_since_s = 0;
+    double begin_s = clock_seconds();
     enum status status = STATUS_OK;
     pthread_mutex_lock(&engine->lock);
     engine->inside_count++;
@@ -330,15 +335,14 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
         pthread_mutex_unlock(&engine->lock);
         if (pthread_mutex_trylock(&engine->drive) == 0) {
             bool moved = look(engine);
+            double since_s = engine->moved_s > begin_s ? engine->moved_s : begin_s;
             pthread_mutex_unlock(&engine->drive);
             double now = clock_seconds();
             looks = moved ? 0 : looks + 1;
-            if (looks <= 1)
-                still_since_s = now;
             if (deadline_s > 0 && now > deadline_s)
                 status = status_fail(STATUS_PEER, "the other ranks do not come");
             else
-                pace(looks, now - still_since_s);
+                pace(looks, now - since_s);
             pthread_mutex_lock(&engine->lock);
         } else {
             pthread_mutex_lock(&engine->lock);

@@ -60,6 +60,7 @@ struct engine {
     int *indices;
     MPI_Status *statuses;
     int active, capacity;
+    double moved_s; /* when the last piece was done */
     pthread_t thread;
 };
 
