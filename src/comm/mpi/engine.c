@@ -8,7 +8,7 @@
  *  1. MPI is called only with `drive` held, so that MPI_THREAD_SERIALIZED suffices. `drive` is only tried, never waited
  *     for: who does not get it leaves its transfer in the queue, which the holder looks at again before it sleeps.
  *  2. `lock` is held for moments only and never while MPI is called. Order: drive before lock.
- *  3. Pieces are at most PIECE_BYTES, and at most WINDOW_BYTES of a link are posted: one look moves a bounded amount, an
+ *  3. Pieces are at most PIECE_BYTES, and about WINDOW_BYTES of a link are posted: one look moves a bounded amount, an
  *     MPI that counts in int is enough, and a starter need not wait long for `drive`.
  *  4. Once broken, MPI is not called again: after a failure it may hang or write where it should not.
  */
@@ -24,11 +24,11 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 16 << 20 };
+enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 64 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
-static const double PAUSE_MOST_S = 2e-3;     /* doubled until here */
-static const double REST_S = 1e-3;           /* while others drive, or nothing is under way */
+static const double PAUSE_MOST_S = 4e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
+static const double REST_S = 2e-3;           /* while others drive, or nothing is under way */
 static const double ALONE_S = 100e-6;        /* the thread looks once nobody has been in here for so long */
 static const double LINGER_S = 10e-3;        /* how long the thread stays awake with nothing under way */
 static const double WAITER_PATIENCE_S = 2e-3; /* a waiter that saw nothing move for so long sleeps between looks */
