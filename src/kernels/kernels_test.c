@@ -725,7 +725,7 @@ static void cases_attention_blocks(enum dtype dtype) {
         int heads, kv_heads, head_dim;
     } blocks[] = {{1, 8, 1, 64},   {4, 2, 2, 128},  {63, 2, 1, 80},  {64, 8, 1, 64}, {66, 4, 1, 128}, {128, 2, 2, 64},
                   {130, 8, 2, 80}, {192, 2, 1, 64}, {200, 4, 1, 8},  {257, 2, 1, 128}, {385, 2, 1, 8}, {512, 1, 1, 64},
-                  {577, 2, 1, 8}};
+                  {570, 2, 1, 64}, {577, 2, 1, 8}};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {
         struct attention_shape shape =
             self_attention(1, blocks[i].length, blocks[i].heads, blocks[i].kv_heads, blocks[i].head_dim);
