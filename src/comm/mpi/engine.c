@@ -27,7 +27,7 @@
 enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 64 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
-static const double PAUSE_MOST_S = 4e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
+static const double PAUSE_MOST_S = 8e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
 static const double REST_S = 2e-3;           /* while others drive, or nothing is under way */
 static const double ALONE_S = 100e-6;        /* the thread looks once nobody has been in here for so long */
 static const double LINGER_S = 10e-3;        /* how long the thread stays awake with nothing under way */
@@ -37,6 +37,8 @@ static const double WAITER_PAUSE_SHARE = 1.0 / 64; /* a disk must not keep the c
 static const double WAITER_PAUSE_MOST_S = 2e-3;
 static const double LOOK_S = 2e-6;           /* a look that takes longer has moved bytes, or had to give the core away: */
 static const double LOOK_PATIENCE_S = 20e-3; /* believed for so long if no piece is done */
+
+enum moved { NOTHING, PERHAPS, SURELY }; /* perhaps: the look took long, which may be cold caches */
 
 /* One message under way. */
 struct piece {
@@ -179,8 +181,8 @@ static void close_gaps(struct engine *engine) {
 }
 
 /* One look. Returns whether anything moved. */
-static bool look(struct engine *engine) {
-    bool moved = post_queue(engine);
+static enum moved look(struct engine *engine) {
+    enum moved moved = post_queue(engine) ? SURELY : NOTHING;
     int count = 0;
     if (engine->active == 0 || engine->broken)
         return moved;
@@ -188,16 +190,16 @@ static bool look(struct engine *engine) {
     int code = MPI_Testsome(engine->active, engine->requests, &count, engine->indices, engine->statuses);
     if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
         fail_link(engine, code, engine->pieces[0].stream->link);
-        return true;
+        return SURELY;
     }
     if (count <= 0)
-        return moved || clock_seconds() - begin > LOOK_S;
+        return moved == NOTHING && clock_seconds() - begin > LOOK_S ? PERHAPS : moved;
     engine->moved_s = clock_seconds();
     for (int i = 0; i < count && !engine->broken; i++)
         piece_finish(engine, engine->indices[i], code == MPI_SUCCESS ? MPI_SUCCESS : engine->statuses[i].MPI_ERROR,
                      &engine->statuses[i]);
     close_gaps(engine);
-    return true;
+    return SURELY;
 }
 
 /* ---- the thread ---------------------------------------------------------------------------------------------------------- */
@@ -210,9 +212,9 @@ static void sleep_for(struct engine *engine, pthread_cond_t *until, double secon
 }
 
 /* With `lock` held, released meanwhile. */
-static bool try_look(struct engine *engine) {
+static enum moved try_look(struct engine *engine) {
     pthread_mutex_unlock(&engine->lock);
-    bool moved = false;
+    enum moved moved = NOTHING;
     if (pthread_mutex_trylock(&engine->drive) == 0) {
         moved = look(engine);
         pthread_mutex_unlock(&engine->drive);
@@ -229,10 +231,12 @@ static double take_turn(struct engine *engine, double *pause_s) {
         *pause_s = PAUSE_LEAST_S;
         return REST_S;
     }
-    bool moved = try_look(engine);
+    enum moved moved = try_look(engine);
+    if (moved == PERHAPS && try_look(engine) == NOTHING) /* now with warm caches */
+        moved = NOTHING;
     if (engine->inside_count > 0) /* it may have failed to get `drive` */
         pthread_cond_broadcast(&engine->done);
-    if (moved || engine->queue_first) { /* of one who did not get `drive` */
+    if (moved != NOTHING || engine->queue_first) { /* of one who did not get `drive` */
         *pause_s = PAUSE_LEAST_S;
         return 0;
     }
@@ -334,11 +338,11 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
     while (!transfer->done && !engine->broken && status == STATUS_OK) {
         pthread_mutex_unlock(&engine->lock);
         if (pthread_mutex_trylock(&engine->drive) == 0) {
-            bool moved = look(engine);
+            enum moved moved = look(engine);
             double since_s = engine->moved_s > begin_s ? engine->moved_s : begin_s;
             pthread_mutex_unlock(&engine->drive);
             double now = clock_seconds();
-            looks = moved ? 0 : looks + 1;
+            looks = moved != NOTHING ? 0 : looks + 1;
             if (deadline_s > 0 && now > deadline_s)
                 status = status_fail(STATUS_PEER, "the other ranks do not come");
             else
