@@ -696,7 +696,7 @@ static void case_attention_backward(struct attention_shape s, enum dtype dtype, 
                         .magnitude = 0.1};
     if (dtype == DTYPE_BF16) /* what all keys have in common cancels in dq, but not what rounding left of it; of one or two
                                 dimensions chance makes keys have much in common */
-        call.magnitude = fmax(fmax(call.magnitude, 0.25 / sqrt(s.head_dim)), key_shift(s, offset));
+        call.magnitude = fmax(fmax(call.magnitude, 0.5 / sqrt(s.head_dim)), key_shift(s, offset));
     struct tensor q, k, v;
     attention_operands(s, dtype, scale, offset, &q, &k, &v);
     struct tensor out = test_tensor(q), lse = test_tensor(make_2d(real_of[dtype], q.shape[0], s.head_count));

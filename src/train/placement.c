@@ -1,6 +1,7 @@
 #include "train/placement.h"
 
 #include "parallel/layout_choice.h"
+#include <stdio.h>
 #include <unistd.h>
 
 enum status placement_choose(const struct run_config *c, struct placement_world world, struct sharding *out) {
@@ -23,7 +24,20 @@ enum status placement_choose(const struct run_config *c, struct placement_world 
     return layout_choose(&wishes, &facts, world.rank, out);
 }
 
+/* What the group of processes that this one belongs to may use, where the system limits it: a batch job, a container. */
+static int64_t group_limit_bytes(void) {
+    long long bytes = 0;
+    FILE *file = fopen("/sys/fs/cgroup/memory.max", "r"); /* "max": no limit */
+    if (!file)
+        return 0;
+    if (fscanf(file, "%lld", &bytes) != 1)
+        bytes = 0;
+    fclose(file);
+    return bytes;
+}
+
 int64_t placement_machine_bytes(void) {
     long pages = sysconf(_SC_PHYS_PAGES), page_bytes = sysconf(_SC_PAGESIZE);
-    return pages > 0 && page_bytes > 0 ? (int64_t)pages * page_bytes : 0;
+    int64_t machine = pages > 0 && page_bytes > 0 ? (int64_t)pages * page_bytes : 0, limit = group_limit_bytes();
+    return limit > 0 && (machine == 0 || limit < machine) ? limit : machine;
 }

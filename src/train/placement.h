@@ -15,5 +15,5 @@ struct placement_world {
 enum status placement_choose(const struct run_config *config, struct placement_world world,
                              struct sharding *out) MUST_USE;
 
-/* This machine's memory, bytes; 0 where the system does not tell. */
+/* This machine's memory, or less where this process may not use all of it; bytes, 0 where the system does not tell. */
 int64_t placement_machine_bytes(void);
