@@ -7,6 +7,7 @@
 #include "base/threads.h"
 #include "comm/threads/comm_threads.h"
 #include "tensor/mesh.h"
+#include "tensor/tensor_testing.h"
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -68,26 +69,11 @@ static int32_t choice(const struct problem *p, int layer, int64_t s, int64_t k) 
     }
 }
 
-static void set(struct tensor t, int64_t i, double value) {
-    if (t.dtype == DTYPE_BF16)
-        ((uint16_t *)t.data)[i] = float_to_bf16((float)value);
-    else if (t.dtype == DTYPE_F32)
-        ((float *)t.data)[i] = (float)value;
-    else
-        ((double *)t.data)[i] = value;
-}
-
-static double get(struct tensor t, int64_t i) {
-    if (t.dtype == DTYPE_BF16)
-        return bf16_to_float(((const uint16_t *)t.data)[i]);
-    return t.dtype == DTYPE_F32 ? (double)((const float *)t.data)[i] : ((const double *)t.data)[i];
-}
-
 /* Rows first .. of a tensor whose numbers depend on their place in the whole. */
 static void fill(struct tensor t, uint64_t seed, uint64_t stream, int64_t first_row, double scale) {
     int64_t columns = t.shape[1] * t.shape[2];
     for (int64_t i = 0; i < tensor_elements(t); i++)
-        set(t, i, scale * random_normal(seed, stream, (uint64_t)(first_row * columns + i)));
+        test_set(t, i, scale * random_normal(seed, stream, (uint64_t)(first_row * columns + i)));
 }
 
 /* ---- one rank's layers ----------------------------------------------------------------------------------------------- */
@@ -317,7 +303,7 @@ struct difference {
 static void compare(struct difference *d, struct tensor part, struct tensor whole, int64_t first) {
     int64_t columns = whole.shape[1] * whole.shape[2];
     for (int64_t i = 0; i < tensor_elements(part); i++) {
-        double expected = get(whole, first * columns + i), error = get(part, i) - expected;
+        double expected = test_get(whole, first * columns + i), error = test_get(part, i) - expected;
         d->error += error * error;
         d->norm += expected * expected;
         if (isnan(error))

@@ -1,40 +1,13 @@
 /* A run of a plan takes no memory: every request of the process is counted while plans of every stage run. */
 #include "parallel/redistribute.h"
 
+#include "base/allocation_testing.h"
 #include "base/threads.h"
 #include <setjmp.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <cmocka.h>
-
-static atomic_long requests;
-
-/* The C library's own allocation stands behind these names; a sanitizer has put its there already. */
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-#define COUNTS_REQUESTS 1
-extern void *__libc_malloc(size_t bytes);
-extern void *__libc_calloc(size_t count, size_t bytes);
-extern void *__libc_realloc(void *memory, size_t bytes);
-
-void *malloc(size_t bytes) {
-    atomic_fetch_add(&requests, 1);
-    return __libc_malloc(bytes);
-}
-
-void *calloc(size_t count, size_t bytes) {
-    atomic_fetch_add(&requests, 1);
-    return __libc_calloc(count, bytes);
-}
-
-void *realloc(void *memory, size_t bytes) {
-    atomic_fetch_add(&requests, 1);
-    return __libc_realloc(memory, bytes);
-}
-#else
-#define COUNTS_REQUESTS 0
-#endif
 
 /* A transport on which nothing ever arrives. */
 static enum status start_nothing(struct comm *comm, const void *send, const int64_t *send_counts,

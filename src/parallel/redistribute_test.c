@@ -7,6 +7,7 @@
 #include "base/random.h"
 #include "base/threads.h"
 #include "comm/threads/comm_threads.h"
+#include "tensor/tensor_testing.h"
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -46,21 +47,6 @@ static void member_release(struct member *m) {
         if (!(condition))                                                                                              \
             return status_fail(STATUS_FORMAT, "line %d: %s", __LINE__, #condition);                                    \
     } while (0)
-
-static double get(struct tensor t, int64_t i) {
-    if (t.dtype == DTYPE_BF16)
-        return bf16_to_float(((const uint16_t *)t.data)[i]);
-    return t.dtype == DTYPE_F32 ? (double)((const float *)t.data)[i] : ((const double *)t.data)[i];
-}
-
-static void set(struct tensor t, int64_t i, double value) {
-    if (t.dtype == DTYPE_BF16)
-        ((uint16_t *)t.data)[i] = float_to_bf16((float)value);
-    else if (t.dtype == DTYPE_F32)
-        ((float *)t.data)[i] = (float)value;
-    else
-        ((double *)t.data)[i] = value;
-}
 
 static void *take(size_t bytes) {
     return aligned_alloc(64, (bytes + 64) / 64 * 64);
@@ -134,17 +120,17 @@ static void fill_item(struct redistribute_item *item, const struct mesh *mesh) {
     item->from.data = take(tensor_bytes(item->from));
     item->to.data = take(tensor_bytes(item->to));
     for (int64_t i = 0; i < tensor_elements(item->from); i++)
-        set(item->from, i, value_at(item, mesh, whole_index(item, &item->from_layout, mesh, item->from, i)));
+        test_set(item->from, i, value_at(item, mesh, whole_index(item, &item->from_layout, mesh, item->from, i)));
     for (int64_t i = 0; i < tensor_elements(item->to); i++)
-        set(item->to, i, before_at(whole_index(item, &item->to_layout, mesh, item->to, i)));
+        test_set(item->to, i, before_at(whole_index(item, &item->to_layout, mesh, item->to, i)));
 }
 
 static enum status check_item(const struct redistribute_item *item, const struct mesh *mesh, bool accumulate) {
     for (int64_t i = 0; i < tensor_elements(item->to); i++) {
         int64_t index = whole_index(item, &item->to_layout, mesh, item->to, i);
         double expected = expected_at(item, mesh, index) + (accumulate ? before_at(index) : 0);
-        if (get(item->to, i) != expected)
-            return status_fail(STATUS_FORMAT, "element %lld is %g, not %g", (long long)index, get(item->to, i), expected);
+        if (test_get(item->to, i) != expected)
+            return status_fail(STATUS_FORMAT, "element %lld is %g, not %g", (long long)index, test_get(item->to, i), expected);
     }
     return STATUS_OK;
 }
@@ -435,7 +421,7 @@ static enum status run_bits(void *context, struct comm *comm) {
         place_item(&item, &m.mesh);
         item.from.data = take(tensor_bytes(item.from));
         for (int64_t i = 0; i < tensor_elements(item.from); i++)
-            set(item.from, i, noise((uint64_t)comm->rank, i));
+            test_set(item.from, i, noise((uint64_t)comm->rank, i));
         TRY(redistribution_create(&m.mesh, MESH_ALL_AXES, &item, 1, &plan));
         for (int twice = 0; twice < 2; twice++) {
             memset(results[twice], 0xFF, sizeof results[twice]);
@@ -550,7 +536,7 @@ static enum status run_in_place(void *context, struct comm *comm) {
         item.from.data = whole + COLUMNS * layout_local_range(&item.from_layout, &m.mesh, 0, ROWS).begin;
         item.to.data = whole + COLUMNS * layout_local_range(&item.to_layout, &m.mesh, 0, ROWS).begin;
         for (int64_t i = 0; i < tensor_elements(item.from); i++)
-            set(item.from, i, value_at(&item, &m.mesh, whole_index(&item, &item.from_layout, &m.mesh, item.from, i)));
+            test_set(item.from, i, value_at(&item, &m.mesh, whole_index(&item, &item.from_layout, &m.mesh, item.from, i)));
         TRY(redistribution_create(&m.mesh, MESH_ALL_AXES, &item, 1, &plan));
         TRY(run_plan(&m, MESH_ALL_AXES, plan, false));
         TRY(name_case(check_item(&item, &m.mesh, false), &item, &m.mesh, MESH_ALL_AXES));
