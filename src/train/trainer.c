@@ -192,7 +192,7 @@ static enum status measure_steps(struct trainer *t) {
     for (int i = 1; i <= PROBE_STEPS; i++) {
         struct step_result result;
         double begin = clock_seconds();
-        TRY(step_run(&t->runner, (struct step_input){t->tokens, i, PROBE_STEPS}, &result));
+        TRY(step_run(&t->runner, (struct step_input){.tokens = t->tokens, .step = i, .step_count = PROBE_STEPS}, &result));
         if (i > 1) /* the first one warms caches and libraries */
             fastest = fmin(fastest, clock_seconds() - begin);
     }
