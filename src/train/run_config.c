@@ -6,6 +6,7 @@
 
 static const char *const precision_names[] = {"auto", "fp32", "bf16", NULL};
 static const char *const recompute_names[] = {"none", "block", NULL};
+static const char *const spike_names[] = {"skip", "roll_back", "ignore", NULL};
 static const char *const zero_names[] = {"auto", "0", "1", "2", "3", NULL};
 static const char *const wire_names[] = {"fp32", "bf16", NULL};
 
@@ -42,6 +43,12 @@ static const struct setting run_settings[] = {
      "held-out tokens looked at during training; 0: all"},
     {"train", "sample_every_steps", SETTING_INTEGER, AT(train.sample_every_steps), 0, 1e9, NULL,
      "steps between passages written to samples.txt; 0: none"},
+    {"train", "spikes", SETTING_CHOICE, AT(train.spikes), 0, 2, spike_names,
+     "of loss or gradient: skip refuses the step (3 in a row roll back), roll_back does so at once, ignore"},
+    {"train", "rollback_limit", SETTING_INTEGER, AT(train.rollback_limit), 0, 1e9, NULL,
+     "returns to a checkpoint without getting past the trouble, before the run ends"},
+    {"train", "verify_steps", SETTING_INTEGER, AT(train.verify_steps), 0, 1e9, NULL,
+     "steps between comparisons of what several ranks hold in common, which is also before a save; 0: never"},
 };
 
 static const struct setting layout_settings[] = {
@@ -98,6 +105,8 @@ void run_config_init(struct run_config *config) {
     config->train.eval_every_steps = 100;
     config->train.eval_tokens = 65536;
     config->train.sample_every_steps = 0;
+    config->train.rollback_limit = 3;
+    config->train.verify_steps = 100;
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
     strcpy(config->run.directory, "runs/cadre");

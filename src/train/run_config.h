@@ -22,6 +22,8 @@ struct run_config {
         int64_t sequence_length, batch_sequences, micro_batch_sequences;
         int precision, recompute; /* enum precision, enum recompute */
         int64_t seed, eval_every_steps, eval_tokens, sample_every_steps;
+        int spikes; /* enum guard_spikes */
+        int64_t rollback_limit, verify_steps;
     } train;
     struct optimizer_settings optim;
     struct {

@@ -46,8 +46,9 @@ static enum status write_generation_config(const char *directory, int64_t end_of
 
 static enum status write_state(const char *directory, const struct train_state *state) {
     return write_json(directory, "training/state.json",
-                      json_pack("{s:i,s:I,s:I,s:I}", "version", STATE_VERSION, "step", (json_int_t)state->step,
-                                "sequences", (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens));
+                      json_pack("{s:i,s:I,s:I,s:I,s:o}", "version", STATE_VERSION, "step", (json_int_t)state->step,
+                                "sequences", (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens,
+                                "guard", guard_pack(&state->guard)));
 }
 
 /* Both moments in one list, each name after "m." or "v.". */
@@ -150,6 +151,8 @@ static enum status read_state(const char *directory, struct train_state *state) 
             status = json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences);
         if (status == STATUS_OK)
             status = json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens);
+        if (status == STATUS_OK)
+            status = guard_unpack(source, "guard", &state->guard);
         json_decref(object);
     }
     free(path);

@@ -3,6 +3,7 @@
 
 #include "model/model.h"
 #include "parallel/ranks.h"
+#include "train/guard.h"
 
 struct tokenizer;
 
@@ -10,6 +11,7 @@ struct train_state {
     int64_t step;      /* updates done */
     int64_t sequences; /* drawn from the loader: its cursor */
     int64_t tokens;    /* learnt from */
+    struct guard guard; /* what steps are held against; empty where the file has none */
 };
 
 /* Collective. Rank 0 publishes checkpoints_dir/step-N: a Hugging Face directory (config.json, generation_config.json,

@@ -17,6 +17,7 @@
 #include "train/roof.h"
 #include "train/run_directory.h"
 #include "train/state.h"
+#include "train/verify.h"
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -28,7 +29,9 @@
  *     between steps, so that what it holds is always such a pair.
  *  2. The loader's order is a function of the seed and the cursor; nothing else about it needs saving.
  *  3. Evaluation and samples change neither weights, nor moments, nor the cursor.
- *  4. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
+ *  4. A step that is refused changes neither weights nor moments; its data is passed over. A return to a checkpoint takes
+ *     everything from there but the cursor, so that the same data is not met again (train/guard.h).
+ *  5. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
  *     signal, a time that was measured) is agreed on before anybody acts on it.
  */
 struct trainer {
@@ -49,12 +52,13 @@ struct trainer {
     struct profile profile; /* zeroed without hooks.profile */
     int32_t *tokens; /* [batch_sequences, T+1] */
     char *checkpoints, *samples_path;
+    char *good_checkpoint; /* the newest that the run can go on from; NULL: none */
     double roof_operations_per_s, step_seconds;
-    int skipped_in_a_row;
+    int64_t processed_tokens; /* by this call */
     bool stopping; /* some rank was asked to stop: agreed on */
 };
 
-enum { SKIPPED_STEPS_MAX = 3, PROBE_STEPS = 4 };
+enum { PROBE_STEPS = 4 };
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
 
 static volatile sig_atomic_t stop_requested;
@@ -204,13 +208,26 @@ static enum status measure_steps(struct trainer *t) {
     return agree_and_refresh(t, start_fresh(t));
 }
 
-static enum status start_or_resume(struct trainer *t, bool *resumed) {
+/* `path` is this function's. */
+static void note_good_checkpoint(struct trainer *t, char *path) {
+    free(t->good_checkpoint);
+    t->good_checkpoint = path;
+    if (t->hooks.checkpoint_is_good)
+        t->hooks.checkpoint_is_good(path);
+}
+
+/* The newest good checkpoint, or the start of the run. */
+static enum status restore(struct trainer *t, bool *resumed) {
     char path[CHECKPOINT_PATH_BYTES];
     TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, path));
     *resumed = *path != '\0';
-    if (*resumed && t->hooks.checkpoint_is_good)
-        t->hooks.checkpoint_is_good(path);
-    TRY(agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t)));
+    if (*resumed)
+        note_good_checkpoint(t, text_format("%s", path));
+    return agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t));
+}
+
+static enum status start_or_resume(struct trainer *t, bool *resumed) {
+    TRY(restore(t, resumed));
     if (t->config->train.steps == 0)
         TRY(measure_steps(t));
     return comm_agree(t->world.comm, is_first(t) ? run_directory_write_config(t->config) : STATUS_OK);
@@ -312,6 +329,7 @@ static void tear_down(struct trainer *t) {
     free(t->tokens);
     free(t->checkpoints);
     free(t->samples_path);
+    free(t->good_checkpoint);
 }
 
 /* ---- what happens between steps -------------------------------------------------------------------------------------- */
@@ -323,11 +341,8 @@ static enum status save(struct trainer *t) {
                                          t->config->checkpoint.keep};
     enum status status = checkpoint_save(&sources);
     free(config_path);
-    if (status == STATUS_OK && t->hooks.checkpoint_is_good) {
-        char *path = text_format("%s/step-%06lld", t->checkpoints, (long long)t->state.step);
-        t->hooks.checkpoint_is_good(path);
-        free(path);
-    }
+    if (status == STATUS_OK)
+        note_good_checkpoint(t, text_format("%s/step-%06lld", t->checkpoints, (long long)t->state.step));
     return status;
 }
 
@@ -402,6 +417,14 @@ static enum status agree_on_stopping(struct trainer *t) {
     return STATUS_OK;
 }
 
+/* What reaches a checkpoint was verified. */
+static enum status verify(struct trainer *t, bool saves) {
+    int64_t every = t->config->train.verify_steps;
+    if (every == 0 || !(saves || is_due(t->state.step, every)))
+        return STATUS_OK;
+    return verify_copies(t->model, &t->ranks, t->state.step, t->good_checkpoint);
+}
+
 static enum status after_step(struct trainer *t, struct train_summary *summary) {
     const struct run_config *c = t->config;
     int64_t step = t->state.step;
@@ -422,22 +445,57 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     }
     TRY(agree_on_stopping(t));
     begin = clock_seconds();
-    if (last || t->stopping || is_due(step, c->checkpoint.every_steps)) {
+    bool saves = last || t->stopping || is_due(step, c->checkpoint.every_steps);
+    TRY(verify(t, saves));
+    if (saves) {
         TRY(save(t));
         profile_note(&t->profile, SPAN_CHECKPOINT, begin);
     }
     return STATUS_OK;
 }
 
-/* A step that was refused leaves the weights alone; its data is passed over, and too many of them end the run. */
-static enum status note_skipped(struct trainer *t, const struct step_result *result) {
-    log_warn("step %lld: loss %g, gradient norm %g: not finite, the update is skipped", (long long)t->state.step,
-             result->loss, result->gradient_norm);
-    if (++t->skipped_in_a_row < SKIPPED_STEPS_MAX)
-        return STATUS_OK;
+static struct guard_settings guard_settings_from(const struct run_config *c) {
+    return (struct guard_settings){c->train.spikes, c->train.rollback_limit};
+}
+
+static struct step_input next_input(const struct trainer *t) {
+    return (struct step_input){t->tokens, t->state.step + 1, t->config->train.steps,
+                               guard_limits(&t->state.guard, guard_settings_from(t->config))};
+}
+
+/* Back to the newest good checkpoint. The cursor stays: the data between there and here is passed over. */
+static enum status roll_back(struct trainer *t, const struct step_result *result) {
+    const struct train_state before = t->state;
+    const char *reason = step_skip_reason(result->skipped);
+    bool resumed;
+    TRY(restore(t, &resumed));
+    guard_roll_back(&t->state.guard, &before.guard, before.step);
+    t->state.sequences = before.sequences;
+    loader_close(t->loader);
+    t->loader = NULL;
+    TRY(comm_agree(t->world.comm, open_loader(t, t->state.sequences, &t->loader)));
+    log_warn("step %lld: %s; back to step %lld (%s), the data between is passed over", (long long)before.step, reason,
+             (long long)t->state.step, resumed ? t->good_checkpoint : "the start: there is no checkpoint");
+    return comm_agree(t->world.comm, is_first(t) ? train_report_rollback(&t->report, before.step, t->state.step, reason)
+                                                 : STATUS_OK);
+}
+
+static enum status give_up(const struct trainer *t, const struct step_result *result) {
+    const struct guard *guard = &t->state.guard;
     return status_fail(STATUS_NUMERIC,
-                       "%d steps in a row were not finite; lower --optim.lr and start from the last checkpoint in %s",
-                       SKIPPED_STEPS_MAX, t->checkpoints);
+                       "step %lld: %s, %lld steps in a row, after %lld returns to a checkpoint that did not get past it; "
+                       "lower --optim.lr, look at the data, or allow more by --train.rollback_limit or --train.spikes "
+                       "ignore; what was learnt is in %s",
+                       (long long)t->state.step, step_skip_reason(result->skipped), (long long)guard->skipped_in_a_row,
+                       (long long)guard->rollbacks, t->good_checkpoint ? t->good_checkpoint : "no checkpoint yet");
+}
+
+static enum status report_step(struct trainer *t, const struct step_result *result, double seconds) {
+    if (result->skipped)
+        log_warn("step %lld: loss %g, gradient norm %g: %s, the update is skipped", (long long)t->state.step,
+                 result->loss, result->gradient_norm, step_skip_reason(result->skipped));
+    return comm_agree(t->world.comm, is_first(t) ? train_report_step(&t->report, t->workspace, &t->state, result, seconds)
+                                                 : STATUS_OK);
 }
 
 static enum status run_step(struct trainer *t, struct train_summary *summary) {
@@ -447,32 +505,30 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     double begin = clock_seconds();
     TRY(comm_agree(t->world.comm, loader_next(t->loader, t->tokens)));
     profile_note(&t->profile, SPAN_DATA, begin);
-    TRY(step_run(&t->runner, (struct step_input){t->tokens, t->state.step + 1, c->train.steps}, &result));
+    TRY(step_run(&t->runner, next_input(t), &result));
     double seconds = clock_seconds() - begin;
     profile_note(&t->profile, SPAN_STEP, begin);
+    int64_t sequences = c->train.batch_sequences, tokens = sequences * c->train.sequence_length;
     t->state.step++;
-    t->state.sequences += c->train.batch_sequences;
-    t->state.tokens += c->train.batch_sequences * c->train.sequence_length;
-    if (result.skipped)
-        TRY(note_skipped(t, &result));
-    else
-        t->skipped_in_a_row = 0;
-    begin = clock_seconds();
-    enum status status = STATUS_OK;
-    if (is_first(t))
-        status = train_report_step(&t->report, t->workspace, &t->state, &result, seconds);
+    t->state.sequences += sequences;
+    t->state.tokens += tokens;
+    t->processed_tokens += tokens;
     t->step_seconds += seconds;
-    TRY(comm_agree(t->world.comm, status));
+    enum guard_verdict verdict = guard_note(&t->state.guard, guard_settings_from(c), t->state.step, &result);
+    begin = clock_seconds();
+    TRY(report_step(t, &result, seconds));
     profile_note(&t->profile, SPAN_REPORT, begin);
-    return after_step(t, summary);
+    if (verdict == GUARD_GIVE_UP)
+        return give_up(t, &result);
+    return verdict == GUARD_ROLL_BACK ? roll_back(t, &result) : after_step(t, summary);
 }
 
-static void finish_summary(const struct trainer *t, double seconds, int64_t first_token, struct train_summary *summary) {
+static void finish_summary(const struct trainer *t, double seconds, struct train_summary *summary) {
     summary->step = t->state.step;
     summary->step_count = t->config->train.steps;
     summary->tokens = t->state.tokens;
     summary->seconds = seconds;
-    summary->tokens_per_s = t->step_seconds > 0 ? (double)(t->state.tokens - first_token) / t->step_seconds : 0;
+    summary->tokens_per_s = t->step_seconds > 0 ? (double)t->processed_tokens / t->step_seconds : 0;
     summary->roof_share = summary->tokens_per_s *
                           model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
                           t->roof_operations_per_s;
@@ -513,12 +569,11 @@ static enum status finish_profile(const struct trainer *t) {
 static enum status run_all(struct trainer *t, struct train_summary *summary) {
     TRY(set_up(t, summary));
     watch_signals();
-    int64_t first_token = t->state.tokens;
     double begin = clock_seconds();
     enum status status = STATUS_OK;
     while (status == STATUS_OK && t->state.step < t->config->train.steps && !t->stopping)
         status = run_step(t, summary);
-    finish_summary(t, clock_seconds() - begin, first_token, summary);
+    finish_summary(t, clock_seconds() - begin, summary);
     if (t->hooks.profile && status == STATUS_OK)
         status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);
     return status;
