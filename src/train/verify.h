@@ -10,7 +10,8 @@
  * products read, which every update writes anew; damage that reaches all replicas alike, such as a wrong gradient summed
  * into all of them.
  *
- * Cost: two passes over what this rank owns, 4.7 GB/s and more on one core (COST_PLACE), and 8 bytes a tensor to every rank.
+ * Cost: one pass over what this rank owns, on all threads, 5 to 7.5 GB/s on one core as measured (12 bytes a parameter: a
+ * fifth of a second for 100 million parameters on one core), and 8 bytes a tensor to every rank.
  */
 #pragma once
 
