@@ -71,8 +71,9 @@ enum status safetensors_read(const struct safetensors *file, const struct safete
 /* What a file of some items looks like: how it begins, and where each of them stands. A function of their names, dtypes and
  * shapes alone. */
 struct safetensors_plan {
-    const struct named_tensor **order; /* [count] owned; as they stand in the file: widest dtype first, then by name, as the
-                                          reference writer does; the items are the caller's */
+    /* [count] owned; as they stand in the file: widest dtype first, then by name, as the reference writer does. The items
+     * are the caller's. */
+    const struct named_tensor **order;
     uint64_t *begins;                  /* [count] owned; byte of the file */
     int count;
     char *header; /* owned; the file's first header_bytes */
@@ -86,7 +87,8 @@ enum status safetensors_plan_init(struct safetensors_plan *plan, const struct na
                                   const struct safetensors_metadata *metadata, int metadata_count) MUST_USE;
 void safetensors_plan_release(struct safetensors_plan *plan);
 
-/* A file being written: declared whole, then filled front to back in the order of its plan. Holds no data. Not atomic: write into a checkpoint draft.
+/* A file being written: declared whole, then filled front to back in the order of its plan. Holds no data. Not atomic:
+ * write into a checkpoint draft.
  *
  *     TRY(safetensors_writer_open(&writer, path, items, count, NULL, 0));
  *     while (status == STATUS_OK && (item = safetensors_writer_next(&writer)))
