@@ -373,7 +373,7 @@ static enum status run_trial(struct job *job, struct test_rank *r, const struct 
         outcomes[k] = (struct outcome){result.skipped, result.loss};
     }
     free(before.own);
-    return status == STATUS_OK ? verify_copies(r->model, &r->ranks, in ? in->step : 0, NULL) : status;
+    return status == STATUS_OK ? verify_copies(r->model, &r->ranks, in ? in->step : 0, "runs/x/checkpoints") : status;
 }
 
 static enum status try_injection(struct job *job, struct test_rank *r, const struct snapshot *from,

@@ -64,7 +64,7 @@ static void clear_poison(void) {
 /* ---- runs ---------------------------------------------------------------------------------------------------------------- */
 
 struct call {
-    const char *directory, *steps, *every, *spikes, *lr, *replicate, *shard;
+    const char *directory, *steps, *every, *spikes, *lr, *replicate, *shard, *mode;
     int end_at, end_turn; /* the run ends after step end_at, when it is met for the end_turn-th time (from 0); 0: not */
     bool saves;           /* it ends by a signal, and saves */
 };
@@ -103,7 +103,8 @@ static enum status train_on(void *context, struct comm *world) {
                            "checkpoint.every_steps", c->every ? c->every : "4", "train.eval_every_steps", "0",
                            "train.sample_every_steps", "1", "train.spikes", c->spikes ? c->spikes : "skip",
                            "layout.replicate", c->replicate ? c->replicate : "0",
-                           "layout.shard", c->shard ? c->shard : "0", "checkpoint.keep", "3"};
+                           "layout.shard", c->shard ? c->shard : "0", "checkpoint.keep", "3",
+                           "checkpoint.mode", c->mode ? c->mode : "sync"};
     struct run_config config;
     struct ending ending = {c->end_at, c->end_turn, c->saves};
     enum status status = run_config_resolve(&config, NULL, pairs, (int)(sizeof pairs / sizeof *pairs / 2));
@@ -276,7 +277,8 @@ static void test_three_in_a_row_roll_back_once(void **state) {
     for (int i = 0; i < 3; i++) {
         struct train_summary summary;
         poison_batches(6, 8, values[i]);
-        assert_int_equal(train((struct call){.directory = "three"}, &summary), STATUS_OK);
+        struct call call = {.directory = "three", .mode = i == 0 ? "async" : "sync"};
+        assert_int_equal(train(call, &summary), STATUS_OK);
         assert_int_equal(summary.step, 16);
         assert_true(isfinite(summary.valid_loss));
         struct trace trace = read_trace("three");
@@ -361,7 +363,7 @@ static void test_poison_without_end(void **state) {
     struct train_summary summary;
     poison_batches(6, BATCHES, NAN);
     assert_int_equal(train((struct call){.directory = "endless"}, &summary), STATUS_NUMERIC);
-    assert_non_null(strstr(status_text(), "step-000004"));
+    assert_non_null(strstr(status_text(), "endless/checkpoints"));
     assert_non_null(strstr(status_text(), "train.rollback_limit"));
     expect_trace("endless", 4 + 4 + 3 * 3, 4 * 3, 3);
     clear_poison();

@@ -210,7 +210,7 @@ static void tell_difference(const struct verification *v, int item, struct text 
     text_printf(out, ": %s memory or processor is not to be trusted", wrong == 1 ? "its" : "their");
 }
 
-static enum status compare(const struct verification *v, int64_t step, const char *good_checkpoint) {
+static enum status compare(const struct verification *v, int64_t step, const char *checkpoints) {
     int *scratch, first = -1, differing = 0;
     TRY(memory_alloc(&scratch, (size_t)mesh_rank_count(&v->meshes[0]), sizeof *scratch));
     for (int i = 0; i < v->item_count; i++)
@@ -223,14 +223,13 @@ static enum status compare(const struct verification *v, int64_t step, const cha
     tell_difference(v, first, &line);
     if (differing > 1)
         text_printf(&line, " (so with %d more tensors)", differing - 1);
-    if (good_checkpoint)
-        text_printf(&line, "; the same command goes on from %s", good_checkpoint);
+    text_printf(&line, "; the same command goes on from the newest checkpoint in %s", checkpoints);
     enum status status = status_fail(STATUS_NUMERIC, "step %lld: %s", (long long)step, text_string(&line));
     text_release(&line);
     return status;
 }
 
-enum status verify_copies(const struct model *model, struct ranks *ranks, int64_t step, const char *good_checkpoint) {
+enum status verify_copies(const struct model *model, struct ranks *ranks, int64_t step, const char *checkpoints) {
     struct verification v = {.model = model, .comm = &ranks->batch};
     if (!verify_has_copies(model))
         return STATUS_OK;
@@ -239,7 +238,7 @@ enum status verify_copies(const struct model *model, struct ranks *ranks, int64_
         hash_items(&v);
         status = comm_share(v.comm, v.mine, (size_t)v.item_count * sizeof *v.mine, v.all);
         if (status == STATUS_OK)
-            status = compare(&v, step, good_checkpoint);
+            status = compare(&v, step, checkpoints);
         if (status != STATUS_PEER)
             status = comm_agree(ranks->world, status);
     }
