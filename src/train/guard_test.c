@@ -3,6 +3,7 @@
 #include "train/guard.h"
 
 #include "base/random.h"
+#include "base/text.h"
 #include <float.h>
 #include <math.h>
 #include <setjmp.h>
@@ -210,6 +211,14 @@ static void refuse(const char *text) {
     json_decref(object);
 }
 
+static void refuse_lists(const char *losses, const char *norms, int skipped) {
+    char *text = text_format("{\"guard\": {\"losses\": %s, \"gradient_norms\": %s, \"skipped_in_a_row\": %d, "
+                             "\"rollbacks\": 0, \"furthest_step\": 0}}",
+                             losses, norms, skipped);
+    refuse(text);
+    free(text);
+}
+
 static void test_damaged_files(void **state) {
     (void)state;
     struct guard guard = {.count = 7};
@@ -218,9 +227,9 @@ static void test_damaged_files(void **state) {
     assert_int_equal(guard.count, 0); /* of a version that knew of none */
     json_decref(old);
     refuse("{\"guard\": {}}");
-    refuse("{\"guard\": {\"losses\": [1], \"gradient_norms\": [], \"skipped_in_a_row\": 0, \"rollbacks\": 0, \"furthest_step\": 0}}");
-    refuse("{\"guard\": {\"losses\": [null], \"gradient_norms\": [1], \"skipped_in_a_row\": 0, \"rollbacks\": 0, \"furthest_step\": 0}}");
-    refuse("{\"guard\": {\"losses\": [], \"gradient_norms\": [], \"skipped_in_a_row\": -1, \"rollbacks\": 0, \"furthest_step\": 0}}");
+    refuse_lists("[1]", "[]", 0);
+    refuse_lists("[null]", "[1]", 0);
+    refuse_lists("[]", "[]", -1);
     struct guard full = {.count = GUARD_HISTORY};
     json_t *packed = guard_pack(&full), *object;
     json_array_append_new(json_object_get(packed, "losses"), json_real(1));

@@ -477,7 +477,8 @@ static struct step_input next_input(const struct trainer *t) {
                                guard_limits(&t->state.guard, guard_settings_from(t->config))};
 }
 
-/* Back to the newest good checkpoint, which a save that is under way becomes. The cursor stays: the data between there and here is passed over. */
+/* Back to the newest good checkpoint, which a save that is under way becomes. The cursor stays: the data between there and
+ * here is passed over. */
 static enum status roll_back(struct trainer *t, const struct step_result *result) {
     const struct train_state before = t->state;
     const char *reason = step_skip_reason(result->skipped);

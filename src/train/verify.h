@@ -23,7 +23,7 @@ bool verify_has_copies(const struct model *model);
 
 /* Collective, between steps. STATUS_NUMERIC on all ranks where one holds something else than its equals; the line names
  * the step, the rank or ranks (of the world) that are in the minority, the tensor, and that the run goes on from the
- * newest checkpoint in `checkpoints`, a directory. Of two ranks, or of two halves, it cannot tell which is wrong, and names all. Sends nothing where
- * there are no copies. */
+ * newest checkpoint in `checkpoints`, a directory. Of two ranks, or of two halves, it cannot tell which is wrong, and names
+ * all. Sends nothing where there are no copies. */
 enum status verify_copies(const struct model *model, struct ranks *ranks, int64_t step,
                           const char *checkpoints) MUST_USE;
