@@ -239,7 +239,7 @@ static enum step_skip judge(const struct step_runner *runner, const struct step_
         return STEP_RANKS_DISAGREE;
     if (!isfinite(norm) || !isfinite(copies) || !isfinite(result->loss))
         return STEP_NOT_FINITE;
-    if (fabs(copies - norm) > COPIES_TOLERANCE * norm)
+    if (runner->part == STEP_WHOLE && fabs(copies - norm) > COPIES_TOLERANCE * norm) /* else nothing was summed */
         return STEP_RANKS_DISAGREE;
     if (is_above(result->loss, limits->loss))
         return STEP_LOSS_SPIKE;
