@@ -78,7 +78,7 @@ static void draft_release(struct checkpoint_draft *draft) {
 
 enum status checkpoint_begin(struct checkpoint_draft *draft, const char *directory, int64_t step) {
     CHECK_OP(step, >=, 0);
-    TRY(directory_make(directory));
+    TRY(directory_make_lasting(directory));
     TRY(settle_leftovers(directory));
     *draft = (struct checkpoint_draft){
         memory_copy_string(directory),
