@@ -220,6 +220,14 @@ enum status file_writer_close(struct file_writer *writer) {
     return status;
 }
 
+enum status file_flush(const char *path) {
+    struct file_writer writer;
+    TRY(file_writer_open(&writer, path, true));
+    enum status status = file_writer_flush(&writer);
+    enum status closed = file_writer_close(&writer);
+    return status == STATUS_OK ? closed : status;
+}
+
 static enum status write_and_flush(const char *path, const void *data, size_t size) {
     struct file_writer writer = {.descriptor = -1};
     TRY(file_writer_open(&writer, path, false));

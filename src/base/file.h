@@ -71,6 +71,7 @@ struct file_map {
 enum status file_map_open(struct file_map *map, const char *path) MUST_USE;
 void file_map_close(struct file_map *map);
 
+enum status file_flush(const char *path) MUST_USE; /* what anybody has written to it, to the disk */
 enum status file_rename(const char *from, const char *to) MUST_USE; /* atomic on one file system */
 enum status file_remove(const char *path) MUST_USE;                 /* not there: also STATUS_OK */
 enum status directory_make(const char *path) MUST_USE;              /* with its parents; already there: STATUS_OK */
