@@ -144,9 +144,10 @@ static enum status run(struct gathering *g, const char *path) {
         if (writes && moved == STATUS_OK)
             add_to_output(&out, g, i);
     }
+    out.status = moved != STATUS_OK ? moved : out.status; /* what did not arrive cannot be finished */
     if (writes)
         close_output(&out);
-    return moved != STATUS_OK ? moved : out.status;
+    return out.status;
 }
 
 enum status gathered_write(const char *path, const struct model *model, struct ranks *ranks,

@@ -13,7 +13,7 @@ static bool may_change(const char *section, const char *key) {
     static const char *const free_keys[] = {"train.steps",           "train.target_minutes", "train.eval_every_steps",
                                             "train.eval_tokens",     "train.sample_every_steps", "model.preset",
                                             "checkpoint.every_steps", "checkpoint.keep",      "run.directory",
-                                            "run.threads",           NULL};
+                                            "run.threads",           "run.timeout_seconds", NULL};
     char *name = text_format("%s.%s", section, key);
     bool found = strcmp(section, "layout") == 0; /* a run goes on in any */
     for (int i = 0; free_keys[i]; i++)

@@ -49,7 +49,7 @@ struct trainer {
     struct profile profile; /* zeroed without hooks.profile */
     int32_t *tokens; /* [batch_sequences, T+1] */
     char *checkpoints, *samples_path;
-    double roof_operations_per_s, step_seconds;
+    double roof_operations_per_s, step_seconds, begin_s;
     int skipped_in_a_row;
     bool stopping; /* some rank was asked to stop: agreed on */
 };
@@ -394,9 +394,13 @@ static bool is_due(int64_t step, int64_t every) {
     return every > 0 && step % every == 0;
 }
 
-/* A signal reaches one rank or some; all save and leave after the same step. */
+static bool is_time_over(const struct trainer *t) {
+    return is_first(t) && t->hooks.max_seconds > 0 && clock_seconds() - t->begin_s >= t->hooks.max_seconds;
+}
+
+/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. */
 static enum status agree_on_stopping(struct trainer *t) {
-    double asked = stop_requested;
+    double asked = stop_requested || is_time_over(t);
     TRY(comm_sum_f64(t->world.comm, &asked, 1));
     t->stopping = asked > 0;
     return STATUS_OK;
@@ -526,7 +530,7 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
 
 enum status train_run(struct run_config *config, struct train_world world, struct train_hooks hooks,
                       struct train_summary *summary) {
-    struct trainer trainer = {.config = config, .world = world, .hooks = hooks};
+    struct trainer trainer = {.config = config, .world = world, .hooks = hooks, .begin_s = clock_seconds()};
     *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
     enum status status = run_all(&trainer, summary);
     tear_down(&trainer);

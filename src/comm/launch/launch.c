@@ -48,6 +48,15 @@ enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *l
 #endif
 }
 
+void comm_launch_set_timeout(struct comm_launch *launch, double limit_s) {
+    (void)limit_s;
+#ifdef CADRE_MPI
+    if (launch->state)
+        comm_mpi_set_timeout(launch, limit_s);
+#endif
+    (void)launch;
+}
+
 bool comm_launch_speaks(struct comm_launch *launch, enum status status) {
 #ifdef CADRE_MPI
     if (launch->state)

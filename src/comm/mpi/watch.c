@@ -1,8 +1,10 @@
 /* A thread sleeps on handles of the other processes of this host, which the system wakes at the moment one ends: no polling,
  * and sooner than any starter reacts. Where the system has no such handles it asks for the pids a few times a second.
- * Ranks on other hosts show as errors of MPI, and to their own host's ranks. */
+ * Ranks on other hosts show as errors of MPI, and to their own host's ranks. Ranks that are there and do not answer are found
+ * by the engine (pulse.h) on every rank at about the same time. */
 #include "comm/mpi/watch.h"
 
+#include "base/clock.h"
 #include "base/hash.h"
 #include "base/memory.h"
 #include <errno.h>
@@ -17,6 +19,7 @@
 #include <unistd.h>
 
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
+const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 3;
 
 /* ---- who is who -------------------------------------------------------------------------------------------------------- */
 
@@ -45,6 +48,9 @@ void peer_describe_self(struct peer *self) {
 void peer_print(const struct peer *peers, int rank, char *text, size_t bytes) {
     snprintf(text, bytes, "rank %d (pid %d on host %s)", rank, (int)peers[rank].pid, peers[rank].host);
 }
+
+static atomic_int wake_fd; /* of the one watch of the process, for its signal handler */
+static volatile sig_atomic_t terminated;
 
 /* ---- the thread ---------------------------------------------------------------------------------------------------------- */
 
@@ -92,14 +98,43 @@ static void tell(struct watch *watch, int rank) {
     char who[192], line[256];
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
-    watch->told = true;
-    if (watch->lost && is_speaker(watch))
+    bool first = !atomic_exchange(&watch->told, true);
+    if (first && watch->lost && is_speaker(watch) && !pulse_was_stopped(&watch->engine->pulse))
         watch->lost(line);
     engine_break(watch->engine, line);
 }
 
-static atomic_int wake_fd; /* of the one watch of the process, for its signal handler */
-static volatile sig_atomic_t terminated;
+static void kill_rank(const struct watch *watch, int rank) {
+#ifdef SYS_pidfd_send_signal
+    if (watch->polled[rank].fd >= 0 && syscall(SYS_pidfd_send_signal, watch->polled[rank].fd, SIGKILL, NULL, 0) == 0)
+        return;
+#endif
+    kill(watch->peers[rank].pid, SIGKILL);
+}
+
+/* Whether the watch is closed within that time. */
+static bool is_over_within(const struct watch *watch, double seconds) {
+    struct pollfd wake = watch->polled[watch->engine->size];
+    double end_s = clock_seconds() + seconds;
+    while (!watch->over && !terminated && clock_seconds() < end_s)
+        if (poll(&wake, 1, (int)(1e3 * (end_s - clock_seconds())) + 1) > 0) {
+            char byte;
+            if (read(wake.fd, &byte, 1) < 0)
+                break;
+        }
+    return watch->over;
+}
+
+/* Some do not answer, and one of us has said so. */
+static void end_silence(const struct watch *watch) {
+    if (is_over_within(watch, WATCH_KILL_S))
+        return;
+    for (int r = 0; r < watch->engine->size; r++)
+        if (watch->silent[r] && can_watch(watch, r))
+            kill_rank(watch, r);
+    if (!is_over_within(watch, WATCH_SILENCE_S - WATCH_KILL_S))
+        _exit(1);
+}
 
 static void handle_termination(int signal_number) {
     int saved = errno;
@@ -133,6 +168,10 @@ static void *watch_main(void *context) {
                 break;
             if (watch->over)
                 break;
+            if (watch->silent) {
+                end_silence(watch);
+                break;
+            }
         }
         int gone = find_gone(watch);
         if (gone >= 0 && watch->leaving) { /* it may have gone because all was done; what it sent is still coming in */
@@ -148,6 +187,22 @@ static void *watch_main(void *context) {
             break;
     }
     return NULL;
+}
+
+void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
+    size_t size = (size_t)watch->engine->size;
+    int speaker = 0;
+    if (atomic_exchange(&watch->told, true))
+        return;
+    while (ranks[speaker])
+        speaker++;
+    if (watch->lost && speaker == watch->engine->rank && !pulse_was_stopped(&watch->engine->pulse))
+        watch->lost(line);
+    bool *copy = memory_must(size, sizeof *copy);
+    memcpy(copy, ranks, size * sizeof *copy);
+    watch->silent = copy;
+    if (write(wake_fd, "s", 1) < 0)
+        _exit(1);
 }
 
 static enum status fail_watch(struct watch *watch) {
