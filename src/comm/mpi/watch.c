@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
+enum { STARTER_MS = 2500 }; /* after that a starter that should have ended is killed */
 const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 3;
 
 /* ---- who is who -------------------------------------------------------------------------------------------------------- */
@@ -125,13 +126,51 @@ static bool is_over_within(const struct watch *watch, double seconds) {
     return watch->over;
 }
 
+static bool is_starter(pid_t pid) {
+    static const char *const names[] = {"mpirun", "mpiexec",       "orterun",         "prterun",
+                                        "orted",  "mpiexec.hydra", "hydra_pmi_proxy", "prted"};
+    char path[64], name[64];
+    snprintf(path, sizeof path, "/proc/%d/comm", (int)pid);
+    read_line(path, name, sizeof name);
+    name[strcspn(name, "\n")] = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0)
+            return true;
+    return false;
+}
+
+/* A starter asks its helper on the other machine to end the ranks there, and waits for the answer, which a dead link keeps from
+ * it for a quarter of an hour. A process of its own outlives this rank, and kills the starter unless it has ended by then. */
+static void end_starter_later(void) {
+    pid_t starter = getppid();
+    int handle = is_starter(starter) ? open_process(starter) : -1;
+    if (handle < 0 || getppid() != starter || fork() != 0) {
+        if (handle >= 0)
+            close(handle);
+        return;
+    }
+    setsid();
+    for (int fd = 0; fd < 1024; fd++) /* a starter waits for the end of what its ranks write */
+        if (fd != handle)
+            close(fd);
+    struct pollfd one = {.fd = handle, .events = POLLIN};
+    if (poll(&one, 1, STARTER_MS) == 0)
+        kill(starter, SIGKILL);
+    _exit(0);
+}
+
 /* Some do not answer, and one of us has said so. */
 static void end_silence(const struct watch *watch) {
+    bool some_are_elsewhere = false;
     if (is_over_within(watch, WATCH_KILL_S))
         return;
     for (int r = 0; r < watch->engine->size; r++)
         if (watch->silent[r] && can_watch(watch, r))
             kill_rank(watch, r);
+        else if (watch->silent[r])
+            some_are_elsewhere = true;
+    if (some_are_elsewhere)
+        end_starter_later();
     if (!is_over_within(watch, WATCH_SILENCE_S - WATCH_KILL_S))
         _exit(1);
 }
