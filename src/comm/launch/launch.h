@@ -14,7 +14,8 @@ struct comm_launch {
 
 /* Join the others. Collective where there are others. Once in a process, and closed by the same thread.
  *   lost: called by a thread of the transport, on one of the remaining ranks, as soon as a rank is seen to be gone that
- *         has not closed, or not to answer; gets the line that says which. It prints the line: the job's end may be a moment away. NULL: none.
+ *         has not closed, or not to answer; gets the line that says which. It prints the line: the job's end may be a moment
+ *         away. NULL: none.
  * Fails with STATUS_USAGE where the process is one of several by its environment but cannot be: the program is built
  * without MPI, or with one that the starter does not belong to. */
 enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *line)) MUST_USE;

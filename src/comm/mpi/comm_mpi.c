@@ -225,6 +225,10 @@ static void give_up_silent(void *context, const bool *ranks, const char *line) {
     watch_give_up(&((struct site *)context)->watch, ranks, line);
 }
 
+static void note_gone(void *context) {
+    ((struct site *)context)->watch.told = true;
+}
+
 /* ---- where nobody watches: while the ranks find each other, and while they leave ---------------------------------------- */
 
 static const char *alarm_line; /* NULL: another rank says it */
@@ -295,6 +299,7 @@ static enum status join(struct site *site, int expected_size, const char *starte
     struct end *end;
     engine->describe = describe_peer;
     engine->silent = give_up_silent;
+    engine->gone = note_gone;
     engine->context = site;
     set_alarm(START_S, "cadre: the ranks did not all find each other within 600 s\n");
     TRY(open_mpi(expected_size, starter, engine));

@@ -28,6 +28,7 @@
 
 enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 64 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
+enum { TELL_TRIES = 10000 };
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
 static const double PAUSE_MOST_S = 8e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
 static const double REST_S = 2e-3;           /* while others drive, or nothing is under way */
@@ -186,9 +187,15 @@ static void look_for_life(struct engine *engine, double now_s) {
     pthread_mutex_lock(&engine->lock);
     bool waits = engine->inside_count > 0;
     pthread_mutex_unlock(&engine->lock);
-    if (!pulse_look(&engine->pulse, now_s, waits))
-        return;
+    bool lost = pulse_look(&engine->pulse, now_s, waits);
     char line[512];
+    if (engine->pulse.told_gone >= 0) {
+        engine->describe(engine->context, engine->pulse.told_gone, line, sizeof line);
+        engine->gone(engine->context);
+        engine_break(engine, line);
+    }
+    if (!lost || engine->broken)
+        return;
     describe_silence(engine, now_s, line);
     engine->silent(engine->context, engine->silent_ranks, line);
     engine_break(engine, line);
@@ -422,6 +429,19 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
         status = status_fail(STATUS_PEER, "%s", engine->failure);
     pthread_mutex_unlock(&engine->lock);
     return status;
+}
+
+void engine_tell_gone(struct engine *engine, const bool *ranks, int gone) {
+    int tries = 0;
+    while (pthread_mutex_trylock(&engine->drive) != 0) { /* who has it may hang in MPI */
+        sched_yield();
+        if (++tries > TELL_TRIES)
+            return;
+    }
+    for (int r = 0; r < engine->size && !engine->broken; r++)
+        if (ranks[r] && r != engine->rank)
+            pulse_tell_gone(&engine->pulse, r, gone);
+    pthread_mutex_unlock(&engine->drive);
 }
 
 void engine_set_limit(struct engine *engine, double limit_s) {

@@ -18,7 +18,7 @@ static double processor_seconds(void) {
 }
 
 enum status pulse_open(struct pulse *pulse, MPI_Comm world) {
-    *pulse = (struct pulse){.due_s = HUGE_VAL, .receiving = MPI_REQUEST_NULL, .woke_s = -HUGE_VAL};
+    *pulse = (struct pulse){.due_s = HUGE_VAL, .receiving = MPI_REQUEST_NULL, .woke_s = -HUGE_VAL, .told_gone = -1};
     if (MPI_Comm_dup(world, &pulse->comm) != MPI_SUCCESS)
         return status_fail(STATUS_PEER, "MPI cannot duplicate its world");
     MPI_Comm_set_errhandler(pulse->comm, MPI_ERRORS_RETURN);
@@ -66,7 +66,10 @@ static bool take_in(struct pulse *pulse, double now_s) {
         if (!arrived)
             return true;
         pulse->peers[status.MPI_SOURCE].heard_s = now_s;
-        pulse->peers[status.MPI_SOURCE].idle_s = pulse->arriving;
+        if (pulse->arriving < 0)
+            pulse->told_gone = (int)(-1 - pulse->arriving);
+        else
+            pulse->peers[status.MPI_SOURCE].idle_s = pulse->arriving;
     }
 }
 
@@ -128,6 +131,13 @@ bool pulse_hangs(const struct pulse *pulse, int rank) {
 bool pulse_was_stopped(const struct pulse *pulse) {
     double now_s = clock_seconds();
     return pulse->due_s < HUGE_VAL && (now_s - pulse->looked_s > pulse->limit_s || now_s - pulse->woke_s < QUIET_S);
+}
+
+void pulse_tell_gone(struct pulse *pulse, int rank, int gone) {
+    MPI_Request request;
+    pulse->gone_word = -1 - (double)gone;
+    if (pulse->limit_s > 0 && MPI_Isend(&pulse->gone_word, 1, MPI_DOUBLE, rank, 0, pulse->comm, &request) == MPI_SUCCESS)
+        MPI_Request_free(&request);
 }
 
 void pulse_close(struct pulse *pulse) {

@@ -5,6 +5,9 @@
  * A word also carries for how long the sender's training thread has neither computed nor waited for others: one that sits
  * in a system call that does not end (a hung disk) is told by that, at HANG_FACTOR times the limit.
  *
+ * The third use: a rank that has told that another is gone lets the other hosts know, whose ranks the starter ends in the next
+ * moment, so that they do not take that for the cause.
+ *
  * A rank that was itself not running for a while knows nothing of the others: it counts anew. So a job of which all
  * processes were stopped, and continued, goes on.
  */
@@ -32,6 +35,8 @@ struct pulse {
     double busy_s, processor_s; /* when this process was last seen to work, and its processor time then */
     double arriving;            /* the next word */
     MPI_Request receiving;
+    double gone_word;         /* on its way to all whom it concerns */
+    int told_gone;            /* a rank that another one told is gone; -1: none */
     struct pulse_peer *peers; /* [size] */
     _Atomic double due_s;     /* when to look next; HUGE_VAL: never */
     _Atomic double looked_s, woke_s; /* the last look, and the last one that came much too late */
@@ -57,6 +62,9 @@ bool pulse_hangs(const struct pulse *pulse, int rank);
 /* Whether this process itself was stopped for longer than the limit until a moment ago: the others have given it up, and
  * have said so. */
 bool pulse_was_stopped(const struct pulse *pulse);
+
+/* By who may call MPI: this rank has told that `gone` is gone; let `rank` know, and wait for nothing. */
+void pulse_tell_gone(struct pulse *pulse, int rank, int gone);
 
 /* Collective, with nothing under way any more and no limit. */
 void pulse_close(struct pulse *pulse);

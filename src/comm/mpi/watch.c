@@ -95,13 +95,24 @@ static bool is_speaker(const struct watch *watch) {
     return true;
 }
 
+static void tell_other_hosts(struct watch *watch, int gone) {
+    int size = watch->engine->size;
+    bool *elsewhere = memory_must((size_t)size, sizeof *elsewhere);
+    for (int r = 0; r < size; r++)
+        elsewhere[r] = r != watch->engine->rank && !can_watch(watch, r);
+    engine_tell_gone(watch->engine, elsewhere, gone);
+    free(elsewhere);
+}
+
 static void tell(struct watch *watch, int rank) {
     char who[192], line[256];
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
     bool first = !atomic_exchange(&watch->told, true);
-    if (first && watch->lost && is_speaker(watch) && !pulse_was_stopped(&watch->engine->pulse))
+    if (first && watch->lost && is_speaker(watch) && !pulse_was_stopped(&watch->engine->pulse)) {
         watch->lost(line);
+        tell_other_hosts(watch, rank);
+    }
     engine_break(watch->engine, line);
 }
 
