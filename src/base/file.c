@@ -93,44 +93,57 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
     return status;
 }
 
-/* Fill the buffer unless the file ends before. */
-static enum status read_piece(int descriptor, const char *path, char *buffer, size_t size, size_t *filled) {
-    *filled = 0;
-    while (*filled < size) {
-        ssize_t got = faulted(FILE_READ, path) ? -1 : read(descriptor, buffer + *filled, size - *filled);
+enum status file_reader_open(struct file_reader *reader, const char *path) {
+    *reader = (struct file_reader){.descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC)};
+    if (reader->descriptor < 0)
+        return fail_errno("open", path);
+    reader->path = memory_copy_string(path);
+    return STATUS_OK;
+}
+
+enum status file_reader_at(const struct file_reader *reader, uint64_t position, void *data, size_t size) {
+    for (size_t done = 0; done < size;) {
+        ssize_t got = faulted(FILE_READ, reader->path)
+                          ? -1
+                          : pread(reader->descriptor, (char *)data + done, size - done, (off_t)(position + done));
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
-            return fail_errno("read", path);
+            return fail_errno("read", reader->path);
         if (got == 0)
-            break;
-        *filled += (size_t)got;
+            return status_fail(STATUS_IO, "%s: shrank while it was read", reader->path);
+        done += (size_t)got;
     }
     return STATUS_OK;
 }
 
-static enum status read_pieces(int descriptor, const char *path, char *buffer, size_t piece_bytes,
-                               enum status (*piece)(void *context, const void *data, size_t size), void *context) {
-    for (size_t filled = piece_bytes; filled == piece_bytes;) {
-        TRY(read_piece(descriptor, path, buffer, piece_bytes, &filled));
-        if (filled > 0)
-            TRY(piece(context, buffer, filled));
-    }
+void file_reader_expect(const struct file_reader *reader, uint64_t position, uint64_t size) {
+    posix_fadvise(reader->descriptor, (off_t)position, (off_t)size, POSIX_FADV_WILLNEED);
+}
+
+void file_reader_close(struct file_reader *reader) {
+    if (reader->path)
+        close(reader->descriptor);
+    free(reader->path);
+    *reader = (struct file_reader){.descriptor = -1};
+}
+
+/* Room for the whole file; where the file system cannot take it at once, writing will show whether there is some. */
+static enum status take_room(int descriptor, const char *path, uint64_t size) {
+    if (faulted(FILE_WRITE, path) || ftruncate(descriptor, (off_t)size) != 0)
+        return fail_errno("write", path);
+    if (size > 0 && fallocate(descriptor, 0, 0, (off_t)size) != 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINTR)
+        return fail_errno("write", path);
     return STATUS_OK;
 }
 
-enum status file_read_pieces(const char *path, size_t piece_bytes,
-                             enum status (*piece)(void *context, const void *data, size_t size), void *context) {
-    char *buffer;
-    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+enum status file_create(const char *path, uint64_t size) {
+    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (descriptor < 0)
-        return fail_errno("open", path);
-    enum status status = memory_alloc(&buffer, piece_bytes, 1);
-    if (status == STATUS_OK) {
-        status = read_pieces(descriptor, path, buffer, piece_bytes, piece, context);
-        free(buffer);
-    }
-    close(descriptor);
+        return fail_errno("open for writing", path);
+    enum status status = take_room(descriptor, path, size);
+    if (close(descriptor) != 0 && status == STATUS_OK)
+        status = fail_errno("close", path);
     return status;
 }
 
@@ -144,10 +157,43 @@ enum status file_writer_open(struct file_writer *writer, const char *path, bool 
     return STATUS_OK;
 }
 
+enum status file_writer_open_at(struct file_writer *writer, const char *path) {
+    int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_WRONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return fail_errno("open for writing", path);
+    *writer = (struct file_writer){descriptor, memory_copy_string(path), 0};
+    return STATUS_OK;
+}
+
+/* As much of `size` as the next write is given: less where a test wants a short one; 0, with errno set, for a failure. */
+static size_t size_to_write(const struct file_writer *writer, size_t size) {
+    if (!faulted(FILE_WRITE, writer->path))
+        return size;
+    return errno == FILE_FAULT_SHORT ? (size + 1) / 2 : 0;
+}
+
+enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) {
+    uint64_t first = position, total = size;
+    for (const char *bytes = data; size > 0;) {
+        size_t part = size_to_write(writer, size);
+        ssize_t put = part == 0 ? -1 : pwrite(writer->descriptor, bytes, part, (off_t)position);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put < 0)
+            return fail_errno("write", writer->path);
+        bytes += put;
+        size -= (size_t)put;
+        position += (uint64_t)put;
+    }
+    sync_file_range(writer->descriptor, (off_t)first, (off_t)total, SYNC_FILE_RANGE_WRITE);
+    return STATUS_OK;
+}
+
 enum status file_writer_add(struct file_writer *writer, const void *data, size_t size) {
     const char *bytes = data;
     while (size > 0) {
-        ssize_t put = faulted(FILE_WRITE, writer->path) ? -1 : write(writer->descriptor, bytes, size);
+        size_t part = size_to_write(writer, size);
+        ssize_t put = part == 0 ? -1 : write(writer->descriptor, bytes, part);
         if (put < 0 && errno == EINTR)
             continue;
         if (put < 0)

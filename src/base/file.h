@@ -13,7 +13,10 @@
 
 enum file_operation { FILE_OPEN, FILE_READ, FILE_WRITE, FILE_FLUSH, FILE_RENAME, FILE_MAKE, FILE_REMOVE };
 
-/* Asked before each operation; an answer other than 0 is the errno it fails with. NULL switches it off. Tests only. */
+enum { FILE_FAULT_SHORT = -1 };
+
+/* Asked before each operation; an answer other than 0 is the errno it fails with, or FILE_FAULT_SHORT: a write of which
+ * only a part arrives. NULL switches it off. Tests only. */
 void file_set_fault(int (*fault)(void *context, enum file_operation operation, const char *path), void *context);
 
 bool file_exists(const char *path);
@@ -29,13 +32,23 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
  * written beside it, flushed, renamed, directory flushed. */
 enum status file_write(const char *path, const void *data, size_t size) MUST_USE;
 
-/* Read a file from its start to its end in pieces of at most piece_bytes: piece(context, data, size) for each, until it
- * answers anything but STATUS_OK. Holds one piece in memory. */
-enum status file_read_pieces(const char *path, size_t piece_bytes,
-                             enum status (*piece)(void *context, const void *data, size_t size),
-                             void *context) MUST_USE;
+/* A file open for reading at any place; several threads may read at once. */
+struct file_reader {
+    int descriptor; /* -1 when closed */
+    char *path;     /* owned */
+};
+enum status file_reader_open(struct file_reader *reader, const char *path) MUST_USE;
+/* Exactly `size` bytes; STATUS_IO where the file ends before. */
+enum status file_reader_at(const struct file_reader *reader, uint64_t position, void *data, size_t size) MUST_USE;
+/* These bytes will be wanted soon: the system may begin to read them. */
+void file_reader_expect(const struct file_reader *reader, uint64_t position, uint64_t size);
+void file_reader_close(struct file_reader *reader);
 
-/* A file being written from its start (or, with append, at its end). */
+/* A new file of `size` bytes, all zero, with its room on the disk taken where the file system can do that at once: a full
+ * disk is found here. Not flushed. */
+enum status file_create(const char *path, uint64_t size) MUST_USE;
+
+/* A file being written from its start (or, with append, at its end; or at any place). */
 struct file_writer {
     int descriptor; /* -1 when closed */
     char *path;     /* owned */
@@ -43,6 +56,10 @@ struct file_writer {
 };
 enum status file_writer_open(struct file_writer *writer, const char *path, bool append) MUST_USE;
 enum status file_writer_add(struct file_writer *writer, const void *data, size_t size) MUST_USE;
+/* A file that is there, for file_writer_put; others may write other places of it at the same time. */
+enum status file_writer_open_at(struct file_writer *writer, const char *path) MUST_USE;
+/* Bytes at a place of their own, which the system begins to bring to the disk. Leaves writer->position alone. */
+enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) MUST_USE;
 enum status file_writer_flush(struct file_writer *writer) MUST_USE; /* to the disk: fsync */
 enum status file_writer_close(struct file_writer *writer) MUST_USE; /* does not flush; also after an error */
 

@@ -11,14 +11,16 @@
 #include "base/json.h"
 #include "base/log.h"
 #include "base/memory.h"
+#include "base/threads.h"
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { CHUNK_BYTES = 4 << 20, MANIFEST_BYTES_MAX = 64 << 20, MANIFEST_VERSION = 2, STEP_DIGITS_MAX = 15 };
-enum { HASH_DIGITS = 16 };
+enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, MANIFEST_BYTES_MAX = 512 << 20, STEP_DIGITS_MAX = 15, HASH_DIGITS = 16 };
+enum { MANIFEST_VERSION = 3, MANIFEST_VERSION_OF_PIECES = 2 };
 
 static const char MANIFEST[] = "training/manifest.json";
 static const char STEP_PREFIX[] = "step-", DRAFT[] = ".tmp-", ASIDE[] = ".old-";
@@ -133,33 +135,90 @@ static enum status list_contents(const char *root, const char *below, struct con
     return status;
 }
 
-/* Hash of a chunk; its place in the file is part of it. */
-static void chunk_hash(const void *data, size_t size, uint64_t first, char out[HASH_DIGITS + 1]) {
-    snprintf(out, HASH_DIGITS + 1, "%016" PRIx64, hash_bytes(data, size, first));
+uint64_t checkpoint_extent_hash(const void *data, size_t bytes, uint64_t begin) {
+    return hash_bytes(data, bytes, begin);
 }
 
-struct description {
-    json_t *hashes;
-    uint64_t size;
-};
+/* Takes nothing; {"bytes", "extent_bytes", "xxh3_64"} of a file. */
+static json_t *describe_extents(const struct checkpoint_extent *extents, size_t count) {
+    json_t *sizes = json_array(), *hashes = json_array();
+    uint64_t size = 0;
+    for (size_t i = 0; i < count; i++) {
+        char hash[HASH_DIGITS + 1];
+        snprintf(hash, sizeof hash, "%016" PRIx64, extents[i].hash);
+        json_array_append_new(sizes, json_integer(extents[i].bytes));
+        json_array_append_new(hashes, json_string(hash));
+        size += extents[i].bytes;
+    }
+    return json_pack("{s:I,s:o,s:o}", "bytes", (json_int_t)size, "extent_bytes", sizes, "xxh3_64", hashes);
+}
 
-static enum status describe_chunk(void *context, const void *data, size_t size) {
-    struct description *d = context;
-    char hash[HASH_DIGITS + 1];
-    chunk_hash(data, size, d->size, hash);
-    json_array_append_new(d->hashes, json_string(hash));
-    d->size += size;
+/* Of a file that nobody hashed while writing it. */
+static enum status hash_file(const struct file_reader *file, uint64_t size, char *buffer, struct checkpoint_extent *extents) {
+    for (uint64_t begin = 0; begin < size; begin += EXTENT_BYTES) {
+        uint32_t bytes = (uint32_t)(size - begin < EXTENT_BYTES ? size - begin : EXTENT_BYTES);
+        TRY(file_reader_at(file, begin, buffer, bytes));
+        extents[begin / EXTENT_BYTES] =
+            (struct checkpoint_extent){begin, checkpoint_extent_hash(buffer, bytes, begin), bytes, 0};
+    }
     return STATUS_OK;
 }
 
-static enum status describe_file(const char *root, const char *name, json_t *files) {
-    struct description d = {.hashes = json_array()};
-    char *path = path_join(root, name);
-    enum status status = file_read_pieces(path, CHUNK_BYTES, describe_chunk, &d);
-    free(path);
-    json_t *described = json_pack("{s:I,s:o}", "bytes", (json_int_t)d.size, "xxh3_64", d.hashes);
-    json_object_set_new(files, name, described);
+static enum status describe_file(const char *path, json_t **described) {
+    struct file_reader file;
+    struct checkpoint_extent *extents = NULL;
+    char *buffer = NULL;
+    uint64_t size;
+    TRY(file_size(path, &size));
+    size_t count = (size_t)((size + EXTENT_BYTES - 1) / EXTENT_BYTES);
+    TRY(file_reader_open(&file, path));
+    enum status status = memory_alloc(&extents, count, sizeof *extents);
+    if (status == STATUS_OK)
+        status = memory_alloc(&buffer, size < EXTENT_BYTES ? size : EXTENT_BYTES, 1);
+    if (status == STATUS_OK)
+        status = hash_file(&file, size, buffer, extents);
+    if (status == STATUS_OK)
+        *described = describe_extents(extents, count);
+    free(buffer);
+    free(extents);
+    file_reader_close(&file);
     return status;
+}
+
+static int compare_extents(const void *a, const void *b) {
+    const struct checkpoint_extent *x = a, *y = b;
+    if (x->file != y->file)
+        return x->file < y->file ? -1 : 1;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
+}
+
+/* The extents of a file from those of all, sorted. Whatever has no hash would be damage that nobody can see. */
+static enum status describe_written(const char *path, const struct checkpoint_written *written, int file, json_t **described) {
+    size_t first = 0, count = 0;
+    uint64_t covered = 0, size;
+    TRY(file_size(path, &size));
+    while (first < written->extent_count && written->extents[first].file < file)
+        first++;
+    const struct checkpoint_extent *of_file = written->extents + first;
+    for (; first + count < written->extent_count && of_file[count].file == file; count++) {
+        if (of_file[count].begin != covered)
+            break;
+        covered += of_file[count].bytes;
+    }
+    bool all = first + count == written->extent_count || of_file[count].file != file;
+    if (!all || covered != size)
+        return status_fail(STATUS_FORMAT, "%s: what was written ends or overlaps at byte %llu of %llu", path,
+                           (unsigned long long)covered, (unsigned long long)size);
+    *described = describe_extents(of_file, count);
+    return STATUS_OK;
+}
+
+/* Index of a name among those written; -1 for another file. */
+static int find_written(const struct checkpoint_written *written, const char *name) {
+    for (int i = 0; written && i < written->name_count; i++)
+        if (strcmp(written->names[i], name) == 0)
+            return i;
+    return -1;
 }
 
 /* The manifest carries a hash of its own text, taken while the digits of that hash are zeros, so that any flipped bit
@@ -180,7 +239,7 @@ static void seal_hash(char *text, size_t size, char *digits, char out[HASH_DIGIT
 }
 
 static enum status write_sealed(const char *path, const json_t *manifest) {
-    char hash[HASH_DIGITS + 1], *text = json_dumps(manifest, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
+    char hash[HASH_DIGITS + 1], *text = json_dumps(manifest, JSON_PRESERVE_ORDER);
     if (!text)
         return status_fail(STATUS_MEMORY, "%s: no memory to write it", path);
     size_t size = strlen(text);
@@ -193,15 +252,28 @@ static enum status write_sealed(const char *path, const json_t *manifest) {
     return status;
 }
 
-static enum status write_manifest(const char *root, const struct text_list *names) {
+static enum status describe_all(const char *root, const struct text_list *names, const struct checkpoint_written *written,
+                                json_t *files) {
+    for (size_t i = 0; i < names->count; i++) {
+        char *path = path_join(root, names->items[i]);
+        int file = find_written(written, names->items[i]);
+        json_t *described = NULL;
+        enum status status =
+            file < 0 ? describe_file(path, &described) : describe_written(path, written, file, &described);
+        free(path);
+        TRY(status);
+        json_object_set_new(files, names->items[i], described);
+    }
+    return STATUS_OK;
+}
+
+static enum status write_manifest(const char *root, const struct text_list *names, const struct checkpoint_written *written) {
     json_t *files = json_object();
-    enum status status = STATUS_OK;
-    for (size_t i = 0; i < names->count && status == STATUS_OK; i++)
-        status = describe_file(root, names->items[i], files);
+    enum status status = describe_all(root, names, written, files);
     if (status == STATUS_OK) {
         char *path = path_join(root, MANIFEST);
-        json_t *manifest = json_pack("{s:s,s:i,s:i,s:O}", "manifest_xxh3_64", SEAL_ZEROS, "version", MANIFEST_VERSION,
-                                     "chunk_bytes", CHUNK_BYTES, "files", files);
+        json_t *manifest = json_pack("{s:s,s:i,s:O}", "manifest_xxh3_64", SEAL_ZEROS, "version", MANIFEST_VERSION, "files",
+                                     files);
         CHECK(manifest != NULL);
         status = write_sealed(path, manifest);
         json_decref(manifest);
@@ -253,18 +325,22 @@ static enum status rename_draft(const struct checkpoint_draft *draft) {
     return status;
 }
 
-static enum status commit(struct checkpoint_draft *draft, struct contents *contents) {
+static enum status commit(struct checkpoint_draft *draft, const struct checkpoint_written *written,
+                          struct contents *contents) {
     TRY(list_contents(draft->path, "", contents));
     for (size_t i = 0; i < contents->files.count; i++)
-        TRY(flush_file(draft->path, contents->files.items[i]));
-    TRY(write_manifest(draft->path, &contents->files));
+        if (find_written(written, contents->files.items[i]) < 0)
+            TRY(flush_file(draft->path, contents->files.items[i]));
+    if (written && written->extent_count)
+        qsort(written->extents, written->extent_count, sizeof *written->extents, compare_extents);
+    TRY(write_manifest(draft->path, &contents->files, written));
     TRY(flush_directories(draft->path, &contents->directories));
     return rename_draft(draft);
 }
 
-enum status checkpoint_commit(struct checkpoint_draft *draft) {
+enum status checkpoint_commit(struct checkpoint_draft *draft, const struct checkpoint_written *written) {
     struct contents contents = {0};
-    enum status status = commit(draft, &contents);
+    enum status status = commit(draft, written, &contents);
     contents_release(&contents);
     if (status != STATUS_OK)
         checkpoint_abandon(draft);
@@ -273,64 +349,79 @@ enum status checkpoint_commit(struct checkpoint_draft *draft) {
     return status;
 }
 
-/* ---- verifying --------------------------------------------------------------------------------------------------- */
+/* ---- reading a manifest ---------------------------------------------------------------------------------------------- */
 
-struct verification {
-    const char *path;
-    const json_t *hashes;
-    uint64_t size;
-};
+void checkpoint_manifest_close(struct checkpoint_manifest *manifest) {
+    for (size_t i = 0; i < manifest->file_count; i++) {
+        free(manifest->files[i].name);
+        free(manifest->files[i].extents);
+    }
+    free(manifest->files);
+    *manifest = (struct checkpoint_manifest){0};
+}
 
-static enum status verify_chunk(void *context, const void *data, size_t size) {
-    struct verification *v = context;
-    char hash[HASH_DIGITS + 1];
-    const char *known = json_string_value(json_array_get(v->hashes, (size_t)(v->size / CHUNK_BYTES)));
-    chunk_hash(data, size, v->size, hash);
-    if (!known || strcmp(known, hash) != 0)
-        return status_fail(STATUS_FORMAT, "%s: is damaged within 4 MiB of byte %llu", v->path,
-                           (unsigned long long)v->size);
-    v->size += size;
+static bool read_hash(const json_t *digits, uint64_t *hash) {
+    const char *text = json_string_value(digits);
+    if (!text || strlen(text) != HASH_DIGITS || strspn(text, "0123456789abcdef") != HASH_DIGITS)
+        return false;
+    *hash = strtoull(text, NULL, 16);
+    return true;
+}
+
+/* Bytes of extent `index`, which begins at `begin`; 0 where the manifest is none of ours. sizes NULL: pieces of 4 MiB. */
+static uint32_t extent_bytes(const json_t *sizes, size_t index, uint64_t begin, uint64_t file_bytes) {
+    uint64_t left = begin < file_bytes ? file_bytes - begin : 0;
+    json_int_t bytes = sizes ? json_integer_value(json_array_get(sizes, index)) : EXTENT_BYTES;
+    if (bytes < 1 || bytes > EXTENT_BYTES || (sizes && (uint64_t)bytes > left))
+        return 0;
+    return (uint32_t)((uint64_t)bytes < left ? (uint64_t)bytes : left);
+}
+
+static enum status read_extents(const char *path, const json_t *described, const json_t *sizes, struct checkpoint_file *file) {
+    const json_t *hashes = json_object_get(described, "xxh3_64");
+    uint64_t begin = 0;
+    file->extent_count = json_array_size(hashes);
+    TRY(memory_alloc(&file->extents, file->extent_count, sizeof *file->extents));
+    for (size_t i = 0; i < file->extent_count; i++) {
+        struct checkpoint_extent *extent = &file->extents[i];
+        *extent = (struct checkpoint_extent){.begin = begin, .bytes = extent_bytes(sizes, i, begin, file->bytes)};
+        if (extent->bytes == 0 || !read_hash(json_array_get(hashes, i), &extent->hash))
+            return status_fail(STATUS_FORMAT, "%s: extent %zu of \"%.100s\" is none", path, i, file->name);
+        begin += extent->bytes;
+    }
+    if (begin != file->bytes || (sizes && json_array_size(sizes) != file->extent_count))
+        return status_fail(STATUS_FORMAT, "%s: does not cover \"%.100s\"", path, file->name);
     return STATUS_OK;
 }
 
-static enum status verify_contents(const char *path, const json_t *described) {
-    struct verification v = {path, json_object_get(described, "xxh3_64"), 0};
-    uint64_t expected = (uint64_t)json_integer_value(json_object_get(described, "bytes")), size;
-    if (!file_exists(path))
-        return status_fail(STATUS_FORMAT, "%s: is missing, its checkpoint wrote it", path);
-    TRY(file_size(path, &size));
-    if (size != expected)
-        return status_fail(STATUS_FORMAT, "%s: is damaged: it has %llu bytes, its checkpoint wrote %llu", path,
-                           (unsigned long long)size, (unsigned long long)expected);
-    if (json_array_size(v.hashes) != (size + CHUNK_BYTES - 1) / CHUNK_BYTES)
-        return status_fail(STATUS_FORMAT, "%s: the manifest does not cover it", path);
-    return file_read_pieces(path, CHUNK_BYTES, verify_chunk, &v);
-}
-
-static enum status verify_file(const char *root, const char *name, const json_t *described) {
+static enum status read_file_entry(const char *path, const char *name, const json_t *described, json_int_t version,
+                                   struct checkpoint_manifest *manifest) {
+    json_int_t bytes = json_integer_value(json_object_get(described, "bytes"));
+    const json_t *sizes = json_object_get(described, "extent_bytes");
     if (*name == '/' || strstr(name, ".."))
-        return status_fail(STATUS_FORMAT, "%s: the manifest names a file outside", root);
-    char *path = path_join(root, name);
-    enum status status = verify_contents(path, described);
-    free(path);
-    return status;
+        return status_fail(STATUS_FORMAT, "%s: the manifest names a file outside", path);
+    if (bytes < 0 || (version == MANIFEST_VERSION) != json_is_array(sizes))
+        return status_fail(STATUS_FORMAT, "%s: does not say how long \"%.100s\" is", path, name);
+    struct checkpoint_file *file = &manifest->files[manifest->file_count++];
+    *file = (struct checkpoint_file){.name = memory_copy_string(name), .bytes = (uint64_t)bytes};
+    return read_extents(path, described, sizes, file);
 }
 
-static enum status verify_files(const char *root, const char *path, const json_t *manifest) {
-    json_t *files = json_object_get(manifest, "files"), *described;
+static enum status read_files(const char *path, const json_t *object, struct checkpoint_manifest *manifest) {
+    json_t *files = json_object_get(object, "files"), *described;
     const char *name;
-    json_int_t version = json_integer_value(json_object_get(manifest, "version"));
-    if (version != MANIFEST_VERSION || !json_is_object(files) ||
-        json_integer_value(json_object_get(manifest, "chunk_bytes")) != CHUNK_BYTES)
-        return status_fail(STATUS_FORMAT, "%s: is a manifest of version %lld, this program reads version %d", path,
-                           (long long)version, MANIFEST_VERSION);
+    json_int_t version = json_integer_value(json_object_get(object, "version"));
+    if ((version != MANIFEST_VERSION && version != MANIFEST_VERSION_OF_PIECES) || !json_is_object(files))
+        return status_fail(STATUS_FORMAT, "%s: is a manifest of version %lld, this program reads versions %d and %d", path,
+                           (long long)version, MANIFEST_VERSION_OF_PIECES, MANIFEST_VERSION);
+    TRY(memory_alloc(&manifest->files, json_object_size(files), sizeof *manifest->files));
     json_object_foreach(files, name, described) {
-        TRY(verify_file(root, name, described));
+        TRY(read_file_entry(path, name, described, version, manifest));
     }
     return STATUS_OK;
 }
 
-static enum status verify_manifest(const char *root, const char *path, char *text, size_t size) {
+static enum status read_manifest(const char *path, char *text, size_t size, struct checkpoint_manifest *manifest) {
     char known[HASH_DIGITS], hash[HASH_DIGITS + 1], *digits = find_seal(text);
     if (!digits)
         return status_fail(STATUS_FORMAT, "%s: is damaged or of an older version: it has no hash of its own", path);
@@ -338,23 +429,105 @@ static enum status verify_manifest(const char *root, const char *path, char *tex
     seal_hash(text, size, digits, hash);
     if (memcmp(known, hash, HASH_DIGITS) != 0)
         return status_fail(STATUS_FORMAT, "%s: is damaged: its text does not have the hash that it names", path);
-    json_t *manifest;
-    TRY(json_parse(path, text, size, &manifest));
-    enum status status = verify_files(root, path, manifest);
-    json_decref(manifest);
+    json_t *object;
+    TRY(json_parse(path, text, size, &object));
+    enum status status = read_files(path, object, manifest);
+    json_decref(object);
     return status;
 }
 
-enum status checkpoint_verify(const char *root) {
+enum status checkpoint_manifest_open(struct checkpoint_manifest *manifest, const char *root) {
+    *manifest = (struct checkpoint_manifest){0};
     char *path = path_join(root, MANIFEST), *text;
     size_t size;
     enum status status = file_read(path, MANIFEST_BYTES_MAX, &text, &size);
     if (status == STATUS_OK) {
-        status = verify_manifest(root, path, text, size);
+        status = read_manifest(path, text, size, manifest);
         free(text);
     }
     free(path);
+    if (status != STATUS_OK)
+        checkpoint_manifest_close(manifest);
     return status;
+}
+
+/* ---- verifying --------------------------------------------------------------------------------------------------- */
+
+/* The extents of one file, checked by all threads; the first that is wrong is told. */
+struct verification {
+    struct file_reader reader;
+    const struct checkpoint_extent *extents;
+    int64_t first, stride;    /* of part_count processes, which extents are this one's */
+    char *buffers;            /* [threads][EXTENT_BYTES] */
+    _Atomic int64_t bad;      /* the lowest index that is wrong, or INT64_MAX */
+};
+
+static enum status verify_extent(const struct verification *v, int64_t index, char *buffer) {
+    const struct checkpoint_extent *extent = &v->extents[index];
+    TRY(file_reader_at(&v->reader, extent->begin, buffer, extent->bytes));
+    if (checkpoint_extent_hash(buffer, extent->bytes, extent->begin) == extent->hash)
+        return STATUS_OK;
+    return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", v->reader.path, extent->bytes,
+                       (unsigned long long)extent->begin);
+}
+
+static void verify_task(void *context, int64_t task) {
+    struct verification *v = context;
+    int64_t index = v->first + task * v->stride, bad = atomic_load(&v->bad);
+    if (index > bad || verify_extent(v, index, v->buffers + (size_t)thread_index() * EXTENT_BYTES) == STATUS_OK)
+        return;
+    while (index < bad && !atomic_compare_exchange_weak(&v->bad, &bad, index)) {
+    }
+}
+
+static enum status verify_contents(const char *path, const struct checkpoint_file *file, int part, int part_count,
+                                   char *buffers) {
+    struct verification v = {.extents = file->extents, .first = part, .stride = part_count, .buffers = buffers};
+    int64_t count = ((int64_t)file->extent_count - part + part_count - 1) / part_count;
+    uint64_t size;
+    atomic_init(&v.bad, INT64_MAX);
+    if (!file_exists(path))
+        return status_fail(STATUS_FORMAT, "%s: is missing, its checkpoint wrote it", path);
+    TRY(file_size(path, &size));
+    if (size != file->bytes)
+        return status_fail(STATUS_FORMAT, "%s: is damaged: it has %llu bytes, its checkpoint wrote %llu", path,
+                           (unsigned long long)size, (unsigned long long)file->bytes);
+    TRY(file_reader_open(&v.reader, path));
+    if (part_count == 1)
+        file_reader_expect(&v.reader, 0, size);
+    parallel_for(count > 0 ? count : 0, verify_task, &v);
+    int64_t bad = atomic_load(&v.bad);
+    enum status status = bad == INT64_MAX ? STATUS_OK : verify_extent(&v, bad, buffers); /* its message is this thread's */
+    if (status == STATUS_OK && bad != INT64_MAX)
+        status = status_fail(STATUS_IO, "%s: reads differently from time to time", path);
+    file_reader_close(&v.reader);
+    return status;
+}
+
+static enum status verify_files(const char *root, const struct checkpoint_manifest *manifest, int part, int part_count) {
+    char *buffers;
+    TRY(memory_alloc(&buffers, (size_t)threads_count(), EXTENT_BYTES));
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < manifest->file_count && status == STATUS_OK; i++) {
+        char *path = path_join(root, manifest->files[i].name);
+        status = verify_contents(path, &manifest->files[i], part, part_count, buffers);
+        free(path);
+    }
+    free(buffers);
+    return status;
+}
+
+enum status checkpoint_verify_part(const char *root, int part, int part_count) {
+    struct checkpoint_manifest manifest;
+    CHECK(part >= 0 && part < part_count);
+    TRY(checkpoint_manifest_open(&manifest, root));
+    enum status status = verify_files(root, &manifest, part, part_count);
+    checkpoint_manifest_close(&manifest);
+    return status;
+}
+
+enum status checkpoint_verify(const char *root) {
+    return checkpoint_verify_part(root, 0, 1);
 }
 
 /* ---- choosing ---------------------------------------------------------------------------------------------------- */
@@ -408,9 +581,12 @@ static enum status list_candidates(const char *directory, struct candidate_list 
     return status;
 }
 
-/* Index of the first that verifies; count where none does. Too little memory says nothing about a checkpoint. */
-static enum status find_good(const struct candidate_list *list, size_t *index) {
+/* Index of the first that verifies, or is of a step that is known to be good; count where there is none. Too little memory
+ * says nothing about a checkpoint. */
+static enum status find_good(const struct candidate_list *list, size_t *index, int64_t good_step) {
     for (*index = 0; *index < list->count; ++*index) {
+        if (list->items[*index].step == good_step && !list->items[*index].aside)
+            return STATUS_OK;
         enum status status = checkpoint_verify(list->items[*index].path);
         if (status == STATUS_OK || status == STATUS_MEMORY)
             return status;
@@ -419,13 +595,30 @@ static enum status find_good(const struct candidate_list *list, size_t *index) {
     return STATUS_OK;
 }
 
+enum status checkpoint_list(const char *directory, struct text_list *paths) {
+    struct candidate_list list;
+    *paths = (struct text_list){0};
+    if (!directory_exists(directory))
+        return STATUS_OK;
+    TRY(list_candidates(directory, &list));
+    for (size_t i = 0; i < list.count; i++)
+        text_list_add(paths, list.items[i].path);
+    candidates_release(&list);
+    return STATUS_OK;
+}
+
+int64_t checkpoint_step_of(const char *path) {
+    const char *name = path_name(path);
+    return step_digits(name) ? strtoll(name + sizeof STEP_PREFIX - 1, NULL, 10) : -1;
+}
+
 enum status checkpoint_latest(const char *directory, char **path, int64_t *step) {
     struct candidate_list list;
     size_t good;
     if (!directory_exists(directory))
         return status_fail(STATUS_NOT_FOUND, "%s: no checkpoint", directory);
     TRY(list_candidates(directory, &list));
-    enum status status = find_good(&list, &good);
+    enum status status = find_good(&list, &good, -1);
     if (status == STATUS_OK && good == list.count)
         status = status_fail(STATUS_NOT_FOUND, "%s: no good checkpoint", directory);
     if (status == STATUS_OK) {
@@ -446,21 +639,27 @@ static enum status retire(const char *path) {
     return status;
 }
 
-static enum status retire_beyond(const struct candidate_list *list, size_t keep_count) {
-    size_t good, plain_count = 0;
-    TRY(find_good(list, &good));
+static bool stays(const struct checkpoint_retention *keep, const struct candidate *candidate, int64_t newer_count) {
+    return newer_count < keep->newest || candidate->step == keep->best_step ||
+           (keep->every_steps > 0 && candidate->step % keep->every_steps == 0);
+}
+
+static enum status retire_others(const struct candidate_list *list, const struct checkpoint_retention *keep) {
+    size_t good;
+    int64_t plain_count = 0;
+    TRY(find_good(list, &good, keep->good_step));
     enum status status = STATUS_OK;
     for (size_t i = 0; i < list->count && good < list->count && status == STATUS_OK; i++)
-        if (!list->items[i].aside && plain_count++ >= keep_count && i != good)
+        if (!list->items[i].aside && !stays(keep, &list->items[i], plain_count++) && i != good)
             status = retire(list->items[i].path);
     return status;
 }
 
-enum status checkpoint_keep(const char *directory, int64_t keep_count) {
+enum status checkpoint_keep(const char *directory, struct checkpoint_retention keep) {
     struct candidate_list list;
-    CHECK_OP(keep_count, >=, 1);
+    CHECK_OP(keep.newest, >=, 1);
     TRY(list_candidates(directory, &list));
-    enum status status = (int64_t)list.count > keep_count ? retire_beyond(&list, (size_t)keep_count) : STATUS_OK;
+    enum status status = (int64_t)list.count > keep.newest ? retire_others(&list, &keep) : STATUS_OK;
     candidates_release(&list);
     return status;
 }

@@ -7,16 +7,32 @@
  * step-000100.old-PID, which still counts and gets its name back at the next save.
  *
  * The manifest, training/manifest.json:
- *   {"manifest_xxh3_64": hash of this text with its own digits as zeros, "version": 2, "chunk_bytes": 4194304,
- *    "files": {"model.safetensors": {"bytes": N, "xxh3_64": [one hash for each chunk, seeded with where it begins]},
- * ...}}
+ *   {"manifest_xxh3_64": hash of this text with its own digits as zeros, "version": 3,
+ *    "files": {"model.safetensors": {"bytes": N, "extent_bytes": [...], "xxh3_64": [...]}, ...}}
+ * A file is covered by extents without holes, each with the hash of what was written there, seeded with where it begins. How
+ * it is cut says nothing: whoever wrote a part hashed it from his own memory. Version 2, without extent_bytes, cut every
+ * file into pieces of 4 MiB, and is still read.
  *
- * Nothing here is collective. One process writes into a directory of checkpoints at a time; many may read.
+ * Nothing here is collective. One process at a time begins, commits and deletes in a directory of checkpoints; many may
+ * read, and many may write into the files of a draft (checkpoint/sharded.h).
  */
 #pragma once
 
 #include "base/status.h"
+#include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
+
+enum { CHECKPOINT_EXTENT_BYTES_MAX = 4 << 20 };
+
+/* A stretch of a file: at most CHECKPOINT_EXTENT_BYTES_MAX. */
+struct checkpoint_extent {
+    uint64_t begin, hash;
+    uint32_t bytes;
+    int32_t file; /* index among some names */
+};
+
+uint64_t checkpoint_extent_hash(const void *data, size_t bytes, uint64_t begin);
 
 struct checkpoint_draft {
     char *directory; /* that checkpoints live in */
@@ -28,20 +44,60 @@ struct checkpoint_draft {
  * with commit or abandon. Requires step >= 0. */
 enum status checkpoint_begin(struct checkpoint_draft *draft, const char *directory, int64_t step) MUST_USE;
 
-/* Flush every file and directory below the draft, write the manifest, rename; a checkpoint of the same step is
- * replaced. On failure the draft is removed and everything older stands; only where the last flush of `directory`
- * failed may the new checkpoint be there as well. */
-enum status checkpoint_commit(struct checkpoint_draft *draft) MUST_USE;
+/* Files of a draft that were flushed by those who wrote them, and the hashes of what they wrote. */
+struct checkpoint_written {
+    const char *const *names; /* [name_count] below the root */
+    int name_count;
+    struct checkpoint_extent *extents; /* [extent_count], in any order; sorted by commit; together all of these files */
+    size_t extent_count;
+};
+
+/* Flush every other file and every directory below the draft, write the manifest, rename; a checkpoint of the same step is
+ * replaced. written NULL: nothing was. On failure the draft is removed and everything older stands; only where the last
+ * flush of `directory` failed may the new checkpoint be there as well. STATUS_FORMAT where extents do not cover a file. */
+enum status checkpoint_commit(struct checkpoint_draft *draft, const struct checkpoint_written *written) MUST_USE;
 void checkpoint_abandon(struct checkpoint_draft *draft);
 
+/* What a manifest says. */
+struct checkpoint_file {
+    char *name; /* below the root */
+    uint64_t bytes;
+    struct checkpoint_extent *extents; /* [extent_count], from front to back */
+    size_t extent_count;
+};
+struct checkpoint_manifest {
+    struct checkpoint_file *files; /* in the order of the manifest */
+    size_t file_count;
+};
+
+/* Read the manifest of a published directory and check it against its own hash. */
+enum status checkpoint_manifest_open(struct checkpoint_manifest *manifest, const char *path) MUST_USE;
+void checkpoint_manifest_close(struct checkpoint_manifest *manifest);
+
 /* Check a published directory against its manifest: every file there, of its size, with its hashes. STATUS_FORMAT names
- * the first file that is not, and where. */
+ * the first file that is not, and where. Of part_count processes each may check a part of the extents. Uses the threads. */
 enum status checkpoint_verify(const char *path) MUST_USE;
+enum status checkpoint_verify_part(const char *path, int part, int part_count) MUST_USE;
+
+/* Paths of all checkpoints of a directory, newest first, whether good or not; an empty list where there is none. */
+struct text_list;
+enum status checkpoint_list(const char *directory, struct text_list *paths) MUST_USE;
+
+/* The step that a path ends with; -1 where it is not a checkpoint's. */
+int64_t checkpoint_step_of(const char *path);
 
 /* The newest checkpoint that verifies, as a fresh path; those that do not are passed over with a warning that names the
  * file and what is wrong. STATUS_NOT_FOUND where there is none. Reads the whole checkpoint. */
 enum status checkpoint_latest(const char *directory, char **path, int64_t *step) MUST_USE;
 
-/* Delete all but the newest keep_count, and never the newest one that verifies (so one more may stay, and nothing is
- * deleted where none verifies). Reads one whole checkpoint where there is something to delete. */
-enum status checkpoint_keep(const char *directory, int64_t keep_count) MUST_USE;
+/* Which checkpoints stay. */
+struct checkpoint_retention {
+    int64_t newest;      /* so many of the newest, 1 or more */
+    int64_t every_steps; /* and those of every step that this divides; 0: none */
+    int64_t best_step;   /* and that of this step; -1: none */
+    int64_t good_step;   /* known to be good, e.g. just written: spares reading it; -1: none */
+};
+
+/* Delete all others, and never the newest one that verifies (so one more may stay, and nothing is deleted where none
+ * verifies). Reads one whole checkpoint where there is something to delete and the newest is not the good one. */
+enum status checkpoint_keep(const char *directory, struct checkpoint_retention keep) MUST_USE;

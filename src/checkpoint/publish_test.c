@@ -56,7 +56,7 @@ static enum status save_version(int64_t step, int64_t version) {
         checkpoint_abandon(&draft);
         return status;
     }
-    return checkpoint_commit(&draft);
+    return checkpoint_commit(&draft, NULL);
 }
 
 static enum status save(int64_t step) {
@@ -103,6 +103,10 @@ static int64_t read_version(const char *checkpoint) {
     return version;
 }
 
+static enum status keep(int64_t newest) {
+    return checkpoint_keep(directory, (struct checkpoint_retention){newest, 0, -1, -1});
+}
+
 static int64_t latest(void) {
     char *path;
     int64_t step;
@@ -126,7 +130,7 @@ static void test_newest_and_retention(void **state) {
     assert_int_equal(latest(), 500);
     assert_int_equal(save(500), STATUS_OK); /* again: replaces */
     assert_int_equal(latest(), 500);
-    assert_int_equal(checkpoint_keep(directory, 2), STATUS_OK);
+    assert_int_equal(keep(2), STATUS_OK);
     assert_names("step-000400 step-000500");
 }
 
@@ -138,11 +142,11 @@ static void test_the_last_good_one_is_kept(void **state) {
         assert_int_equal(save(step), STATUS_OK);
     damage_model(4);
     damage_model(5);
-    assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+    assert_int_equal(keep(1), STATUS_OK);
     assert_names("step-000003 step-000005");
     assert_int_equal(latest(), 3);
     damage_model(3); /* none is good: nothing is deleted */
-    assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+    assert_int_equal(keep(1), STATUS_OK);
     assert_names("step-000003 step-000005");
     assert_int_equal(latest(), -1);
 }
@@ -209,7 +213,7 @@ static void test_flushes(void **state) {
     assert_int_equal(directory_make(deep), STATUS_OK);
     assert_int_equal(file_write(file, "deep", 4), STATUS_OK);
     file_set_fault(record, &log);
-    assert_int_equal(checkpoint_commit(&draft), STATUS_OK);
+    assert_int_equal(checkpoint_commit(&draft, NULL), STATUS_OK);
     file_set_fault(NULL, NULL);
     char *renamed = strstr(log.data, "rename step-000001\n");
     assert_non_null(renamed);
@@ -362,7 +366,7 @@ static void test_damage_in_a_large_file(void **state) {
     char *large = path_join(draft.path, "large");
     write_bytes(large, data, LARGE_BYTES);
     free(large);
-    assert_int_equal(checkpoint_commit(&draft), STATUS_OK);
+    assert_int_equal(checkpoint_commit(&draft, NULL), STATUS_OK);
     large = path_join(directory, "step-000001/large");
     FILE *file = fopen(large, "r+b");
     assert_non_null(file);
@@ -370,7 +374,7 @@ static void test_damage_in_a_large_file(void **state) {
         uint64_t bit = random_bits(3, 1, round) % (8u * (uint64_t)LARGE_BYTES);
         flip_bit(file, bit);
         assert_int_equal(verify_step(1), STATUS_FORMAT);
-        char *place = text_format("byte %llu", (unsigned long long)(bit / 8 / CHUNK_BYTES * CHUNK_BYTES));
+        char *place = text_format("of byte %llu", (unsigned long long)(bit / 8 / CHUNK_BYTES * CHUNK_BYTES));
         assert_non_null(strstr(status_text(), place));
         free(place);
         flip_bit(file, bit);
@@ -391,7 +395,7 @@ static double save_seconds(void) {
     double begin = clock_seconds();
     for (int i = 0; i < SAVES; i++) {
         assert_int_equal(save(1), STATUS_OK);
-        assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+        assert_int_equal(keep(1), STATUS_OK);
     }
     return (clock_seconds() - begin) / SAVES;
 }
@@ -409,7 +413,7 @@ static void test_killed_while_saving(void **state) {
         assert_true(child >= 0);
         if (child == 0) {
             for (int64_t step = before + 1;; step += round % 2)
-                if (save(step) != STATUS_OK || checkpoint_keep(directory, 1) != STATUS_OK)
+                if (save(step) != STATUS_OK || keep(1) != STATUS_OK)
                     _exit(1);
         }
         usleep((useconds_t)(1e6 * longest * (double)(random_bits(1, 1, round) % 1000) / 1000));
@@ -423,7 +427,7 @@ static void test_killed_while_saving(void **state) {
     }
     assert_true(before > SAVES);
     assert_int_equal(save(before + 1), STATUS_OK);
-    assert_int_equal(checkpoint_keep(directory, 1), STATUS_OK);
+    assert_int_equal(keep(1), STATUS_OK);
     char *only = text_format("step-%06lld", (long long)before + 1);
     assert_names(only);
     free(only);

@@ -361,30 +361,34 @@ static json_t *make_metadata(const struct safetensors_metadata *metadata, int co
     return object;
 }
 
-/* Takes `metadata`. */
-static char *make_header(const struct named_tensor *const *order, int count, json_t *metadata) {
+static json_t *describe_tensor(const struct tensor *t, uint64_t begin) {
+    json_t *shape = json_array();
+    for (int d = 0; d < t->dim_count; d++)
+        json_array_append_new(shape, json_integer(t->shape[d]));
+    return json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtypes[safetensors_dtype_of(t->dtype)].name, "shape", shape,
+                     "data_offsets", (json_int_t)begin, (json_int_t)(begin + tensor_bytes(*t)));
+}
+
+/* Takes `metadata`; fills plan->begins with places within the data. */
+static char *make_json(struct safetensors_plan *plan, json_t *metadata) {
     json_t *header = json_object();
     json_object_set_new(header, METADATA, metadata);
-    json_int_t position = 0;
-    for (int i = 0; i < count; i++) {
-        const struct tensor *t = &order[i]->tensor;
-        json_t *shape = json_array();
-        for (int d = 0; d < t->dim_count; d++)
-            json_array_append_new(shape, json_integer(t->shape[d]));
-        json_int_t end = position + (json_int_t)tensor_bytes(*t);
-        CHECK(json_object_get(header, order[i]->name) == NULL);
-        json_object_set_new(header, order[i]->name,
-                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtypes[safetensors_dtype_of(t->dtype)].name,
-                                      "shape", shape, "data_offsets", position, end));
-        position = end;
+    uint64_t position = 0;
+    for (int i = 0; i < plan->count; i++) {
+        const struct named_tensor *item = plan->order[i];
+        CHECK(json_object_get(header, item->name) == NULL);
+        json_object_set_new(header, item->name, describe_tensor(&item->tensor, position));
+        plan->begins[i] = position;
+        position += tensor_bytes(item->tensor);
     }
+    plan->file_bytes = position;
     char *text = json_dumps(header, JSON_COMPACT | JSON_PRESERVE_ORDER);
     json_decref(header);
     CHECK(text != NULL);
     return text;
 }
 
-static enum status write_header(struct file_writer *writer, const char *json) {
+static void make_header(struct safetensors_plan *plan, const char *json) {
     struct text header = {0};
     size_t size = strlen(json), padded = (size + 7) / 8 * 8;
     for (int i = 0; i < LENGTH_BYTES; i++) {
@@ -392,45 +396,57 @@ static enum status write_header(struct file_writer *writer, const char *json) {
         text_add(&header, &byte, 1);
     }
     text_printf(&header, "%s%*s", json, (int)(padded - size), "");
-    enum status status = file_writer_add(writer, header.data, header.size);
-    text_release(&header);
-    return status;
+    plan->header = header.data;
+    plan->header_bytes = header.size;
+    for (int i = 0; i < plan->count; i++)
+        plan->begins[i] += header.size;
+    plan->file_bytes += header.size;
 }
 
-static enum status order_items(struct safetensors_writer *writer, const struct named_tensor *items, int count) {
-    TRY(memory_alloc(&writer->order, (size_t)count, sizeof *writer->order));
+enum status safetensors_plan_init(struct safetensors_plan *plan, const struct named_tensor *items, int count,
+                                  const struct safetensors_metadata *metadata, int metadata_count) {
+    *plan = (struct safetensors_plan){.count = count};
+    TRY(memory_alloc(&plan->order, (size_t)count, sizeof *plan->order));
+    TRY(memory_alloc(&plan->begins, (size_t)count, sizeof *plan->begins));
     for (int i = 0; i < count; i++)
-        writer->order[i] = &items[i];
+        plan->order[i] = &items[i];
     if (count)
-        qsort(writer->order, (size_t)count, sizeof *writer->order, compare_items);
-    writer->count = count;
+        qsort(plan->order, (size_t)count, sizeof *plan->order, compare_items);
+    char *json = make_json(plan, make_metadata(metadata, metadata_count));
+    make_header(plan, json);
+    free(json);
     return STATUS_OK;
+}
+
+void safetensors_plan_release(struct safetensors_plan *plan) {
+    free(plan->order);
+    free(plan->begins);
+    free(plan->header);
+    *plan = (struct safetensors_plan){0};
 }
 
 enum status safetensors_writer_open(struct safetensors_writer *writer, const char *path,
                                     const struct named_tensor *items, int count,
                                     const struct safetensors_metadata *metadata, int metadata_count) {
     *writer = (struct safetensors_writer){.file.descriptor = -1};
-    enum status status = order_items(writer, items, count);
+    enum status status = safetensors_plan_init(&writer->plan, items, count, metadata, metadata_count);
     if (status == STATUS_OK)
         status = file_writer_open(&writer->file, path, false);
-    if (status == STATUS_OK) {
-        char *header = make_header(writer->order, count, make_metadata(metadata, metadata_count));
-        status = write_header(&writer->file, header);
-        free(header);
-    }
+    if (status == STATUS_OK)
+        status = file_writer_add(&writer->file, writer->plan.header, writer->plan.header_bytes);
     if (status != STATUS_OK)
         safetensors_writer_close(writer);
     return status;
 }
 
 const struct named_tensor *safetensors_writer_next(struct safetensors_writer *writer) {
-    while (writer->position < writer->count &&
-           writer->added_bytes == tensor_bytes(writer->order[writer->position]->tensor)) {
+    const struct safetensors_plan *plan = &writer->plan;
+    while (writer->position < plan->count &&
+           writer->added_bytes == tensor_bytes(plan->order[writer->position]->tensor)) {
         writer->position++;
         writer->added_bytes = 0;
     }
-    return writer->position < writer->count ? writer->order[writer->position] : NULL;
+    return writer->position < plan->count ? plan->order[writer->position] : NULL;
 }
 
 enum status safetensors_writer_add(struct safetensors_writer *writer, const void *host, size_t bytes) {
@@ -450,7 +466,7 @@ enum status safetensors_writer_finish(struct safetensors_writer *writer) {
 void safetensors_writer_close(struct safetensors_writer *writer) {
     if (writer->file.path && file_writer_close(&writer->file) != STATUS_OK)
         log_verbose("%s", status_text()); /* what was flushed is on the disk, what was not is an error already */
-    free(writer->order);
+    safetensors_plan_release(&writer->plan);
     *writer = (struct safetensors_writer){.file.descriptor = -1};
 }
 

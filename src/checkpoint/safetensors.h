@@ -68,8 +68,27 @@ int64_t safetensors_elements(const struct safetensors_entry *entry);
 enum status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry, int64_t first,
                              int64_t count, enum dtype to, void *host) MUST_USE;
 
-/* A file being written: declared whole, then filled front to back in the order that the writer prescribes (widest dtype
- * first, then by name, as the reference writer does). Holds no data. Not atomic: write into a checkpoint draft.
+/* What a file of some items looks like: how it begins, and where each of them stands. A function of their names, dtypes and
+ * shapes alone. */
+struct safetensors_plan {
+    /* [count] owned; as they stand in the file: widest dtype first, then by name, as the reference writer does. The items
+     * are the caller's. */
+    const struct named_tensor **order;
+    uint64_t *begins;                  /* [count] owned; byte of the file */
+    int count;
+    char *header; /* owned; the file's first header_bytes */
+    size_t header_bytes;
+    uint64_t file_bytes;
+};
+
+/* Data of the items is not looked at; names must differ. Metadata is {"format": "pt"} and the given pairs, with other keys.
+ * Release with safetensors_plan_release, also after a failure. */
+enum status safetensors_plan_init(struct safetensors_plan *plan, const struct named_tensor *items, int count,
+                                  const struct safetensors_metadata *metadata, int metadata_count) MUST_USE;
+void safetensors_plan_release(struct safetensors_plan *plan);
+
+/* A file being written: declared whole, then filled front to back in the order of its plan. Holds no data. Not atomic:
+ * write into a checkpoint draft.
  *
  *     TRY(safetensors_writer_open(&writer, path, items, count, NULL, 0));
  *     while (status == STATUS_OK && (item = safetensors_writer_next(&writer)))
@@ -80,14 +99,13 @@ enum status safetensors_read(const struct safetensors *file, const struct safete
  */
 struct safetensors_writer {
     struct file_writer file;
-    const struct named_tensor **order; /* owned; the items are the caller's */
-    int count, position;               /* order[position] is being filled */
-    size_t added_bytes;                /* of order[position] */
+    struct safetensors_plan plan;
+    int position;       /* plan.order[position] is being filled */
+    size_t added_bytes; /* of it */
 };
 
-/* Declare name, dtype and shape of `count` items (their data is not looked at; names must differ) and write the header.
- * Metadata is {"format": "pt"} and the given pairs, with other keys. Items are borrowed until close. After a failure
- * nothing is to be closed. */
+/* Plan the file (see safetensors_plan_init) and write its header. Items are borrowed until close. After a failure nothing is
+ * to be closed. */
 enum status safetensors_writer_open(struct safetensors_writer *writer, const char *path,
                                     const struct named_tensor *items, int count,
                                     const struct safetensors_metadata *metadata, int metadata_count) MUST_USE;

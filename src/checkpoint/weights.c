@@ -74,11 +74,10 @@ static enum status open_shards(struct weights *w, const char *path, json_t *map)
     return STATUS_OK;
 }
 
-static enum status open_index(struct weights *w, const char *path) {
+static enum status open_index(struct weights *w, const char *path, const char *single) {
     json_t *index;
     if (!file_exists(path))
-        return status_fail(STATUS_NOT_FOUND, "%s: holds neither model.safetensors nor %s", w->directory,
-                           path_name(path));
+        return status_fail(STATUS_NOT_FOUND, "%s: holds neither %s nor %s", w->directory, single, path_name(path));
     TRY(json_read_file(path, INDEX_BYTES_MAX, &index));
     enum status status = open_shards(w, path, json_object_get(index, "weight_map"));
     json_decref(index);
@@ -86,10 +85,15 @@ static enum status open_index(struct weights *w, const char *path) {
 }
 
 enum status weights_open(struct weights *w, const char *directory) {
+    return weights_open_stem(w, directory, "model");
+}
+
+enum status weights_open_stem(struct weights *w, const char *directory, const char *stem) {
     *w = (struct weights){.directory = memory_copy_string(directory)};
-    char *single = path_join(directory, "model.safetensors");
-    char *index = path_join(directory, "model.safetensors.index.json");
-    enum status status = file_exists(single) ? add_file(w, path_name(single)) : open_index(w, index);
+    char *single = text_format("%s/%s.safetensors", directory, stem);
+    char *index = text_format("%s.index.json", single);
+    enum status status =
+        file_exists(single) ? add_file(w, path_name(single)) : open_index(w, index, path_name(single));
     free(single);
     free(index);
     if (status == STATUS_OK)
@@ -200,7 +204,7 @@ static enum status check_dtypes(const struct weights *w, const struct named_tens
     return STATUS_OK;
 }
 
-static enum status fill_exactly(struct weights *w, const struct named_tensor *items, int count,
+enum status weights_fill_exactly(struct weights *w, const struct named_tensor *items, int count,
                                 const struct device *device) {
     TRY(check_dtypes(w, items, count));
     TRY(weights_fill(w, items, count, device));
@@ -215,7 +219,7 @@ enum status safetensors_fill(const char *path, const struct named_tensor *items,
     struct weights w = {.directory = memory_copy_string(path)}; /* messages name the file */
     enum status status = open_one(&w, path);
     if (status == STATUS_OK)
-        status = fill_exactly(&w, items, count, device);
+        status = weights_fill_exactly(&w, items, count, device);
     weights_close(&w);
     return status;
 }

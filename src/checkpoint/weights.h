@@ -20,6 +20,9 @@ struct weights {
 /* Open all files of a directory. An index must name plain files beside it and each tensor where it is; a tensor that
  * stands in two of them is refused. STATUS_NOT_FOUND where there is neither file nor index. */
 enum status weights_open(struct weights *weights, const char *directory) MUST_USE;
+
+/* The same of STEM.safetensors or STEM.safetensors.index.json. */
+enum status weights_open_stem(struct weights *weights, const char *directory, const char *stem) MUST_USE;
 void weights_close(struct weights *weights);
 
 /* The file and entry of a name; NULL where there is none. A caller that reads it by itself sets the entry's `used`. */
@@ -35,7 +38,10 @@ enum status weights_fill(struct weights *weights, const struct named_tensor *ite
  * count. */
 const char *weights_first_unused(const struct weights *weights);
 
-/* Fill from one file that holds exactly these items in exactly these dtypes, as safetensors_write left it: what a run
- * resumes from bit by bit. */
+/* Fill from what holds exactly these items in exactly these dtypes: what a run resumes from bit by bit. */
+enum status weights_fill_exactly(struct weights *weights, const struct named_tensor *items, int count,
+                                 const struct device *device) MUST_USE;
+
+/* The same from one file, as safetensors_write left it. */
 enum status safetensors_fill(const char *path, const struct named_tensor *items, int count,
                              const struct device *device) MUST_USE;

@@ -45,21 +45,26 @@ static enum status price(const struct run_config *c, struct cost *cost) {
     return workspace_plan_config(&c->model, compute, workspace, &cost->recomputed);
 }
 
+/* What an asynchronous save copies: weights and moments. */
+static double copy_bytes(const struct run_config *c, const struct cost *cost) {
+    return c->checkpoint.mode == CHECKPOINT_MODE_ASYNC ? (double)(cost->model.weights + cost->model.moments) : 0;
+}
+
 static double total_bytes(const struct run_config *c, const struct cost *cost) {
     const struct workspace_memory *w = c->train.recompute == RECOMPUTE_BLOCK ? &cost->recomputed : &cost->kept;
-    return (double)(cost->model.total + w->total + TRAIN_PROCESS_BYTES);
+    return (double)(cost->model.total + w->total + TRAIN_PROCESS_BYTES) + copy_bytes(c, cost);
 }
 
 static void print_cost_json(const struct run_config *c, const struct cost *k) {
     json_t *object = json_pack(
-        "{s:s,s:I,s:I,s:I,s:f,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f}", "preset", c->preset, "parameters",
+        "{s:s,s:I,s:I,s:I,s:f,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f,s:f}", "preset", c->preset, "parameters",
         (json_int_t)k->counts.total, "active_parameters", (json_int_t)k->counts.active, "embedding_parameters",
         (json_int_t)k->counts.embedding, "operations_per_token", k->operations_per_token, "weight_bytes",
         (json_int_t)k->model.weights, "packed_bytes", (json_int_t)k->model.packed, "gradient_bytes",
         (json_int_t)k->model.gradients, "optimizer_bytes", (json_int_t)k->model.moments, "activation_bytes",
         (json_int_t)k->kept.activations, "activation_bytes_recomputed", (json_int_t)k->recomputed.activations,
-        "scratch_bytes", (json_int_t)k->kept.scratch, "process_bytes", (json_int_t)TRAIN_PROCESS_BYTES, "total_bytes",
-        total_bytes(c, k));
+        "scratch_bytes", (json_int_t)k->kept.scratch, "process_bytes", (json_int_t)TRAIN_PROCESS_BYTES,
+        "checkpoint_copy_bytes", copy_bytes(c, k), "total_bytes", total_bytes(c, k));
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);
     putchar('\n');
     json_decref(object);
@@ -104,6 +109,7 @@ static void print_cost(const struct run_config *c, const struct cost *k) {
     print_line("activations", (double)k->kept.activations, sequences);
     print_line("", (double)k->recomputed.activations, "with train.recompute = block");
     print_line("scratch", (double)k->kept.scratch, "");
+    print_line("saving", copy_bytes(c, k), "a copy to write checkpoints from while training goes on");
     print_line("process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
     print_line("total", total_bytes(c, k), "");
 }

@@ -3,6 +3,7 @@
 #include "parallel/cost.h"
 #include "parallel/layout_choice.h"
 #include "train/placement.h"
+#include "train/shares.h"
 #include <stdio.h>
 
 enum { LINE_BYTES = 64 };
@@ -16,6 +17,7 @@ struct plan {
     struct workspace_options workspace;
     struct workspace_memory memory;
     struct event_sending sending;
+    double share_bytes, copy_bytes; /* of a checkpoint, that rank 0 writes; of its copy */
 };
 
 static enum status plan_open(struct plan *p, const struct run_config *c, int rank_count) {
@@ -38,6 +40,16 @@ static enum status plan_open(struct plan *p, const struct run_config *c, int ran
     int64_t sequences = range_count(step_sequences(&p->sharding.mesh, c->train.micro_batch_sequences));
     p->sending = (struct event_sending){p->model, p->traffic, sequences * c->train.sequence_length};
     return STATUS_OK;
+}
+
+/* The part of a checkpoint that rank 0 writes. */
+static enum status plan_saving(struct plan *p) {
+    struct shares shares;
+    enum status status = shares_init(&shares, p->model, (uint64_t)p->config->checkpoint.file_bytes);
+    p->share_bytes = (double)shares.bytes;
+    p->copy_bytes = p->config->checkpoint.mode == CHECKPOINT_MODE_ASYNC ? p->share_bytes : 0;
+    shares_release(&shares);
+    return status;
 }
 
 static void plan_close(struct plan *p) {
@@ -124,8 +136,9 @@ static void print_memory(const struct plan *p, struct text *out) {
     print_line(out, "staging", staging, "what is under way between ranks");
     print_line(out, "activations", (double)p->memory.activations, "");
     print_line(out, "scratch", (double)p->memory.scratch, "");
+    print_line(out, "saving", p->copy_bytes, "a copy to write checkpoints from while training goes on");
     print_line(out, "process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
-    print_line(out, "total", (double)m->total + staging + (double)p->memory.total + TRAIN_PROCESS_BYTES,
+    print_line(out, "total", (double)m->total + staging + (double)p->memory.total + p->copy_bytes + TRAIN_PROCESS_BYTES,
                p->sharding.mesh.size[MESH_EXPERT] > 1 ? "and the rows that routing sends here" : "");
 }
 
@@ -135,11 +148,14 @@ enum status train_dry_run(struct run_config *config, int rank_count, struct text
     if (config->model.vocab_size == 0)
         config->model.vocab_size = config->data.vocab_size;
     enum status status = plan_open(&plan, config, rank_count);
+    if (status == STATUS_OK)
+        status = plan_saving(&plan);
     if (status == STATUS_OK) {
         text_printf(out, "mesh: %s\n", layout_describe(&plan.sharding, line));
         print_parameters(&plan, out);
         print_schedule(&plan, out);
         print_memory(&plan, out);
+        text_printf(out, "\ncheckpoint: rank 0 writes %s of it\n", text_bytes(line, plan.share_bytes));
     }
     plan_close(&plan);
     return status;

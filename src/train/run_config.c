@@ -8,6 +8,9 @@ static const char *const precision_names[] = {"auto", "fp32", "bf16", NULL};
 static const char *const recompute_names[] = {"none", "block", NULL};
 static const char *const zero_names[] = {"auto", "0", "1", "2", "3", NULL};
 static const char *const wire_names[] = {"fp32", "bf16", NULL};
+static const char *const mode_names[] = {"async", "sync", NULL};
+static const char *const overlap_names[] = {"wait", "replace", NULL};
+static const char *const read_names[] = {"each", "broadcast", NULL};
 
 #define AT(member) offsetof(struct run_config, member)
 
@@ -62,7 +65,19 @@ static const struct setting layout_settings[] = {
 static const struct setting place_settings[] = {
     {"checkpoint", "every_steps", SETTING_INTEGER, AT(checkpoint.every_steps), 0, 1e9, NULL,
      "steps between checkpoints; 0: only at the end"},
-    {"checkpoint", "keep", SETTING_INTEGER, AT(checkpoint.keep), 1, 1e6, NULL, "checkpoints kept"},
+    {"checkpoint", "keep", SETTING_INTEGER, AT(checkpoint.keep), 1, 1e6, NULL, "newest checkpoints kept"},
+    {"checkpoint", "keep_every_steps", SETTING_INTEGER, AT(checkpoint.keep_every_steps), 0, 1e9, NULL,
+     "and those of every step that this divides; 0: none"},
+    {"checkpoint", "keep_best", SETTING_BOOLEAN, AT(checkpoint.keep_best), 0, 1, NULL,
+     "and the one with the lowest held-out loss, of those saved at an evaluation"},
+    {"checkpoint", "mode", SETTING_CHOICE, AT(checkpoint.mode), 0, 0, mode_names,
+     "async: written while training goes on, from a copy in memory; sync: training waits"},
+    {"checkpoint", "overlap", SETTING_CHOICE, AT(checkpoint.overlap), 0, 0, overlap_names,
+     "a save that is due while another is written waits for it, or replaces it"},
+    {"checkpoint", "file_bytes", SETTING_INTEGER, AT(checkpoint.file_bytes), 1, 1e15, NULL,
+     "bytes of tensors in one file; more are divided into several, with an index"},
+    {"checkpoint", "read", SETTING_CHOICE, AT(checkpoint.read), 0, 0, read_names,
+     "on resume replicas read each for itself, or one reads and sends it to the others"},
     {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
      "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
@@ -103,6 +118,7 @@ void run_config_init(struct run_config *config) {
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
     config->run.timeout_seconds = 60;
+    config->checkpoint.file_bytes = 5000000000; /* as transformers writes */
     strcpy(config->run.directory, "runs/cadre");
     strcpy(config->run.kernels, "auto");
 }

@@ -9,6 +9,9 @@ enum recompute { RECOMPUTE_NONE, RECOMPUTE_BLOCK };
 enum layout_zero { LAYOUT_ZERO_AUTO, LAYOUT_ZERO_0, LAYOUT_ZERO_1, LAYOUT_ZERO_2, LAYOUT_ZERO_3 };
 enum gradient_wire { GRADIENT_WIRE_FP32, GRADIENT_WIRE_BF16 };
 
+enum checkpoint_mode { CHECKPOINT_MODE_ASYNC, CHECKPOINT_MODE_SYNC };
+enum checkpoint_overlap { CHECKPOINT_OVERLAP_WAIT, CHECKPOINT_OVERLAP_REPLACE };
+
 struct run_config {
     struct model_config model;
     char preset[SETTING_STRING_BYTES];
@@ -30,7 +33,9 @@ struct run_config {
         int64_t exchange_limit_bytes;
     } layout;
     struct {
-        int64_t every_steps, keep;
+        int64_t every_steps, keep, keep_every_steps, file_bytes;
+        bool keep_best;
+        int mode, overlap, read; /* enum checkpoint_mode, checkpoint_overlap, checkpoint_read (train/state.h) */
     } checkpoint;
     struct {
         char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES];

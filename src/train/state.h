@@ -1,6 +1,7 @@
 /* What a checkpoint's training/state.json holds besides tensors: where a run stands. */
 #pragma once
 
+#include "checkpoint/publish.h"
 #include "model/model.h"
 #include "parallel/ranks.h"
 
@@ -10,25 +11,35 @@ struct train_state {
     int64_t step;      /* updates done */
     int64_t sequences; /* drawn from the loader: its cursor */
     int64_t tokens;    /* learnt from */
+    double best_valid_loss; /* of the checkpoints that were saved at an evaluation, and the step of that; -1: none yet */
+    int64_t best_step;
 };
 
-/* Collective. Rank 0 publishes checkpoints_dir/step-N: a Hugging Face directory (config.json, generation_config.json,
- * model.safetensors in f32, tokenizer.json, tokenizer_config.json) with training/ inside (state.json,
- * optimizer.safetensors, config.ini). It appears whole or not at all; then all but the newest `keep` are removed. */
+/* What a checkpoint says: a Hugging Face directory (config.json, generation_config.json, model.safetensors in f32,
+ * tokenizer.json, tokenizer_config.json) with training/ inside (state.json, optimizer.safetensors, config.ini). The tensors
+ * are written by train/saver.h. */
 struct checkpoint_sources {
-    const char *checkpoints_directory;
     const char *tokenizer_path; /* copied */
     const char *config_path;    /* config.ini, copied */
-    const struct model *model;
-    struct ranks *ranks;
+    const struct model_config *model;
     const struct tokenizer *tokenizer;
     struct train_state state;
-    int64_t keep;
+    struct checkpoint_retention keep; /* of older ones; good_step is not looked at */
 };
-enum status checkpoint_save(const struct checkpoint_sources *sources) MUST_USE;
 
-/* Collective. Fill model and state from the newest good checkpoint, whatever layout wrote it: every rank reads the rows
- * that it owns. path is empty where there is none. What ranks compute with is to be refreshed by the caller. */
+/* All but the tensors, into a draft. Not collective. */
+enum status checkpoint_write_files(const char *root, const struct checkpoint_sources *sources) MUST_USE;
+
+/* Who reads the tensors of replicas that hold the same. */
+enum checkpoint_read {
+    CHECKPOINT_READ_EACH,      /* each what it owns: where the file system is faster than the network */
+    CHECKPOINT_READ_BROADCAST, /* the first replica, and the others receive it */
+};
+
+/* Collective. Fill model and state from the newest good checkpoint, whatever layout wrote it: together the ranks check all
+ * of it, then each reads the rows that it owns and no other. path is empty where there is none. What ranks compute with is
+ * to be refreshed by the caller. */
 enum { CHECKPOINT_PATH_BYTES = 4096 };
 enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
-                              struct train_state *state, char path[CHECKPOINT_PATH_BYTES]) MUST_USE;
+                              enum checkpoint_read read, struct train_state *state,
+                              char path[CHECKPOINT_PATH_BYTES]) MUST_USE;

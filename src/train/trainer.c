@@ -16,6 +16,7 @@
 #include "train/report.h"
 #include "train/roof.h"
 #include "train/run_directory.h"
+#include "train/saver.h"
 #include "train/state.h"
 #include <math.h>
 #include <signal.h>
@@ -48,7 +49,8 @@ struct trainer {
     struct train_report report;
     struct profile profile; /* zeroed without hooks.profile */
     int32_t *tokens; /* [batch_sequences, T+1] */
-    char *checkpoints, *samples_path;
+    struct saver *saver;
+    char *checkpoints, *samples_path, *config_path;
     double roof_operations_per_s, step_seconds, begin_s;
     int skipped_in_a_row;
     bool stopping; /* some rank was asked to stop: agreed on */
@@ -161,6 +163,13 @@ static enum status create_model(struct trainer *t) {
     return memory_alloc(&t->tokens, token_count, sizeof *t->tokens);
 }
 
+static enum status create_saver(struct trainer *t) {
+    const struct run_config *c = t->config;
+    struct saver_settings settings = {t->checkpoints, (uint64_t)c->checkpoint.file_bytes,
+                                      c->checkpoint.mode == CHECKPOINT_MODE_ASYNC, t->hooks.checkpoint_is_good};
+    return saver_create(&t->saver, t->model, &t->ranks, &settings);
+}
+
 static void clear_moments(struct model *model) {
     for (int i = 0; i < model->table.count; i++) {
         model->context.ops->fill(model->moment1[i], 0);
@@ -170,7 +179,7 @@ static void clear_moments(struct model *model) {
 
 /* Fresh weights and moments: the start of a run. */
 static enum status start_fresh(struct trainer *t) {
-    t->state = (struct train_state){0};
+    t->state = (struct train_state){.best_step = -1};
     clear_moments(t->model);
     return model_initialize(t->model, (uint64_t)t->config->train.seed);
 }
@@ -206,7 +215,8 @@ static enum status measure_steps(struct trainer *t) {
 
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
     char path[CHECKPOINT_PATH_BYTES];
-    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, &t->state, path));
+    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, (enum checkpoint_read)t->config->checkpoint.read,
+                          &t->state, path));
     *resumed = *path != '\0';
     if (*resumed && t->hooks.checkpoint_is_good)
         t->hooks.checkpoint_is_good(path);
@@ -283,10 +293,12 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     TRY(agreement_directory(world, c));
     t->checkpoints = run_directory_path(c, "checkpoints");
     t->samples_path = run_directory_path(c, "samples.txt");
+    t->config_path = run_directory_path(c, "config.ini");
     TRY(open_data(t));
     TRY(comm_agree(world, open_tokenizer(t)));
     TRY(choose_layout(t));
     TRY(comm_agree(world, create_model(t)));
+    TRY(comm_agree(world, create_saver(t)));
     TRY(measure_roof(t));
     describe(t);
     TRY(start_or_resume(t, &summary->resumed));
@@ -299,6 +311,7 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
 }
 
 static void tear_down(struct trainer *t) {
+    saver_destroy(t->saver);
     train_report_close(&t->report);
     loader_close(t->loader);
     profile_release(&t->profile);
@@ -312,23 +325,20 @@ static void tear_down(struct trainer *t) {
     free(t->tokens);
     free(t->checkpoints);
     free(t->samples_path);
+    free(t->config_path);
 }
 
 /* ---- what happens between steps -------------------------------------------------------------------------------------- */
 
+/* A save that is still under way is given up or waited for, as the settings say; the last one of a run always ends. */
 static enum status save(struct trainer *t) {
-    char *config_path = run_directory_path(t->config, "config.ini");
-    struct checkpoint_sources sources = {t->checkpoints, t->corpus.tokenizer_path, config_path, t->model,
-                                         &t->ranks,      t->tokenizer,             t->state,
-                                         t->config->checkpoint.keep};
-    enum status status = checkpoint_save(&sources);
-    free(config_path);
-    if (status == STATUS_OK && t->hooks.checkpoint_is_good) {
-        char *path = text_format("%s/step-%06lld", t->checkpoints, (long long)t->state.step);
-        t->hooks.checkpoint_is_good(path);
-        free(path);
-    }
-    return status;
+    const struct run_config *c = t->config;
+    struct checkpoint_retention keep = {c->checkpoint.keep, c->checkpoint.keep_every_steps, -1, -1};
+    if (c->checkpoint.keep_best)
+        keep.best_step = t->state.best_step;
+    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, &c->model, t->tokenizer, t->state, keep};
+    TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE ? saver_cancel(t->saver) : saver_finish(t->saver));
+    return saver_start(t->saver, &sources);
 }
 
 /* Bytes of the text that `count` tokens from the document's beginning stand for. */
@@ -398,21 +408,30 @@ static bool is_time_over(const struct trainer *t) {
     return is_first(t) && t->hooks.max_seconds > 0 && clock_seconds() - t->begin_s >= t->hooks.max_seconds;
 }
 
-/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. */
-static enum status agree_on_stopping(struct trainer *t) {
-    double asked = stop_requested || is_time_over(t);
-    TRY(comm_sum_f64(t->world.comm, &asked, 1));
-    t->stopping = asked > 0;
-    return STATUS_OK;
+/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. And a save that all ranks
+ * are done with goes on to its next stage. */
+static enum status agree_after_step(struct trainer *t) {
+    double asked[] = {stop_requested || is_time_over(t), saver_is_busy(t->saver)};
+    TRY(comm_sum_f64(t->world.comm, asked, 2));
+    t->stopping = asked[0] > 0;
+    return asked[1] == 0 ? saver_advance(t->saver) : STATUS_OK;
+}
+
+/* A checkpoint of a step that was evaluated may be the best so far. */
+static void note_best(struct trainer *t, double valid_loss) {
+    if (t->state.best_step < 0 || valid_loss < t->state.best_valid_loss) {
+        t->state.best_step = t->state.step;
+        t->state.best_valid_loss = valid_loss;
+    }
 }
 
 static enum status after_step(struct trainer *t, struct train_summary *summary) {
     const struct run_config *c = t->config;
     int64_t step = t->state.step;
-    bool last = step == c->train.steps;
+    bool last = step == c->train.steps, evaluated = last || is_due(step, c->train.eval_every_steps);
     enum status status = STATUS_OK;
     double begin = clock_seconds();
-    if (last || is_due(step, c->train.eval_every_steps)) {
+    if (evaluated) {
         TRY(evaluate_held_out(t, last ? 0 : c->train.eval_tokens, summary));
         if (is_first(t))
             status = train_report_evaluation(&t->report, step, summary->valid_loss, summary->valid_bits_per_byte);
@@ -424,9 +443,11 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
         TRY(add_sample(t));
         profile_note(&t->profile, SPAN_SAMPLE, begin);
     }
-    TRY(agree_on_stopping(t));
     begin = clock_seconds();
+    TRY(agree_after_step(t));
     if (last || t->stopping || is_due(step, c->checkpoint.every_steps)) {
+        if (evaluated)
+            note_best(t, summary->valid_loss);
         TRY(save(t));
         profile_note(&t->profile, SPAN_CHECKPOINT, begin);
     }
@@ -481,7 +502,8 @@ static void finish_summary(const struct trainer *t, double seconds, int64_t firs
                           model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
                           t->roof_operations_per_s;
     summary->peak_bytes = (double)memory_peak_bytes();
-    summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total + TRAIN_PROCESS_BYTES);
+    summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total + TRAIN_PROCESS_BYTES) +
+                             (double)saver_copy_bytes(t->saver);
     summary->interrupted = t->stopping && t->state.step < t->config->train.steps;
 }
 
@@ -522,6 +544,8 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
     enum status status = STATUS_OK;
     while (status == STATUS_OK && t->state.step < t->config->train.steps && !t->stopping)
         status = run_step(t, summary);
+    if (status == STATUS_OK)
+        status = saver_finish(t->saver);
     finish_summary(t, clock_seconds() - begin, first_token, summary);
     if (t->hooks.profile && status == STATUS_OK)
         status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);

@@ -1,0 +1,67 @@
+/* Tensors that several processes write into the same files of a checkpoint draft, each the bytes that it holds.
+ *
+ * The files follow from the names, dtypes and shapes of the tensors alone: every process plans the same ones, and nothing in
+ * them says which process wrote what, or how many there were. One process creates them in their full length; then each
+ * writes its stretches, wherever they lie, hashes them from its own memory and flushes. The hashes of all go into the
+ * manifest (checkpoint/publish.h). Nothing here is collective; the directory must be one that all processes see.
+ */
+#pragma once
+
+#include "checkpoint/publish.h"
+#include "checkpoint/safetensors.h"
+#include <stdatomic.h>
+
+/* Where a tensor begins. */
+struct sharded_place {
+    int file;
+    uint64_t begin;
+};
+
+/* Files of safetensors, and the indices of those that are one of several. A zeroed struct is an empty set. */
+struct sharded_set {
+    struct safetensors_plan *plans; /* [file_count] */
+    char **names;                   /* [file_count] below the checkpoint */
+    int file_count;
+    struct sharded_place *places; /* [place_count] of all tensors, in the order in which they were added */
+    int place_count;
+    char **index_names, **index_texts; /* [index_count] */
+    int index_count;
+};
+
+/* Add tensors: to STEM.safetensors or, where that would have more than file_bytes, to STEM-00001-of-0000N.safetensors and so
+ * on, which STEM.safetensors.index.json lists. A file has at least one tensor. Only name, dtype and shape are looked at; the
+ * items are borrowed until sharded_release, and differ in their names. */
+enum status sharded_add(struct sharded_set *set, const char *stem, const struct named_tensor *items, int count,
+                        uint64_t file_bytes) MUST_USE;
+void sharded_release(struct sharded_set *set);
+
+/* Bytes of all files. */
+uint64_t sharded_bytes(const struct sharded_set *set);
+
+/* Create the files below `root`, with nothing in them but zeros, and the indices. One process, before any writes. */
+enum status sharded_create(const struct sharded_set *set, const char *root) MUST_USE;
+
+/* Bytes that belong somewhere. */
+struct sharded_stretch {
+    int file;
+    uint64_t begin, bytes;
+    const void *data;
+};
+
+/* Sort by place and join neighbours that are neighbours in memory, too. Returns how many are left. */
+int sharded_sort(struct sharded_stretch *stretches, int count);
+
+/* The headers of all files, for the one process that writes them, into stretches [file_count]. */
+void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stretches);
+
+/* What was written. */
+struct sharded_extents {
+    struct checkpoint_extent *items; /* owned; file counts in the set */
+    size_t count, capacity;
+};
+
+/* Write and flush sorted stretches, which do not overlap those of any other process. device: where their data lie. Ends with
+ * STATUS_INTERRUPTED soon after *cancel is set. extents is an empty list before; the caller frees its items, always. Holds
+ * at most 4 MiB in memory. */
+enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
+                          const struct device *device, const atomic_bool *cancel, struct sharded_extents *extents) MUST_USE;

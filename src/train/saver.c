@@ -1,0 +1,324 @@
+/* Invariants
+ *  1. Only the training thread calls the transport and changes `stage`. Its helper runs one piece of work at a time (write,
+ *     or commit) and touches nothing that the training thread touches until it was joined.
+ *  2. The stage is the same on all ranks: it changes only after an agreement.
+ *  3. A draft is rank 0's, and exists while the stage is not STAGE_NONE.
+ */
+#include "train/saver.h"
+
+#include "base/log.h"
+#include "base/memory.h"
+#include "base/threads.h"
+#include "checkpoint/publish.h"
+#include "train/shares.h"
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { COPY_TASK_BYTES = 1 << 20, MESSAGE_BYTES = 1024 };
+
+enum stage { STAGE_NONE, STAGE_WRITE, STAGE_COMMIT };
+
+struct saver {
+    struct saver_settings settings;
+    struct ranks *ranks;
+    const struct device *device;
+    struct shares shares;
+    char *copy;                     /* of this rank's bytes in the order of the files; NULL: not asynchronous */
+    uint64_t *copy_offsets;         /* [shares.count + 1] of each stretch in the copy */
+    struct sharded_stretch *copied; /* [copied_count] the same bytes, in the copy */
+    int copied_count;
+
+    enum stage stage;
+    struct checkpoint_sources sources;
+    struct checkpoint_draft draft;          /* rank 0 */
+    char root[CHECKPOINT_PATH_BYTES];       /* its path, on all ranks */
+    struct sharded_extents extents;         /* what this rank wrote */
+    struct checkpoint_extent *all_extents;  /* what all did, on rank 0 */
+    size_t all_extent_count;
+
+    enum status (*work)(struct saver *saver);
+    pthread_t thread;
+    bool has_thread;
+    atomic_bool busy, cancel;
+    enum status result;          /* of the work */
+    char message[MESSAGE_BYTES]; /* where it failed: status_text belongs to a thread */
+};
+
+static bool is_first(const struct saver *s) {
+    return s->ranks->world->rank == 0;
+}
+
+/* ---- the copy ---------------------------------------------------------------------------------------------------------- */
+
+/* Large pages where the system has them: the first copy would take as long for small ones as for the copying. */
+static void ask_for_large_pages(char *data, uint64_t bytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)data + page - 1) / page * page;
+    if (bytes > 2 * page)
+        madvise((void *)first, ((uintptr_t)data + bytes - first) / page * page, MADV_HUGEPAGE);
+}
+
+static enum status take_copy(struct saver *s) {
+    TRY(memory_alloc(&s->copy_offsets, (size_t)s->shares.count + 1, sizeof *s->copy_offsets));
+    TRY(memory_alloc(&s->copied, (size_t)s->shares.count, sizeof *s->copied));
+    enum status status = memory_alloc(&s->copy, s->shares.bytes, 1);
+    if (status != STATUS_OK)
+        return status_fail(status, "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
+                           (unsigned long long)s->shares.bytes);
+    ask_for_large_pages(s->copy, s->shares.bytes);
+    for (int i = 0; i < s->shares.count; i++) {
+        s->copied[i] = s->shares.stretches[i];
+        s->copied[i].data = s->copy + s->copy_offsets[i];
+        s->copy_offsets[i + 1] = s->copy_offsets[i] + s->shares.stretches[i].bytes;
+    }
+    s->copied_count = sharded_sort(s->copied, s->shares.count);
+    return STATUS_OK;
+}
+
+/* The stretch that byte `offset` of the copy belongs to. */
+static int find_stretch(const struct saver *s, uint64_t offset) {
+    int low = 0, high = s->shares.count;
+    while (high - low > 1) {
+        int middle = low + (high - low) / 2;
+        if (s->copy_offsets[middle] <= offset)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void copy_task(void *context, int64_t task) {
+    const struct saver *s = context;
+    uint64_t offset = (uint64_t)task * COPY_TASK_BYTES, end = offset + COPY_TASK_BYTES;
+    end = end < s->shares.bytes ? end : s->shares.bytes;
+    for (int i = find_stretch(s, offset); offset < end; i++) {
+        const struct sharded_stretch *stretch = &s->shares.stretches[i];
+        uint64_t done = offset - s->copy_offsets[i], left = stretch->bytes - done;
+        size_t part = (size_t)(left < end - offset ? left : end - offset);
+        const char *from = (const char *)stretch->data + done;
+        if (stretch->begin == 0) /* a header */
+            memcpy(s->copy + offset, from, part);
+        else
+            s->device->copy_to_host(s->copy + offset, from, part);
+        offset += part;
+    }
+}
+
+static void copy_share(struct saver *s) {
+    parallel_for((int64_t)((s->shares.bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, s);
+}
+
+/* ---- work, maybe in the thread ----------------------------------------------------------------------------------------- */
+
+static enum status write_share(struct saver *s) {
+    if (is_first(s))
+        TRY(checkpoint_write_files(s->root, &s->sources));
+    const struct sharded_stretch *stretches = s->copy ? s->copied : s->shares.stretches;
+    int count = s->copy ? s->copied_count : s->shares.count;
+    return sharded_write(&s->shares.set, s->root, stretches, count, s->copy ? device_cpu() : s->device, &s->cancel,
+                         &s->extents);
+}
+
+/* A checkpoint that cannot be deleted is no reason to end a run: it is told, and tried again at the next save. */
+static enum status commit(struct saver *s) {
+    if (!is_first(s))
+        return STATUS_OK;
+    struct checkpoint_written written = {(const char *const *)s->shares.set.names, s->shares.set.file_count, s->all_extents,
+                                         s->all_extent_count};
+    TRY(checkpoint_commit(&s->draft, &written));
+    struct checkpoint_retention keep = s->sources.keep;
+    keep.good_step = s->sources.state.step;
+    if (checkpoint_keep(s->settings.directory, keep) != STATUS_OK)
+        log_warn("%s", status_text());
+    return STATUS_OK;
+}
+
+static void *run_work(void *context) {
+    struct saver *s = context;
+    s->result = s->work(s);
+    if (s->result != STATUS_OK)
+        snprintf(s->message, sizeof s->message, "%s", status_text());
+    atomic_store(&s->busy, false);
+    return NULL;
+}
+
+/* Without a thread to be had it works in this one. */
+static void start_work(struct saver *s, enum status (*work)(struct saver *saver)) {
+    s->work = work;
+    atomic_store(&s->busy, true);
+    s->has_thread = s->settings.asynchronous && pthread_create(&s->thread, NULL, run_work, s) == 0;
+    if (!s->has_thread)
+        run_work(s);
+}
+
+static enum status end_work(struct saver *s) {
+    if (s->has_thread)
+        pthread_join(s->thread, NULL);
+    s->has_thread = false;
+    return s->result == STATUS_OK ? STATUS_OK : status_fail(s->result, "%s", s->message);
+}
+
+/* ---- stages ------------------------------------------------------------------------------------------------------------ */
+
+static void forget(struct saver *s) {
+    if (s->draft.path)
+        checkpoint_abandon(&s->draft);
+    free(s->extents.items);
+    free(s->all_extents);
+    s->extents = (struct sharded_extents){0};
+    s->all_extents = NULL;
+    s->all_extent_count = 0;
+    s->stage = STAGE_NONE;
+}
+
+static enum status make_draft(struct saver *s) {
+    if (!is_first(s))
+        return STATUS_OK;
+    TRY(checkpoint_begin(&s->draft, s->settings.directory, s->sources.state.step));
+    if (strlen(s->draft.path) >= sizeof s->root)
+        return status_fail(STATUS_USAGE, "%s: this path is too long", s->draft.path);
+    strcpy(s->root, s->draft.path);
+    return sharded_create(&s->shares.set, s->root);
+}
+
+enum status saver_start(struct saver *s, const struct checkpoint_sources *sources) {
+    CHECK(s->stage == STAGE_NONE);
+    s->sources = *sources;
+    memset(s->root, 0, sizeof s->root);
+    atomic_store(&s->cancel, false);
+    enum status status = comm_agree(s->ranks->world, make_draft(s));
+    if (status == STATUS_OK)
+        status = comm_broadcast(s->ranks->world, s->root, sizeof s->root);
+    if (status != STATUS_OK) {
+        forget(s);
+        return status;
+    }
+    if (s->copy)
+        copy_share(s);
+    s->stage = STAGE_WRITE;
+    start_work(s, write_share);
+    return s->settings.asynchronous ? STATUS_OK : saver_finish(s);
+}
+
+/* counts [3][ranks]: what each rank has, what is sent, what comes; offsets alike. */
+static enum status send_extents(struct saver *s, int64_t *counts, struct comm *world) {
+    int size = world->size;
+    int64_t *send = counts + size, *send_at = send + size, *recv = send_at + size, *recv_at = recv + size, total = 0;
+    send[0] = counts[world->rank];
+    for (int r = 0; r < size && world->rank == 0; r++) {
+        recv[r] = counts[r];
+        recv_at[r] = total;
+        total += counts[r];
+    }
+    TRY(comm_agree(world, memory_alloc(&s->all_extents, (size_t)total, 1)));
+    struct comm_request request;
+    s->all_extent_count = (size_t)total / sizeof *s->all_extents;
+    TRY(world->ops->all_to_all(world, s->extents.items, send, send_at, s->all_extents, recv, recv_at, &request));
+    return world->ops->wait(world, &request);
+}
+
+/* What all ranks wrote, to rank 0. */
+static enum status collect_extents(struct saver *s) {
+    struct comm *world = s->ranks->world;
+    int64_t *counts, mine = (int64_t)(s->extents.count * sizeof *s->extents.items);
+    TRY(comm_agree(world, memory_alloc(&counts, 5 * (size_t)world->size, sizeof *counts)));
+    enum status status = comm_share(world, &mine, sizeof mine, counts);
+    if (status == STATUS_OK)
+        status = send_extents(s, counts, world);
+    free(counts);
+    return status;
+}
+
+static enum status end_write(struct saver *s) {
+    TRY(comm_agree(s->ranks->world, end_work(s)));
+    TRY(collect_extents(s));
+    s->stage = STAGE_COMMIT;
+    start_work(s, commit);
+    return STATUS_OK;
+}
+
+static enum status end_commit(struct saver *s) {
+    TRY(comm_agree(s->ranks->world, end_work(s)));
+    char *path = text_format("%s/step-%06lld", s->settings.directory, (long long)s->sources.state.step);
+    if (s->settings.published)
+        s->settings.published(path);
+    free(path);
+    forget(s);
+    return STATUS_OK;
+}
+
+enum status saver_advance(struct saver *s) {
+    enum status status = s->stage == STAGE_WRITE ? end_write(s) : s->stage == STAGE_COMMIT ? end_commit(s) : STATUS_OK;
+    if (status != STATUS_OK)
+        forget(s);
+    return status;
+}
+
+enum status saver_finish(struct saver *s) {
+    while (s->stage != STAGE_NONE)
+        TRY(saver_advance(s));
+    return STATUS_OK;
+}
+
+enum status saver_cancel(struct saver *s) {
+    if (s->stage != STAGE_WRITE)
+        return saver_finish(s);
+    atomic_store(&s->cancel, true);
+    enum status status = end_work(s);
+    status = comm_agree(s->ranks->world, status == STATUS_INTERRUPTED ? STATUS_OK : status);
+    forget(s);
+    return status;
+}
+
+bool saver_is_under_way(const struct saver *s) {
+    return s->stage != STAGE_NONE;
+}
+
+bool saver_is_busy(const struct saver *s) {
+    return atomic_load(&s->busy);
+}
+
+uint64_t saver_share_bytes(const struct saver *s) {
+    return s->shares.bytes;
+}
+
+uint64_t saver_copy_bytes(const struct saver *s) {
+    return s->copy ? s->shares.bytes : 0;
+}
+
+/* ---- life and death ------------------------------------------------------------------------------------------------------ */
+
+enum status saver_create(struct saver **out, const struct model *model, struct ranks *ranks,
+                         const struct saver_settings *settings) {
+    struct saver *s;
+    TRY(memory_alloc(&s, 1, sizeof *s));
+    s->settings = *settings;
+    s->ranks = ranks;
+    s->device = model->device;
+    enum status status = shares_init(&s->shares, model, settings->file_bytes);
+    if (status == STATUS_OK && settings->asynchronous)
+        status = take_copy(s);
+    if (status != STATUS_OK)
+        saver_destroy(s);
+    else
+        *out = s;
+    return status;
+}
+
+void saver_destroy(struct saver *s) {
+    if (!s)
+        return;
+    atomic_store(&s->cancel, true);
+    if (s->has_thread)
+        pthread_join(s->thread, NULL);
+    forget(s);
+    shares_release(&s->shares);
+    free(s->copy);
+    free(s->copy_offsets);
+    free(s->copied);
+    free(s);
+}
