@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/threads.h"
+#include "comm/launch/launch.h"
 #include "data/corpus.h"
 #include "data/loader.h"
 #include "data/tokenizer.h"
@@ -63,6 +64,8 @@ static volatile sig_atomic_t stop_requested;
 
 static void request_stop(int signal_number) {
     stop_requested = 1;
+    if (signal_number == SIGTERM)
+        comm_launch_note_termination();
     signal(signal_number, SIG_DFL); /* the second one ends the process */
 }
 

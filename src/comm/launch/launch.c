@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #ifdef CADRE_MPI
 #include "comm/mpi/comm_mpi.h"
+#include "comm/mpi/watch.h"
 #endif
 
 /* What the environment says of how many were started. */
@@ -55,6 +56,12 @@ void comm_launch_set_timeout(struct comm_launch *launch, double limit_s) {
         comm_mpi_set_timeout(launch, limit_s);
 #endif
     (void)launch;
+}
+
+void comm_launch_note_termination(void) {
+#ifdef CADRE_MPI
+    watch_note_termination();
+#endif
 }
 
 bool comm_launch_speaks(struct comm_launch *launch, enum status status) {

@@ -28,6 +28,10 @@ enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *l
 void comm_launch_set_timeout(struct comm_launch *launch, double limit_s);
 enum { COMM_LAUNCH_TIMEOUT_S = 60 };
 
+/* To be called by a handler of SIGTERM: the starter may be ending the ranks because it lost one elsewhere, and it says which.
+ * Ranks that are gone from now on are not told. From a signal handler, too; in any process. */
+void comm_launch_note_termination(void);
+
 /* Whether this process is the one that says how the work failed: of ranks that fail together rank 0; also one that failed
  * alone, which shows by the others not coming for some seconds; none where `lost` was called for a rank that is gone, and
  * none that was itself stopped until the others gave it up.

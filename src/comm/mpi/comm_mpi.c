@@ -19,6 +19,7 @@
 static const double FAREWELL_S = 5; /* how long a rank that failed waits for the others to fail too */
 enum { FAREWELLS = 2 };            /* after the first one of them says how all failed, after the second they may exit */
 enum { START_S = 600 };             /* how long ranks may take to find each other */
+static const double AFTER_KILL_S = 0.1;
 static const double LINGER_S = 0.5; /* how long one that lost another stays, so that the others see that one gone, not this */
 
 /* This process among the others. */
@@ -401,7 +402,7 @@ void comm_mpi_close(struct comm_launch *launch, enum status status) {
         return;
     if (!take_leave(site, FAREWELLS, status)) {
         if (site->watch.told)
-            sleep_s(site->watch.silent ? WATCH_KILL_S + LINGER_S : LINGER_S);
+            sleep_s(site->watch.silent ? WATCH_KILL_S + AFTER_KILL_S : LINGER_S);
         engine_break(&site->engine, "this rank has left");
         return; /* MPI_Finalize would wait for ranks that do not come: the process ends without */
     }

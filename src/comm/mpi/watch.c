@@ -19,7 +19,8 @@
 #include <unistd.h>
 
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
-enum { STARTER_MS = 2500 }; /* after that a starter that should have ended is killed */
+static const double STARTER_S = 0.5; /* a starter kills so long after SIGTERM at the soonest; who is gone before was gone already */
+enum { STARTER_MS = 2000 }; /* after that a starter that should have ended is killed */
 const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 3;
 
 /* ---- who is who -------------------------------------------------------------------------------------------------------- */
@@ -52,6 +53,7 @@ void peer_print(const struct peer *peers, int rank, char *text, size_t bytes) {
 
 static atomic_int wake_fd; /* of the one watch of the process, for its signal handler */
 static volatile sig_atomic_t terminated;
+static _Atomic double asked_to_end_s; /* the first SIGTERM; 0: none */
 
 /* ---- the thread ---------------------------------------------------------------------------------------------------------- */
 
@@ -109,7 +111,9 @@ static void tell(struct watch *watch, int rank) {
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
     bool first = !atomic_exchange(&watch->told, true);
-    if (first && watch->lost && is_speaker(watch) && !pulse_was_stopped(&watch->engine->pulse)) {
+    bool is_ended = asked_to_end_s > 0 && clock_seconds() - asked_to_end_s > STARTER_S;
+    bool knows = !is_ended && !pulse_was_stopped(&watch->engine->pulse);
+    if (first && watch->lost && knows && is_speaker(watch)) {
         watch->lost(line);
         tell_other_hosts(watch, rank);
     }
@@ -190,6 +194,7 @@ static void handle_termination(int signal_number) {
     int saved = errno;
     (void)signal_number;
     terminated = 1;
+    watch_note_termination();
     if (write(wake_fd, "t", 1) < 0) {
         /* nothing can be done here */
     }
@@ -253,6 +258,11 @@ void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
     watch->silent = copy;
     if (write(wake_fd, "s", 1) < 0)
         _exit(1);
+}
+
+void watch_note_termination(void) {
+    if (asked_to_end_s == 0)
+        asked_to_end_s = clock_seconds();
 }
 
 static enum status fail_watch(struct watch *watch) {

@@ -36,6 +36,10 @@ void peer_print(const struct peer *peers, int rank, char *text, size_t bytes);
 enum status watch_open(struct watch *watch, struct engine *engine, struct peer *peers, void (*lost)(const char *line)) MUST_USE;
 void watch_close(struct watch *watch);
 
+/* SIGTERM came, and another handler than the watch's has it. Whoever is gone from now on was perhaps ended by the starter, which
+ * knows the cause: this process does not tell of it. From a signal handler, too. */
+void watch_note_termination(void);
+
 /* The ranks[size] that are true do not answer, as `line` says: the lowest of the others tells. A moment later, when all others
  * have seen it, too, those on this host are killed, and after WATCH_SILENCE_S at most this process ends, whatever it computes. */
 void watch_give_up(struct watch *watch, const bool *ranks, const char *line);
