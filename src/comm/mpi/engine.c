@@ -28,7 +28,7 @@
 
 enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 64 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
-enum { TELL_TRIES = 10000 };
+static const double TELL_S = 0.1;             /* for telling the other hosts that a rank is gone */
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
 static const double PAUSE_MOST_S = 8e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
 static const double REST_S = 2e-3;           /* while others drive, or nothing is under way */
@@ -432,11 +432,11 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
 }
 
 void engine_tell_gone(struct engine *engine, const bool *ranks, int gone) {
-    int tries = 0;
+    double end_s = clock_seconds() + TELL_S;
     while (pthread_mutex_trylock(&engine->drive) != 0) { /* who has it may hang in MPI */
-        sched_yield();
-        if (++tries > TELL_TRIES)
+        if (clock_seconds() > end_s)
             return;
+        sched_yield();
     }
     for (int r = 0; r < engine->size && !engine->broken; r++)
         if (ranks[r] && r != engine->rank)

@@ -11,6 +11,8 @@ static const double LOOKS_A_BEAT = 4;
 static const double WORK_SHARE = 0.01;  /* of a processor: less than that between two words is not work */
 static const double QUIET_S = 5;        /* how long one that was stopped leaves the talking to the others */
 
+enum { TELL_LOOKS = 1000 };
+
 static double processor_seconds(void) {
     struct timespec time;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
@@ -135,9 +137,13 @@ bool pulse_was_stopped(const struct pulse *pulse) {
 
 void pulse_tell_gone(struct pulse *pulse, int rank, int gone) {
     MPI_Request request;
+    int sent = 0;
     pulse->gone_word = -1 - (double)gone;
-    if (pulse->limit_s > 0 && MPI_Isend(&pulse->gone_word, 1, MPI_DOUBLE, rank, 0, pulse->comm, &request) == MPI_SUCCESS)
-        MPI_Request_free(&request);
+    if (pulse->limit_s <= 0 || MPI_Isend(&pulse->gone_word, 1, MPI_DOUBLE, rank, 0, pulse->comm, &request) != MPI_SUCCESS)
+        return;
+    for (int i = 0; i < TELL_LOOKS && !sent; i++) /* nobody will call MPI after this */
+        if (MPI_Test(&request, &sent, MPI_STATUS_IGNORE) != MPI_SUCCESS)
+            return;
 }
 
 void pulse_close(struct pulse *pulse) {

@@ -97,6 +97,12 @@ static bool is_speaker(const struct watch *watch) {
     return true;
 }
 
+/* Not one that the starter is ending, nor one that the others have given up: somebody has told already. */
+static bool may_tell(const struct watch *watch) {
+    bool is_ended = asked_to_end_s > 0 && clock_seconds() - asked_to_end_s > STARTER_S;
+    return !is_ended && !pulse_was_stopped(&watch->engine->pulse);
+}
+
 static void tell_other_hosts(struct watch *watch, int gone) {
     int size = watch->engine->size;
     bool *elsewhere = memory_must((size_t)size, sizeof *elsewhere);
@@ -111,9 +117,7 @@ static void tell(struct watch *watch, int rank) {
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
     bool first = !atomic_exchange(&watch->told, true);
-    bool is_ended = asked_to_end_s > 0 && clock_seconds() - asked_to_end_s > STARTER_S;
-    bool knows = !is_ended && !pulse_was_stopped(&watch->engine->pulse);
-    if (first && watch->lost && knows && is_speaker(watch)) {
+    if (first && watch->lost && may_tell(watch) && is_speaker(watch)) {
         watch->lost(line);
         tell_other_hosts(watch, rank);
     }
@@ -251,7 +255,7 @@ void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
         return;
     while (ranks[speaker])
         speaker++;
-    if (watch->lost && speaker == watch->engine->rank && !pulse_was_stopped(&watch->engine->pulse))
+    if (watch->lost && may_tell(watch) && speaker == watch->engine->rank)
         watch->lost(line);
     bool *copy = memory_must(size, sizeof *copy);
     memcpy(copy, ranks, size * sizeof *copy);
