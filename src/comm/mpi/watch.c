@@ -20,8 +20,8 @@
 
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
 static const double STARTER_S = 0.25; /* who is gone so long after SIGTERM was perhaps ended by the starter; who before, was not */
-enum { STARTER_MS = 2000 }; /* after that a starter that should have ended is killed */
-const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 3;
+enum { STARTER_MS = 1500 }; /* after that a starter that should have ended is killed */
+const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 2.5;
 
 /* ---- who is who -------------------------------------------------------------------------------------------------------- */
 
