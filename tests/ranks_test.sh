@@ -255,7 +255,7 @@ rm -rf "$work/killed"
 
 part killed
 # shellcheck disable=SC2086
-begin killed 13 $long --layout.shard 2 --layout.expert 2
+begin killed 18 $long --layout.shard 2 --layout.expert 2
 kill -9 "$(cat "$work/pids/2")"
 end_of "kill -9 of rank 2"
 expect_told 2
