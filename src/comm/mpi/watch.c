@@ -20,6 +20,7 @@
 
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
 static const double STARTER_S = 0.25; /* who is gone so long after SIGTERM was perhaps ended by the starter; who before, was not */
+static const double STARTER_MOST_S = 10; /* and so long after it, it was somebody else who asked to save and leave */
 enum { STARTER_MS = 1500 }; /* after that a starter that should have ended is killed */
 const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 2.5;
 
@@ -99,7 +100,8 @@ static bool is_speaker(const struct watch *watch) {
 
 /* Not one that the starter is ending, nor one that the others have given up: somebody has told already. */
 static bool may_tell(const struct watch *watch) {
-    bool is_ended = asked_to_end_s > 0 && clock_seconds() - asked_to_end_s > STARTER_S;
+    double since_s = clock_seconds() - asked_to_end_s;
+    bool is_ended = asked_to_end_s > 0 && since_s > STARTER_S && since_s < STARTER_MOST_S;
     return !is_ended && !pulse_was_stopped(&watch->engine->pulse);
 }
 
@@ -126,8 +128,10 @@ static void tell(struct watch *watch, int rank) {
 
 static void kill_rank(const struct watch *watch, int rank) {
 #ifdef SYS_pidfd_send_signal
-    if (watch->polled[rank].fd >= 0 && syscall(SYS_pidfd_send_signal, watch->polled[rank].fd, SIGKILL, NULL, 0) == 0)
+    if (watch->polled[rank].fd >= 0) { /* by its pid it might be another process by now */
+        (void)syscall(SYS_pidfd_send_signal, watch->polled[rank].fd, SIGKILL, NULL, 0);
         return;
+    }
 #endif
     kill(watch->peers[rank].pid, SIGKILL);
 }
