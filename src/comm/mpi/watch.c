@@ -21,7 +21,7 @@
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
 static const double STARTER_S = 0.25; /* who is gone so long after SIGTERM was perhaps ended by the starter; who before, was not */
 static const double STARTER_MOST_S = 10; /* and so long after it, it was somebody else who asked to save and leave */
-enum { STARTER_MS = 1500 }; /* after that a starter that should have ended is killed */
+enum { STARTER_MS = 2500 }; /* after that a starter that should have ended is killed */
 const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 2.5;
 
 /* ---- who is who -------------------------------------------------------------------------------------------------------- */
@@ -185,15 +185,15 @@ static void end_starter_later(void) {
 /* Some do not answer, and one of us has said so. */
 static void end_silence(const struct watch *watch) {
     bool some_are_elsewhere = false;
+    for (int r = 0; r < watch->engine->size; r++)
+        some_are_elsewhere = some_are_elsewhere || (watch->silent[r] && !can_watch(watch, r));
+    if (some_are_elsewhere)
+        end_starter_later();
     if (is_over_within(watch, WATCH_KILL_S))
         return;
     for (int r = 0; r < watch->engine->size; r++)
         if (watch->silent[r] && can_watch(watch, r))
             kill_rank(watch, r);
-        else if (watch->silent[r])
-            some_are_elsewhere = true;
-    if (some_are_elsewhere)
-        end_starter_later();
     if (!is_over_within(watch, WATCH_SILENCE_S - WATCH_KILL_S))
         _exit(1);
 }
@@ -263,6 +263,8 @@ void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
         watch->lost(line);
     bool *copy = memory_must(size, sizeof *copy);
     memcpy(copy, ranks, size * sizeof *copy);
+    for (size_t r = 0; r < size; r++)
+        watch->kills = watch->kills || (ranks[r] && can_watch(watch, (int)r));
     watch->silent = copy;
     if (write(wake_fd, "s", 1) < 0)
         _exit(1);
