@@ -88,7 +88,10 @@ grep -q '"bits_per_byte":' "$work/out" || complain "eval --json printed $(cat "$
 expect 0 '' -- "$cadre" eval --model "$run" --data "$work/text.txt" --experts
 grep -q 'rows of each expert' "$work/out" || complain "eval --experts printed no table"
 expect 0 '' -- "$cadre" inspect "$run"
-grep -q 'verified' "$work/out" || complain "inspect did not verify"
+grep -q 'goes on from\|nothing is left' "$work/out" || complain "inspect did not say what a resume would do"
+expect 0 '' -- "$cadre" inspect --verify "$run"
+grep -q 'every byte' "$work/out" || complain "inspect --verify did not verify"
+expect 1 'holds neither config.json nor a checkpoint' -- "$cadre" inspect "$work"
 expect 0 '' -- "$cadre" inspect --preset 4b-moe --json
 grep -q '"parameters":' "$work/out" || complain "inspect --preset printed $(cat "$work/out")"
 expect 0 '' -- "$cadre" tokenize --model "$run" --text 'The keeper' --json

@@ -130,7 +130,7 @@ void file_reader_close(struct file_reader *reader) {
 
 /* Room for the whole file; where the file system cannot take it at once, writing will show whether there is some. */
 static enum status take_room(int descriptor, const char *path, uint64_t size) {
-    if (faulted(FILE_WRITE, path) || ftruncate(descriptor, (off_t)size) != 0)
+    if (faulted(FILE_MAKE, path) || ftruncate(descriptor, (off_t)size) != 0)
         return fail_errno("write", path);
     if (size > 0 && fallocate(descriptor, 0, 0, (off_t)size) != 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINTR)
         return fail_errno("write", path);

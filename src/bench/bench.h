@@ -22,6 +22,7 @@ struct bench {
     const char *const *pairs;   /* of `train`: settings, "section.key", "value" */
     int pair_count;
     bool threads_follow_launch; /* no --threads: this rank's share of the processors */
+    const char *directory; /* of `checkpoint`: on the disk that is meant */
     const char *part; /* of `train`: "step", or "compute" or "transfers" alone */
 };
 
@@ -59,4 +60,7 @@ enum status bench_gemm(const struct bench *bench) MUST_USE;      /* dense produc
 enum status bench_moe(const struct bench *bench) MUST_USE;       /* grouped products */
 enum status bench_attention(const struct bench *bench) MUST_USE; /* causal */
 enum status bench_comm(const struct bench *bench) MUST_USE;      /* transfers; Collective, rank 0 prints */
+/* Saves, loads and asynchronous saves beside steps of a preset, against the disk of bench->directory; Collective, rank 0
+ * prints. In the first of the precisions. */
+enum status bench_checkpoint(const struct bench *bench) MUST_USE;
 enum status bench_train(const struct bench *bench) MUST_USE;     /* whole steps of a preset on random tokens */

@@ -7,7 +7,8 @@
 
 enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX };
 
-/* ---- which files --------------------------------------------------------------------------------------------------------- */
+/* ---- which files
+ * --------------------------------------------------------------------------------------------------------- */
 
 /* A tensor and its number among those that are being added. */
 struct numbered {
@@ -60,7 +61,8 @@ static enum status plan_file(struct sharded_set *set, const struct numbered *num
     enum status status = safetensors_plan_init(plan, copies, count, NULL, 0);
     for (int i = 0; i < count && status == STATUS_OK; i++) {
         int source = (int)(plan->order[i] - copies);
-        set->places[set->place_count + numbered[source].index] = (struct sharded_place){set->file_count, plan->begins[i]};
+        set->places[set->place_count + numbered[source].index] =
+            (struct sharded_place){set->file_count, plan->begins[i]};
         plan->order[i] = numbered[source].item;
     }
     free(copies);
@@ -159,7 +161,8 @@ enum status sharded_create(const struct sharded_set *set, const char *root) {
     return status;
 }
 
-/* ---- stretches ------------------------------------------------------------------------------------------------------------ */
+/* ---- stretches
+ * ------------------------------------------------------------------------------------------------------------ */
 
 static int compare_stretches(const void *a, const void *b) {
     const struct sharded_stretch *x = a, *y = b;
@@ -190,7 +193,8 @@ void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stre
         stretches[i] = (struct sharded_stretch){i, 0, set->plans[i].header_bytes, set->plans[i].header};
 }
 
-/* ---- writing -------------------------------------------------------------------------------------------------------------- */
+/* ---- writing
+ * -------------------------------------------------------------------------------------------------------------- */
 
 struct sharded_writing {
     const struct sharded_set *set;
@@ -264,7 +268,8 @@ static void advance(struct cursor *c, size_t bytes) {
     }
 }
 
-/* One extent: what is next without a hole, up to a multiple of EXTENT_BYTES. Straight from memory where it lies in one piece. */
+/* One extent: what is next without a hole, up to a multiple of EXTENT_BYTES. Straight from memory where it lies in one
+ * piece. */
 static enum status write_next(struct sharded_writing *w, struct cursor *c) {
     const struct sharded_stretch *stretch = &c->stretches[c->index];
     uint64_t begin = stretch->begin + c->done, end = (begin / EXTENT_BYTES + 1) * EXTENT_BYTES;
@@ -289,8 +294,9 @@ static enum status write_next(struct sharded_writing *w, struct cursor *c) {
     return write_extent(w, begin, w->buffer, filled);
 }
 
-enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
-                          const struct device *device, const atomic_bool *cancel, struct sharded_extents *extents) {
+enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches,
+                          int count, const struct device *device, const atomic_bool *cancel,
+                          struct sharded_extents *extents) {
     struct sharded_writing w = {set, root, device, cancel, extents, NULL, {.descriptor = -1}, -1};
     struct cursor cursor = {stretches, 0, count, 0};
     TRY(memory_alloc(&w.buffer, EXTENT_BYTES, 1));

@@ -19,12 +19,13 @@ static const struct bench_verb verbs[] = {
     {"moe", "grouped products over ragged groups, gathered", bench_moe},
     {"attention", "causal attention, forward and backward, sequence 512 to 8192", bench_attention},
     {"comm", "transfers between the ranks that mpirun started, beside MPI's own", bench_comm},
+    {"checkpoint", "saving and loading beside the disk's own speed, and saves beside training steps", bench_checkpoint},
     {"train", "whole training steps of a preset on random tokens", bench_train},
 };
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
 
 struct bench_flags {
-    const char *what, *precision, *kernels, *preset, *peer, *part;
+    const char *what, *precision, *kernels, *preset, *peer, *part, *directory;
     int64_t threads, rounds, sequence_length;
     bool json;
 };
@@ -49,15 +50,17 @@ static enum status find_verb(const char *word, const struct bench_verb **verb) {
         }
     }
     if (!word)
-        return status_fail(STATUS_USAGE, "what to measure is missing: roof, gemm, moe, attention, comm or train");
+        return status_fail(STATUS_USAGE,
+                           "what to measure is missing: roof, gemm, moe, attention, comm, checkpoint or train");
     int nearest = text_nearest(word, names, VERB_COUNT);
     if (nearest >= 0)
         return status_fail(STATUS_USAGE, "cannot measure \"%s\"; the nearest known word is %s", word, names[nearest]);
-    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, comm or train", word);
+    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, comm, checkpoint or train",
+                       word);
 }
 
 static void print_help(const struct argument *known, int count) {
-    arguments_print_help("bench", "roof | gemm | moe | attention | comm | train", known, count);
+    arguments_print_help("bench", "roof | gemm | moe | attention | comm | checkpoint | train", known, count);
     printf("\n");
     for (int i = 0; i < VERB_COUNT; i++)
         printf("  %-10s %s\n", verbs[i].name, verbs[i].help);
@@ -102,14 +105,16 @@ static enum status run_together(struct bench *bench, enum status (*run)(const st
 }
 
 enum status cmd_bench(int argc, char **argv) {
-    struct bench_flags f = {.precision = "both", .kernels = "auto", .preset = "bench", .part = "step", .rounds = 5};
+    struct bench_flags f = {
+        .precision = "both", .kernels = "auto", .preset = "bench", .part = "step", .directory = ".", .rounds = 5};
     bool help;
     const struct argument known[] = {
         {"precision", ARGUMENT_STRING, &f.precision, "fp32, bf16 or both (both)"},
         {"threads", ARGUMENT_INTEGER, &f.threads, "0: one for each processor (0)"},
         {"rounds", ARGUMENT_INTEGER, &f.rounds, "timed rounds, or steps; the median counts (5)"},
-        {"preset", ARGUMENT_STRING, &f.preset, "of train (bench)"},
+        {"preset", ARGUMENT_STRING, &f.preset, "of train and checkpoint (bench)"},
         {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "of train and attention (the preset's; a list)"},
+        {"directory", ARGUMENT_STRING, &f.directory, "of checkpoint: written to, on the disk to be measured (.)"},
         {"peer", ARGUMENT_STRING, &f.peer, "of train: a command to alternate with; prints {\"tokens_per_s\": N}"},
         {"part", ARGUMENT_STRING, &f.part, "of train: step, or what it computes or transfers alone (step)"},
         {"kernels", ARGUMENT_STRING, &f.kernels, "instruction set (auto)"},
@@ -128,15 +133,22 @@ enum status cmd_bench(int argc, char **argv) {
     log_set_level(LOG_QUIET);
     TRY(find_verb(f.what, &verb));
     TRY(check_flags(&f));
-    if (pair_count > 0 && verb->run != bench_train)
-        return status_fail(STATUS_USAGE, "--%s is for cadre bench train", pairs[0]);
-    struct bench bench = {.device = device_cpu(), .rounds = (int)f.rounds, .json = f.json, .preset = f.preset,
-                          .peer = f.peer, .sequence_length = f.sequence_length, .pairs = pairs,
-                          .pair_count = pair_count, .part = f.part};
+    if (pair_count > 0 && verb->run != bench_train && verb->run != bench_checkpoint)
+        return status_fail(STATUS_USAGE, "--%s is for cadre bench train and checkpoint", pairs[0]);
+    struct bench bench = {.device = device_cpu(),
+                          .rounds = (int)f.rounds,
+                          .json = f.json,
+                          .preset = f.preset,
+                          .peer = f.peer,
+                          .sequence_length = f.sequence_length,
+                          .pairs = pairs,
+                          .pair_count = pair_count,
+                          .part = f.part,
+                          .directory = f.directory};
     TRY(choose_precisions(f.precision, &bench));
     TRY(kernels_choose(f.kernels, &bench.ops));
     threads_set_count((int)f.threads);
     bench.threads_follow_launch = f.threads == 0;
-    bool together = verb->run == bench_comm || verb->run == bench_train;
+    bool together = verb->run == bench_comm || verb->run == bench_train || verb->run == bench_checkpoint;
     return together ? run_together(&bench, verb->run) : verb->run(&bench);
 }

@@ -1,12 +1,12 @@
 #include "cli/cli.h"
 
+#include "base/file.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "base/text.h"
-#include "checkpoint/publish.h"
 #include "checkpoint/weights.h"
 #include "cli/arguments.h"
-#include "infer/load.h"
+#include "cli/inspect_checkpoint.h"
 #include "model/workspace.h"
 #include "train/run_config.h"
 #include "train/trainer.h"
@@ -15,7 +15,7 @@
 
 struct inspect_flags {
     const char *directory, *preset;
-    bool presets, json;
+    bool presets, json, verify, tensors;
     const char *pairs[2 * ARGUMENT_PAIRS_MAX + 2];
     int pair_count;
 };
@@ -144,32 +144,40 @@ static void print_tensors(const struct weights *weights) {
     }
 }
 
-static enum status inspect_directory(const struct inspect_flags *f) {
-    char *path;
+static enum status print_model(const char *path) {
     struct model_config config;
     struct weights weights;
     struct parameter_table table;
-    TRY(model_find(f->directory, &path));
-    char *config_path = path_join(path, "config.json"), *manifest = path_join(path, "training/manifest.json");
-    enum status status = model_config_read(&config, config_path);
-    bool verified = file_exists(manifest);
+    char *config_path = path_join(path, "config.json");
+    enum status status = file_exists(config_path)
+                             ? model_config_read(&config, config_path)
+                             : status_fail(STATUS_NOT_FOUND, "%s: holds neither config.json nor a checkpoint", path);
     free(config_path);
-    free(manifest);
-    if (status == STATUS_OK)
-        status = weights_open(&weights, path);
+    TRY(status);
+    TRY(weights_open(&weights, path));
+    status = parameter_table_init(&table, &config);
     if (status == STATUS_OK) {
-        status = parameter_table_init(&table, &config);
         struct parameter_counts counts = parameter_table_count(&table, &config);
         parameter_table_release(&table);
         printf("%s\n", path);
         print_shape(&config);
         print_counts(&counts);
         print_tensors(&weights);
-        printf("checkpoint     %s\n", verified ? "every file verified against its manifest" : "has no manifest");
-        weights_close(&weights);
     }
-    free(path);
+    weights_close(&weights);
     return status;
+}
+
+/* A model, and where it is a checkpoint or a run has some, what a resume needs. */
+static enum status inspect_directory(const struct inspect_flags *f) {
+    struct inspect_checkpoint_options options = {f->verify, f->tensors, f->json, print_model};
+    if (!directory_exists(f->directory))
+        return status_fail(STATUS_NOT_FOUND, "%s: no such directory", f->directory);
+    if (inspect_is_checkpoint(f->directory))
+        return inspect_checkpoint(f->directory, options);
+    if (f->verify || f->json || f->tensors)
+        return status_fail(STATUS_USAGE, "%s: is no checkpoint and has none", f->directory);
+    return print_model(f->directory);
 }
 
 static void list_presets(void) {
@@ -183,12 +191,15 @@ enum status cmd_inspect(int argc, char **argv) {
     const struct argument known[] = {
         {"preset", ARGUMENT_STRING, &f.preset, "what a named model is and takes; with --section.key VALUE to change it"},
         {"presets", ARGUMENT_SWITCH, &f.presets, "the names there are"},
-        {"json", ARGUMENT_SWITCH, &f.json, "one JSON object"},
+        {"verify", ARGUMENT_SWITCH, &f.verify, "read every byte of a checkpoint, or of all that a run has, and check it"},
+        {"tensors", ARGUMENT_SWITCH, &f.tensors, "list the tensors of a checkpoint and where they lie"},
+        {"json", ARGUMENT_SWITCH, &f.json, "one JSON object, or one a line for each checkpoint"},
     };
-    struct arguments arguments = {known, 3, f.pairs, &f.pair_count, &f.directory};
+    enum { COUNT = sizeof known / sizeof *known };
+    struct arguments arguments = {known, COUNT, f.pairs, &f.pair_count, &f.directory};
     TRY(arguments_parse(arguments, argc, argv, &help));
     if (help) {
-        arguments_print_help("inspect", "DIR | --preset NAME | --presets", known, 3);
+        arguments_print_help("inspect", "DIR | --preset NAME | --presets", known, COUNT);
         return STATUS_OK;
     }
     if (f.presets) {

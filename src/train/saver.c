@@ -1,6 +1,6 @@
 /* Invariants
- *  1. Only the training thread calls the transport and changes `stage`. Its helper runs one piece of work at a time (write,
- *     or commit) and touches nothing that the training thread touches until it was joined.
+ *  1. Only the training thread calls the transport and changes `stage`. Its helper runs one piece of work at a time
+ * (write, or commit) and touches nothing that the training thread touches until it was joined.
  *  2. The stage is the same on all ranks: it changes only after an agreement.
  *  3. A draft is rank 0's, and exists while the stage is not STAGE_NONE.
  */
@@ -34,10 +34,10 @@ struct saver {
 
     enum stage stage;
     struct checkpoint_sources sources;
-    struct checkpoint_draft draft;          /* rank 0 */
-    char root[CHECKPOINT_PATH_BYTES];       /* its path, on all ranks */
-    struct sharded_extents extents;         /* what this rank wrote */
-    struct checkpoint_extent *all_extents;  /* what all did, on rank 0 */
+    struct checkpoint_draft draft;         /* rank 0 */
+    char root[CHECKPOINT_PATH_BYTES];      /* its path, on all ranks */
+    struct sharded_extents extents;        /* what this rank wrote */
+    struct checkpoint_extent *all_extents; /* what all did, on rank 0 */
     size_t all_extent_count;
 
     enum status (*work)(struct saver *saver);
@@ -52,7 +52,8 @@ static bool is_first(const struct saver *s) {
     return s->ranks->world->rank == 0;
 }
 
-/* ---- the copy ---------------------------------------------------------------------------------------------------------- */
+/* ---- the copy
+ * ---------------------------------------------------------------------------------------------------------- */
 
 /* Large pages where the system has them: the first copy would take as long for small ones as for the copying. */
 static void ask_for_large_pages(char *data, uint64_t bytes) {
@@ -112,7 +113,8 @@ static void copy_share(struct saver *s) {
     parallel_for((int64_t)((s->shares.bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, s);
 }
 
-/* ---- work, maybe in the thread ----------------------------------------------------------------------------------------- */
+/* ---- work, maybe in the thread
+ * ----------------------------------------------------------------------------------------- */
 
 static enum status write_share(struct saver *s) {
     if (is_first(s))
@@ -127,8 +129,8 @@ static enum status write_share(struct saver *s) {
 static enum status commit(struct saver *s) {
     if (!is_first(s))
         return STATUS_OK;
-    struct checkpoint_written written = {(const char *const *)s->shares.set.names, s->shares.set.file_count, s->all_extents,
-                                         s->all_extent_count};
+    struct checkpoint_written written = {(const char *const *)s->shares.set.names, s->shares.set.file_count,
+                                         s->all_extents, s->all_extent_count};
     TRY(checkpoint_commit(&s->draft, &written));
     struct checkpoint_retention keep = s->sources.keep;
     keep.good_step = s->sources.state.step;
@@ -162,7 +164,8 @@ static enum status end_work(struct saver *s) {
     return s->result == STATUS_OK ? STATUS_OK : status_fail(s->result, "%s", s->message);
 }
 
-/* ---- stages ------------------------------------------------------------------------------------------------------------ */
+/* ---- stages
+ * ------------------------------------------------------------------------------------------------------------ */
 
 static void forget(struct saver *s) {
     if (s->draft.path)
@@ -290,7 +293,8 @@ uint64_t saver_copy_bytes(const struct saver *s) {
     return s->copy ? s->shares.bytes : 0;
 }
 
-/* ---- life and death ------------------------------------------------------------------------------------------------------ */
+/* ---- life and death
+ * ------------------------------------------------------------------------------------------------------ */
 
 enum status saver_create(struct saver **out, const struct model *model, struct ranks *ranks,
                          const struct saver_settings *settings) {

@@ -33,7 +33,8 @@ static struct sharded_stretch stretch_of(const struct named_tensor *held, const 
                                     data ? data + (uint64_t)rows.begin * row_bytes : NULL};
 }
 
-static void add_stretches(struct shares *shares, const struct model *model, const struct named_tensor *held, int first_place) {
+static void add_stretches(struct shares *shares, const struct model *model, const struct named_tensor *held,
+                          int first_place) {
     int at = 0;
     for (int i = 0; i < model->table.count; i++) {
         const struct parameter *row = &model->table.rows[i];

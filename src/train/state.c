@@ -108,6 +108,10 @@ static enum status read_state(const char *directory, struct train_state *state) 
     return status;
 }
 
+enum status checkpoint_read_state(const char *checkpoint, struct train_state *state) {
+    return read_state(checkpoint, state);
+}
+
 /* Both moments in one list, each name after "m." or "v.". */
 static enum status name_moments(const struct model *model, struct named_tensor **items, int *count) {
     struct named_tensor *second;

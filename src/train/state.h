@@ -30,6 +30,9 @@ struct checkpoint_sources {
 /* All but the tensors, into a draft. Not collective. */
 enum status checkpoint_write_files(const char *root, const struct checkpoint_sources *sources) MUST_USE;
 
+/* Where a checkpoint stands: its training/state.json. */
+enum status checkpoint_read_state(const char *checkpoint, struct train_state *state) MUST_USE;
+
 /* Who reads the tensors of replicas that hold the same. */
 enum checkpoint_read {
     CHECKPOINT_READ_EACH,      /* each what it owns: where the file system is faster than the network */

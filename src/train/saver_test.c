@@ -1,0 +1,587 @@
+/* Saves by many ranks: any layout to any other, what was saved is what stood there, every operation and allocation
+ * failing. */
+#include "train/saver.h"
+
+#include "base/file.h"
+#include "base/log.h"
+#include "base/random.h"
+#include "base/threads.h"
+#include "checkpoint/publish.h"
+#include "comm/threads/comm_threads.h"
+#include "data/tokenizer.h"
+#include "train/shares.h"
+#include <errno.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+static char in_memory[] = "/dev/shm/cadre-saver-XXXXXX", on_disk[] = "/tmp/cadre-saver-XXXXXX";
+static char *root = in_memory; /* thousands of saves, each flushed several times */
+static char *tokenizer_path, *config_path;
+
+/* A tokenizer of bytes and little else. */
+static void write_tokenizer(const char *path) {
+    struct tokenizer *tokenizer;
+    struct text_view text = {"the river", 9};
+    assert_int_equal(tokenizer_train(&text, 1, 258, &tokenizer), STATUS_OK);
+    assert_int_equal(tokenizer_save(tokenizer, path), STATUS_OK);
+    tokenizer_destroy(tokenizer);
+}
+
+static int set_up(void **state) {
+    (void)state;
+    log_set_level(LOG_SILENT);
+    threads_set_count(1);
+    if (!mkdtemp(root) && !mkdtemp(root = on_disk))
+        return -1;
+    tokenizer_path = path_join(root, "tokenizer.json");
+    config_path = path_join(root, "config.ini");
+    write_tokenizer(tokenizer_path);
+    return file_write(config_path, "[run]\n", 6) == STATUS_OK ? 0 : -1;
+}
+
+static int tear_down(void **state) {
+    (void)state;
+    free(tokenizer_path);
+    free(config_path);
+    return directory_remove(root) == STATUS_OK ? 0 : -1;
+}
+
+/* ---- ranks with a model ---------------------------------------------------------------------------------------------
+ */
+
+struct layout_case {
+    int replicate, shard, expert, zero;
+};
+
+static const struct layout_case single = {1, 1, 1, 0};
+
+/* What the ranks of a layout are to do. */
+struct job {
+    struct layout_case layout;
+    const char *from, *to; /* directories of checkpoints; from NULL: weights of a seed */
+    int64_t step;
+    uint64_t file_bytes;
+    bool dense;
+    bool asynchronous, mutates; /* changes every tensor as soon as saver_start returns */
+    enum checkpoint_read read;
+    enum { SAVE_ONCE, SAVE_TWICE_WAITING, SAVE_TWICE_REPLACING, SAVE_AND_LEAVE } course;
+    /* what came out, of rank 0 */
+    struct train_state state;
+    int published;
+};
+
+static struct model_config small_config(bool dense) {
+    struct model_config c;
+    model_config_init(&c);
+    c.vocab_size = 37;
+    c.hidden_size = 16;
+    c.num_hidden_layers = 2;
+    c.num_attention_heads = 2;
+    c.num_key_value_heads = 1;
+    c.num_experts = dense ? 0 : 5;
+    c.num_experts_per_tok = dense ? c.num_experts_per_tok : 2;
+    c.intermediate_size = 24;
+    c.moe_intermediate_size = 12;
+    assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
+    return c;
+}
+
+static void fill(const struct model *model, uint64_t seed) {
+    for (int i = 0; i < model->table.count; i++) {
+        struct tensor arrays[] = {model->own_weight[i], model->moment1[i], model->moment2[i]};
+        for (int a = 0; a < 3; a++)
+            for (size_t k = 0; k < tensor_bytes(arrays[a]) / 4; k++)
+                ((uint32_t *)arrays[a].data)[k] = (uint32_t)random_bits(seed, (uint64_t)(3 * i + a), k);
+    }
+}
+
+static _Atomic int published_count;
+
+static void note_published(const char *path) {
+    (void)path;
+    published_count++;
+}
+
+struct rank {
+    struct ranks ranks;
+    struct model *model;
+    struct saver *saver;
+    struct tokenizer *tokenizer;
+};
+
+static void close_rank(struct rank *r) {
+    saver_destroy(r->saver);
+    tokenizer_destroy(r->tokenizer);
+    model_destroy(r->model);
+    ranks_close(&r->ranks);
+}
+
+static enum status open_rank(struct rank *r, const struct job *job, struct comm *world) {
+    const int size[MESH_AXIS_COUNT] = {1, job->layout.replicate, job->layout.shard, job->layout.expert};
+    struct mesh mesh = mesh_make(size, world->rank);
+    struct model_config config = small_config(job->dense);
+    const struct kernel_ops *ops;
+    struct saver_settings settings = {job->to, job->file_bytes, job->asynchronous, note_published};
+    TRY(kernels_choose("portable", &ops));
+    TRY(ranks_open(&r->ranks, &mesh, world));
+    struct model_options options = {ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh, job->layout.zero}};
+    enum status status = model_create(&config, options, &r->model);
+    if (status == STATUS_OK)
+        status = tokenizer_open(tokenizer_path, &r->tokenizer);
+    if (status == STATUS_OK)
+        status = saver_create(&r->saver, r->model, &r->ranks, &settings);
+    return comm_agree(world, status);
+}
+
+static enum status start(struct rank *r, const struct job *job, int64_t step) {
+    struct checkpoint_sources sources = {tokenizer_path,
+                                         config_path,
+                                         &r->model->config,
+                                         r->tokenizer,
+                                         {.step = step, .sequences = 8 * step, .tokens = 128 * step, .best_step = -1},
+                                         {9, 0, -1, -1}};
+    TRY(saver_start(r->saver, &sources));
+    if (job->mutates)
+        fill(r->model, 99);
+    return STATUS_OK;
+}
+
+static enum status save(struct rank *r, const struct job *job) {
+    TRY(start(r, job, job->step));
+    if (job->course == SAVE_AND_LEAVE)
+        return STATUS_OK;
+    if (job->course == SAVE_TWICE_WAITING)
+        TRY(saver_finish(r->saver));
+    if (job->course == SAVE_TWICE_REPLACING)
+        TRY(saver_cancel(r->saver));
+    if (job->course != SAVE_ONCE)
+        TRY(start(r, job, job->step + 1));
+    return saver_finish(r->saver);
+}
+
+static enum status run_rank(void *context, struct comm *world) {
+    struct job *job = context;
+    struct rank r = {0};
+    struct train_state state = {0};
+    char path[CHECKPOINT_PATH_BYTES];
+    enum status status = open_rank(&r, job, world);
+    if (status == STATUS_OK && job->from) {
+        fill(r.model, 7); /* whatever is not read shows */
+        status = checkpoint_resume(job->from, r.model, &r.ranks, job->read, &state, path);
+        if (status == STATUS_OK && !*path)
+            status = status_fail(STATUS_NOT_FOUND, "no good checkpoint");
+    } else if (status == STATUS_OK) {
+        fill(r.model, 1);
+    }
+    if (status == STATUS_OK && world->rank == 0)
+        job->state = state;
+    if (status == STATUS_OK && job->to)
+        status = save(&r, job);
+    close_rank(&r);
+    return status;
+}
+
+static enum status run(struct job *job) {
+    published_count = 0;
+    enum status status =
+        comm_threads_run(job->layout.replicate * job->layout.shard * job->layout.expert, run_rank, job);
+    job->published = published_count;
+    return status;
+}
+
+static void run_well(struct job *job) {
+    if (run(job) != STATUS_OK)
+        fail_msg("%d x %d x %d, stage %d: %s", job->layout.replicate, job->layout.shard, job->layout.expert,
+                 job->layout.zero, status_text());
+}
+
+/* ---- comparing
+ * ------------------------------------------------------------------------------------------------------- */
+
+static void assert_same_file(const char *a, const char *b, const char *name) {
+    char *path_a = path_join(a, name), *path_b = path_join(b, name), *data_a, *data_b;
+    size_t size_a, size_b;
+    assert_int_equal(file_read(path_a, 1 << 26, &data_a, &size_a), STATUS_OK);
+    assert_int_equal(file_read(path_b, 1 << 26, &data_b, &size_b), STATUS_OK);
+    if (size_a != size_b || memcmp(data_a, data_b, size_a) != 0)
+        fail_msg("%s is not %s", path_b, path_a);
+    free(data_a);
+    free(data_b);
+    free(path_a);
+    free(path_b);
+}
+
+/* All files but the manifest, which says who wrote what, are the same. */
+static void assert_same_checkpoint(const char *a, const char *b) {
+    struct checkpoint_manifest manifest;
+    assert_int_equal(checkpoint_verify(b), STATUS_OK);
+    assert_int_equal(checkpoint_manifest_open(&manifest, a), STATUS_OK);
+    assert_true(manifest.file_count >= 7);
+    for (size_t i = 0; i < manifest.file_count; i++)
+        assert_same_file(a, b, manifest.files[i].name);
+    checkpoint_manifest_close(&manifest);
+}
+
+static char *directory_of(const char *name, int number) {
+    return text_format("%s/%s-%d", root, name, number);
+}
+
+static char *checkpoint_in(const char *directory, int64_t step) {
+    return text_format("%s/step-%06lld", directory, (long long)step);
+}
+
+static void remove_all(const char *directory) {
+    assert_int_equal(directory_remove(directory), STATUS_OK);
+}
+
+/* Rank r's layout among 12 of 1 to 8 ranks: 5 experts are divided unevenly over 2, 3 and 4. */
+static const struct layout_case layouts[] = {{1, 1, 1, 0}, {2, 1, 1, 0}, {1, 2, 1, 3}, {1, 1, 2, 2},
+                                             {3, 1, 1, 1}, {1, 3, 1, 2}, {1, 1, 3, 3}, {2, 2, 1, 3},
+                                             {1, 2, 2, 1}, {2, 1, 3, 3}, {2, 2, 2, 3}, {1, 2, 4, 3}};
+enum { LAYOUT_COUNT = sizeof layouts / sizeof *layouts };
+
+/* Saved on A and loaded on B, for all 144 pairs: B saves the same files, byte for byte. */
+static void test_any_layout_to_any_other(void **state) {
+    (void)state;
+    char *origin = directory_of("origin", 0), *canonical = checkpoint_in(origin, 3);
+    struct job first = {single, .to = origin, .step = 3, .file_bytes = 1 << 30};
+    run_well(&first);
+    for (int a = 0; a < LAYOUT_COUNT; a++) {
+        char *from = directory_of("a", a), *saved = checkpoint_in(from, 3);
+        struct job save_a = {layouts[a], .from = origin,        .to = from,
+                             .step = 3,  .file_bytes = 1 << 30, .asynchronous = a % 2};
+        run_well(&save_a);
+        assert_same_checkpoint(canonical, saved);
+        for (int b = 0; b < LAYOUT_COUNT; b++) {
+            char *to = directory_of("b", b), *again = checkpoint_in(to, 3);
+            struct job save_b = {layouts[b],
+                                 .from = from,
+                                 .to = to,
+                                 .step = 3,
+                                 .file_bytes = 1 << 30,
+                                 .read = (a + b) % 2 ? CHECKPOINT_READ_BROADCAST : CHECKPOINT_READ_EACH};
+            run_well(&save_b);
+            assert_int_equal(save_b.state.step, 3);
+            assert_int_equal(save_b.published, layouts[b].replicate * layouts[b].shard * layouts[b].expert);
+            assert_same_checkpoint(canonical, again);
+            remove_all(to);
+            free(again);
+            free(to);
+        }
+        remove_all(from);
+        free(saved);
+        free(from);
+    }
+    free(canonical);
+    free(origin);
+}
+
+/* Every byte of the tensor files has one writer: their shares together are the whole. */
+static void test_every_byte_is_written_once(void **state) {
+    (void)state;
+    for (int i = 0; i < LAYOUT_COUNT; i++) {
+        struct layout_case l = layouts[i];
+        const int size[MESH_AXIS_COUNT] = {1, l.replicate, l.shard, l.expert};
+        uint64_t total = 0, most = 0, whole = 0, headers = 0;
+        int ranks = l.replicate * l.shard * l.expert;
+        for (int r = 0; r < ranks; r++) {
+            struct model_config config = small_config(false);
+            const struct kernel_ops *ops;
+            struct model *model;
+            struct shares shares;
+            assert_int_equal(kernels_choose("portable", &ops), STATUS_OK);
+            struct model_options options = {
+                ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh_make(size, r), l.zero}};
+            assert_int_equal(model_create_shapes(&config, options, &model), STATUS_OK);
+            assert_int_equal(shares_init(&shares, model, 1 << 30), STATUS_OK);
+            total += shares.bytes;
+            whole = sharded_bytes(&shares.set);
+            for (int f = 0; f < shares.set.file_count && r == 0; f++)
+                headers += shares.set.plans[f].header_bytes;
+            uint64_t data = shares.bytes - (r == 0 ? headers : 0);
+            most = data > most ? data : most;
+            shares_release(&shares);
+            model_destroy(model);
+        }
+        assert_int_equal(total, whole);
+        if (5 % l.expert == 0) /* whole experts are uneven otherwise */
+            assert_true((double)most < 1.2 * (double)(whole - headers) / ranks);
+    }
+}
+
+/* A small limit gives many files and an index, which are read back like one. */
+static void test_many_files(void **state) {
+    (void)state;
+    const struct layout_case wide = {1, 2, 2, 3};
+    char *one = directory_of("one", 0), *many = directory_of("many", 0), *back = directory_of("back", 0);
+    char *first = checkpoint_in(one, 1), *divided = checkpoint_in(many, 1), *joined = checkpoint_in(back, 1);
+    struct job save_one = {single, .to = one, .step = 1, .file_bytes = 1 << 30};
+    struct job save_many = {wide, .from = one, .to = many, .step = 1, .file_bytes = 3000, .asynchronous = true};
+    struct job save_back = {single, .from = many, .to = back, .step = 1, .file_bytes = 1 << 30};
+    run_well(&save_one);
+    run_well(&save_many);
+    run_well(&save_back);
+    assert_same_checkpoint(first, joined);
+    char *index = path_join(divided, "model.safetensors.index.json"),
+         *single_file = path_join(divided, "model.safetensors");
+    char *moments = path_join(divided, "training/optimizer.safetensors.index.json");
+    assert_true(file_exists(index) && file_exists(moments) && !file_exists(single_file));
+    const char *const all[] = {one, many, back};
+    for (int i = 0; i < 3; i++)
+        remove_all(all[i]);
+    free(index), free(single_file), free(moments), free(one), free(many), free(back), free(first), free(divided),
+        free(joined);
+}
+
+/* What is changed after the call is not in it; a second save waits for the first or replaces it; a run that ends in the
+ * middle leaves what was there. */
+static void test_asynchronous(void **state) {
+    (void)state;
+    const struct layout_case wide = {2, 2, 1, 3};
+    char *sync = directory_of("sync", 0), *expected = checkpoint_in(sync, 5);
+    struct job plain = {wide, .to = sync, .step = 5, .file_bytes = 1 << 30};
+    run_well(&plain);
+    for (int course = SAVE_ONCE; course <= SAVE_AND_LEAVE; course++) {
+        char *async = directory_of("async", course), *found = checkpoint_in(async, 5),
+             *second = checkpoint_in(async, 6);
+        struct job job = {wide, .to = async, .step = 5, .file_bytes = 1 << 30, .asynchronous = true, .mutates = true};
+        job.course = course;
+        run_well(&job);
+        bool has_first = course == SAVE_ONCE || course == SAVE_TWICE_WAITING;
+        assert_int_equal(directory_exists(found), has_first);
+        if (has_first)
+            assert_same_checkpoint(expected, found);
+        bool has_second = course == SAVE_TWICE_WAITING || course == SAVE_TWICE_REPLACING;
+        assert_int_equal(directory_exists(second), has_second);
+        if (has_second)
+            assert_int_equal(checkpoint_verify(second), STATUS_OK);
+        struct text_list names;
+        assert_int_equal(directory_list(async, &names), STATUS_OK);
+        assert_int_equal(names.count, has_first + has_second); /* no draft is left */
+        assert_int_equal(job.published, 4 * (has_first + has_second));
+        text_list_release(&names);
+        remove_all(async);
+        free(second);
+        free(found);
+        free(async);
+    }
+    remove_all(sync);
+    free(expected);
+    free(sync);
+}
+
+enum { FAULT_FILE_BYTES = 80000 }; /* two or three files */
+
+/* ---- faults
+ * ---------------------------------------------------------------------------------------------------------- */
+
+struct fault {
+    _Atomic int countdown;
+    int error;
+    bool all_later;
+};
+
+static int fail_at(void *context, enum file_operation operation, const char *path) {
+    (void)path;
+    struct fault *fault = context;
+    int left = fault->countdown--;
+    if (operation != FILE_WRITE && fault->error == FILE_FAULT_SHORT)
+        return 0;
+    return left == 0 || (fault->all_later && left < 0) ? fault->error : 0;
+}
+
+static void assert_loads(struct layout_case layout, const char *directory, int64_t oldest, bool newer) {
+    struct job load = {layout, .from = directory};
+    run_well(&load);
+    assert_true(load.state.step == oldest || (newer && load.state.step == oldest + 1));
+}
+
+/* A save of step 2 with a failure point; whether it was reached. */
+static bool fail_one_save(struct layout_case layout, const char *directory, int at, int error, bool all_later,
+                          bool async) {
+    struct job job = {layout, .to = directory, .step = 2, .file_bytes = FAULT_FILE_BYTES, .asynchronous = async};
+    struct fault fault = {at, error, all_later};
+    file_set_fault(fail_at, &fault);
+    enum status status = run(&job);
+    file_set_fault(NULL, NULL);
+    bool reached = fault.countdown < 0;
+    if (error == FILE_FAULT_SHORT)
+        assert_int_equal(status, STATUS_OK); /* the rest is written */
+    assert_loads(layout, directory, status == STATUS_OK ? 2 : 1, status != STATUS_OK);
+    struct text_list names;
+    assert_int_equal(directory_list(directory, &names), STATUS_OK);
+    for (size_t i = 0; i < names.count && !all_later; i++)
+        assert_null(strstr(names.items[i], ".tmp-"));
+    text_list_release(&names);
+    char *second = checkpoint_in(directory, 2);
+    remove_all(second);
+    free(second);
+    return reached;
+}
+
+static void fail_operations(struct layout_case layout, int every, int error, bool all_later, bool asynchronous) {
+    char *directory = directory_of("fault", 0);
+    struct job first = {layout, .to = directory, .step = 1, .file_bytes = FAULT_FILE_BYTES};
+    run_well(&first);
+    int at = error % every;
+    while (fail_one_save(layout, directory, at, error, all_later, asynchronous))
+        at += every;
+    assert_true(at > 60);
+    remove_all(directory);
+    free(directory);
+}
+
+/* Whichever operation fails on whichever rank, once or from then on: it is an error on all, none hangs, and the
+ * checkpoint before it loads. */
+static void test_every_operation_failing(void **state) {
+    (void)state;
+    static const int errors[] = {EIO, ENOSPC, FILE_FAULT_SHORT};
+    const struct layout_case wide = {2, 2, 1, 3};
+    for (int mode = 0; mode < 12; mode++) {
+        fail_operations(single, 1, errors[mode % 3], mode % 2, mode >= 6);
+        if (mode % 3 != 2) /* the same places, many times as often */
+            fail_operations(wide, 17 + mode, errors[mode % 3], mode % 2, mode >= 6);
+    }
+}
+
+/* An allocation that fails ends the save, or the process where it is a small one: never what was saved before. */
+static _Atomic long allocations_left = -1; /* negative: all are given */
+
+extern void *__libc_malloc(size_t bytes);
+extern void *__libc_calloc(size_t count, size_t bytes);
+extern void *__libc_realloc(void *memory, size_t bytes);
+
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#define COUNTS_ALLOCATIONS 1
+static bool is_given(void) {
+    return allocations_left < 0 || allocations_left-- > 0 || (allocations_left = 0);
+}
+void *malloc(size_t bytes) {
+    return is_given() ? __libc_malloc(bytes) : NULL;
+}
+void *calloc(size_t count, size_t bytes) {
+    return is_given() ? __libc_calloc(count, bytes) : NULL;
+}
+void *realloc(void *memory, size_t bytes) {
+    return is_given() ? __libc_realloc(memory, bytes) : NULL;
+}
+#else
+#define COUNTS_ALLOCATIONS 0
+#endif
+
+/* In a process of its own: a save of one rank that is given `count` allocations; whether that was enough. */
+static bool save_with_allocations(const char *directory, long count) {
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        struct comm self = comm_self();
+        struct job job = {single, .to = directory, .step = 2, .file_bytes = FAULT_FILE_BYTES};
+        struct rank r = {0};
+        freopen("/dev/null", "w", stderr);
+        if (open_rank(&r, &job, &self) != STATUS_OK)
+            _exit(2);
+        fill(r.model, 1);
+        allocations_left = count;
+        enum status status = save(&r, &job);
+        _exit(status == STATUS_OK ? 0 : 1);
+    }
+    int ended;
+    alarm(10); /* a hang ends the test */
+    assert_int_equal(waitpid(child, &ended, 0), child);
+    alarm(0);
+    assert_true(!WIFEXITED(ended) || WEXITSTATUS(ended) < 2);
+    assert_true(!WIFSIGNALED(ended) || WTERMSIG(ended) == SIGABRT);
+    return WIFEXITED(ended) && WEXITSTATUS(ended) == 0;
+}
+
+/* Every one of the first hundred, then every ninth. */
+static void test_allocations_failing(void **state) {
+    (void)state;
+    if (!COUNTS_ALLOCATIONS)
+        skip();
+    char *directory = directory_of("memory", 0), *second = checkpoint_in(directory, 2);
+    struct job first = {single, .to = directory, .step = 1, .file_bytes = FAULT_FILE_BYTES};
+    run_well(&first);
+    long count = 0;
+    while (!save_with_allocations(directory, count)) {
+        assert_loads(single, directory, 1, true);
+        remove_all(second);
+        count += count < 100 ? 1 : 9;
+    }
+    assert_true(count > 200);
+    assert_loads(single, directory, 2, false);
+    remove_all(directory);
+    free(second);
+    free(directory);
+}
+
+/* ---- damage
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static void flip(const char *path, uint64_t bit) {
+    FILE *file = fopen(path, "r+b");
+    assert_non_null(file);
+    assert_int_equal(fseek(file, (long)(bit / 8), SEEK_SET), 0);
+    int byte = fgetc(file);
+    assert_int_equal(fseek(file, (long)(bit / 8), SEEK_SET), 0);
+    assert_true(fputc(byte ^ 1 << bit % 8, file) != EOF);
+    fclose(file);
+}
+
+static void assert_found(const char *checkpoint, const char *path, uint64_t where) {
+    if (checkpoint_verify(checkpoint) == STATUS_OK)
+        fail_msg("%s: damage at %llu is not found", path, (unsigned long long)where);
+}
+
+/* Every bit of the headers, 10,000 bits of the data, and every length that is a multiple of 4 KiB. (Every bit of the
+ * manifest: publish_test.) */
+static void test_damage_is_found(void **state) {
+    (void)state;
+    static const char *const names[] = {"model.safetensors", "training/optimizer.safetensors"};
+    char *directory = directory_of("damage", 0), *checkpoint = checkpoint_in(directory, 1);
+    struct job job = {{1, 2, 1, 3}, .to = directory, .step = 1, .file_bytes = 1 << 30, .dense = true};
+    run_well(&job);
+    for (int n = 0; n < 2; n++) {
+        char *path = path_join(checkpoint, names[n]), *data;
+        size_t size;
+        assert_int_equal(file_read(path, 1 << 26, &data, &size), STATUS_OK);
+        uint64_t header_bits = 8 * (8 + (uint64_t)(unsigned char)data[0] + 256 * (uint64_t)(unsigned char)data[1]);
+        for (uint64_t i = 0; i < header_bits + 5000; i++) {
+            uint64_t bit = i < header_bits ? i : random_bits(5, (uint64_t)n, i) % (8 * size);
+            flip(path, bit);
+            assert_found(checkpoint, path, bit);
+            flip(path, bit);
+        }
+        for (size_t cut = size - 1; cut > 0; cut = (cut - 1) / 4096 * 4096) {
+            assert_int_equal(truncate(path, (off_t)cut), 0);
+            assert_found(checkpoint, path, cut);
+        }
+        assert_int_equal(file_write(path, data, size), STATUS_OK);
+        assert_int_equal(checkpoint_verify(checkpoint), STATUS_OK);
+        free(data);
+        free(path);
+    }
+    remove_all(directory);
+    free(checkpoint);
+    free(directory);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_any_layout_to_any_other),
+        cmocka_unit_test(test_every_byte_is_written_once),
+        cmocka_unit_test(test_many_files),
+        cmocka_unit_test(test_asynchronous),
+        cmocka_unit_test(test_every_operation_failing),
+        cmocka_unit_test(test_allocations_failing),
+        cmocka_unit_test(test_damage_is_found),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
