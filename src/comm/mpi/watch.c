@@ -263,8 +263,6 @@ void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
         watch->lost(line);
     bool *copy = memory_must(size, sizeof *copy);
     memcpy(copy, ranks, size * sizeof *copy);
-    for (size_t r = 0; r < size; r++)
-        watch->kills = watch->kills || (ranks[r] && can_watch(watch, (int)r));
     watch->silent = copy;
     if (write(wake_fd, "s", 1) < 0)
         _exit(1);

@@ -21,7 +21,6 @@ struct watch {
     atomic_bool leaving; /* the ranks take leave: one that is gone has perhaps but gone first */
     atomic_bool over;
     bool *_Atomic silent; /* [size] ranks that do not answer; NULL while all do */
-    atomic_bool kills;    /* some of them are on this host, and the watch will kill them */
     bool handles_termination;
     pthread_t thread;
 };
