@@ -82,7 +82,7 @@ enum status run_directory_open(struct run_config *config) {
             status = compare(&stored, config);
         }
     } else {
-        status = directory_make(config->run.directory);
+        status = directory_make_lasting(config->run.directory);
     }
     free(path);
     return status;

@@ -77,6 +77,8 @@ enum status checkpoint_write_files(const char *root, const struct checkpoint_sou
     TRY(write_generation_config(root, tokenizer_end_of_text(sources->tokenizer)));
     TRY(write_tokenizer(root, sources));
     TRY(copy_file(sources->config_path, root, "training/config.ini"));
+    if (sources->metrics_path)
+        TRY(file_flush(sources->metrics_path));
     return write_state(root, &sources->state);
 }
 

@@ -21,6 +21,7 @@ struct train_state {
 struct checkpoint_sources {
     const char *tokenizer_path; /* copied */
     const char *config_path;    /* config.ini, copied */
+    const char *metrics_path;   /* flushed: a power cut takes no line of a step before the checkpoint; NULL: none */
     const struct model_config *model;
     const struct tokenizer *tokenizer;
     struct train_state state;

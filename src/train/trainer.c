@@ -51,7 +51,7 @@ struct trainer {
     struct profile profile; /* zeroed without hooks.profile */
     int32_t *tokens; /* [batch_sequences, T+1] */
     struct saver *saver;
-    char *checkpoints, *samples_path, *config_path;
+    char *checkpoints, *samples_path, *config_path, *metrics_path;
     double roof_operations_per_s, step_seconds, begin_s;
     int skipped_in_a_row;
     bool stopping; /* some rank was asked to stop: agreed on */
@@ -216,6 +216,20 @@ static enum status measure_steps(struct trainer *t) {
     return agree_and_refresh(t, start_fresh(t));
 }
 
+static struct checkpoint_retention retention(const struct trainer *t) {
+    const struct run_config *c = t->config;
+    return (struct checkpoint_retention){c->checkpoint.keep, c->checkpoint.keep_every_steps,
+                                         c->checkpoint.keep_best ? t->state.best_step : -1, -1};
+}
+
+/* What the last call left undone when it was cut short. */
+static enum status tidy_checkpoints(const struct trainer *t) {
+    struct checkpoint_retention keep = retention(t);
+    keep.good_step = t->state.step;
+    TRY(checkpoint_settle(t->checkpoints));
+    return checkpoint_keep(t->checkpoints, keep);
+}
+
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
     char path[CHECKPOINT_PATH_BYTES];
     TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, (enum checkpoint_read)t->config->checkpoint.read,
@@ -224,6 +238,8 @@ static enum status start_or_resume(struct trainer *t, bool *resumed) {
     if (*resumed && t->hooks.checkpoint_is_good)
         t->hooks.checkpoint_is_good(path);
     TRY(agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t)));
+    if (*resumed)
+        TRY(comm_agree(t->world.comm, is_first(t) ? tidy_checkpoints(t) : STATUS_OK));
     if (t->config->train.steps == 0)
         TRY(measure_steps(t));
     return comm_agree(t->world.comm, is_first(t) ? run_directory_write_config(t->config) : STATUS_OK);
@@ -297,6 +313,7 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     t->checkpoints = run_directory_path(c, "checkpoints");
     t->samples_path = run_directory_path(c, "samples.txt");
     t->config_path = run_directory_path(c, "config.ini");
+    t->metrics_path = run_directory_path(c, "metrics.jsonl");
     TRY(open_data(t));
     TRY(comm_agree(world, open_tokenizer(t)));
     TRY(choose_layout(t));
@@ -329,6 +346,7 @@ static void tear_down(struct trainer *t) {
     free(t->checkpoints);
     free(t->samples_path);
     free(t->config_path);
+    free(t->metrics_path);
 }
 
 /* ---- what happens between steps -------------------------------------------------------------------------------------- */
@@ -336,10 +354,7 @@ static void tear_down(struct trainer *t) {
 /* A save that is still under way is given up or waited for, as the settings say; the last one of a run always ends. */
 static enum status save(struct trainer *t) {
     const struct run_config *c = t->config;
-    struct checkpoint_retention keep = {c->checkpoint.keep, c->checkpoint.keep_every_steps, -1, -1};
-    if (c->checkpoint.keep_best)
-        keep.best_step = t->state.best_step;
-    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, &c->model, t->tokenizer, t->state, keep};
+    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, t->metrics_path, &c->model, t->tokenizer, t->state, retention(t)};
     TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE ? saver_cancel(t->saver) : saver_finish(t->saver));
     return saver_start(t->saver, &sources);
 }
