@@ -354,7 +354,8 @@ static void tear_down(struct trainer *t) {
 /* A save that is still under way is given up or waited for, as the settings say; the last one of a run always ends. */
 static enum status save(struct trainer *t) {
     const struct run_config *c = t->config;
-    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, t->metrics_path, &c->model, t->tokenizer, t->state, retention(t)};
+    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, t->metrics_path, &c->model,
+                                         t->tokenizer,             t->state,       retention(t)};
     TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE ? saver_cancel(t->saver) : saver_finish(t->saver));
     return saver_start(t->saver, &sources);
 }
