@@ -221,7 +221,7 @@ enum status file_writer_close(struct file_writer *writer) {
 }
 
 enum status file_flush(const char *path) {
-    struct file_writer writer;
+    struct file_writer writer = {.descriptor = -1};
     TRY(file_writer_open(&writer, path, true));
     enum status status = file_writer_flush(&writer);
     enum status closed = file_writer_close(&writer);

@@ -110,7 +110,7 @@ static enum status train_on(void *context, struct comm *world) {
     enum status status = run_config_resolve(&config, NULL, pairs, (int)(sizeof pairs / sizeof *pairs / 2));
     if (status == STATUS_OK)
         status = train_run(&config, (struct train_world){world, world->size, 1},
-                           (struct train_hooks){end_run, &ending, false, NULL}, &summary);
+                           (struct train_hooks){.write_sample = end_run, .context = &ending}, &summary);
     if (world->rank == 0)
         wanted->summary = summary;
     free(directory);

@@ -88,6 +88,8 @@ static const struct setting place_settings[] = {
     {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
      "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
+    {"run", "timeout_seconds", SETTING_NUMBER, AT(run.timeout_seconds), 0, 1e6, NULL,
+     "a rank that gives no sign of life for so long ends the run: stopped, or its link is dead; 0: none does"},
     {"run", "threads", SETTING_INTEGER, AT(run.threads), 0, 4096, NULL, "threads; 0: one for each processor"},
 };
 
@@ -124,6 +126,7 @@ void run_config_init(struct run_config *config) {
     config->train.verify_steps = 100;
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
+    config->run.timeout_seconds = 60;
     config->checkpoint.file_bytes = 5000000000; /* as transformers writes */
     strcpy(config->run.directory, "runs/cadre");
     strcpy(config->run.kernels, "auto");
@@ -170,6 +173,8 @@ enum status run_config_check(struct run_config *c) {
                            (long long)c->train.sequence_length, (long long)c->model.max_position_embeddings);
     if (c->train.steps == 0 && c->train.target_minutes <= 0)
         return status_fail(STATUS_USAGE, "train.steps is 0; set it, or train.target_minutes");
+    if (c->run.timeout_seconds > 0 && c->run.timeout_seconds < 1)
+        return status_fail(STATUS_USAGE, "run.timeout_seconds is 0 or at least 1, not %g", c->run.timeout_seconds);
     if (!*c->run.directory)
         return status_fail(STATUS_USAGE, "run.directory is empty");
     return STATUS_OK;

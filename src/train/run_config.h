@@ -42,6 +42,7 @@ struct run_config {
     struct {
         char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES];
         int64_t threads;
+        double timeout_seconds;
     } run;
 };
 

@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/threads.h"
+#include "comm/launch/launch.h"
 #include "data/corpus.h"
 #include "data/loader.h"
 #include "data/tokenizer.h"
@@ -54,7 +55,7 @@ struct trainer {
     int32_t *tokens; /* [batch_sequences, T+1] */
     struct saver *saver;
     char *checkpoints, *samples_path, *config_path, *metrics_path;
-    double roof_operations_per_s, step_seconds;
+    double roof_operations_per_s, step_seconds, begin_s;
     int64_t processed_tokens; /* by this call */
     bool stopping; /* some rank was asked to stop: agreed on */
 };
@@ -66,6 +67,8 @@ static volatile sig_atomic_t stop_requested;
 
 static void request_stop(int signal_number) {
     stop_requested = 1;
+    if (signal_number == SIGTERM)
+        comm_launch_note_termination();
     signal(signal_number, SIG_DFL); /* the second one ends the process */
 }
 
@@ -428,10 +431,14 @@ static bool is_due(int64_t step, int64_t every) {
     return every > 0 && step % every == 0;
 }
 
-/* A signal reaches one rank or some; all save and leave after the same step. And a save that all ranks are done with goes on
- * to its next stage. */
+static bool is_time_over(const struct trainer *t) {
+    return is_first(t) && t->hooks.max_seconds > 0 && clock_seconds() - t->begin_s >= t->hooks.max_seconds;
+}
+
+/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. And a save that all ranks
+ * are done with goes on to its next stage. */
 static enum status agree_after_step(struct trainer *t) {
-    double asked[] = {stop_requested, saver_is_busy(t->saver)};
+    double asked[] = {stop_requested || is_time_over(t), saver_is_busy(t->saver)};
     TRY(comm_sum_f64(t->world.comm, asked, 2));
     t->stopping = asked[0] > 0;
     return asked[1] == 0 ? saver_advance(t->saver) : STATUS_OK;
@@ -616,7 +623,7 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
 
 enum status train_run(struct run_config *config, struct train_world world, struct train_hooks hooks,
                       struct train_summary *summary) {
-    struct trainer trainer = {.config = config, .world = world, .hooks = hooks};
+    struct trainer trainer = {.config = config, .world = world, .hooks = hooks, .begin_s = clock_seconds()};
     *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
     enum status status = run_all(&trainer, summary);
     tear_down(&trainer);
