@@ -186,30 +186,54 @@ static enum status member_init(struct member *m, const struct problem *p, int64_
 /* As model/block.c runs them. */
 static enum status layer_forward(struct member *m, int index) {
     struct layer *l = &m->layers[index];
-    struct exchange_call call = {&m->context, &l->route, index};
+    struct exchange_call call = {&m->context, &l->route, index, false};
     TRY(m->exchange->announce(m->self, &call));
     TRY(m->exchange->begin(m->self, &call, l->tokens, &l->rounds));
     for (int round = 0; round < l->rounds; round++) {
         TRY(m->exchange->dispatch(m->self, &call, round, l->tokens, &l->rows, &l->saved, &m->scratch));
-        experts_forward(&m->context, &l->weights, &l->rows, &l->saved, &m->scratch);
+        for (int i = 0; i < l->rows.part_count; i++) {
+            TRY(m->exchange->arrive(m->self, &call, round, i));
+            experts_forward(&m->context, &l->weights, &l->rows, &l->rows.parts[i], &l->saved, &m->scratch);
+            TRY(m->exchange->answer(m->self, &call, round, i, m->scratch.results));
+        }
         TRY(m->exchange->combine(m->self, &call, round, m->scratch.results, l->outcome.y));
     }
     return STATUS_OK;
 }
 
+/* Gate and up once more, of a round that was not kept. */
+static enum status round_again(struct member *m, struct layer *l, const struct exchange_call *call, int round) {
+    struct exchange_call again = *call;
+    again.inner_only = true;
+    TRY(m->exchange->dispatch(m->self, &again, round, l->tokens, &l->rows, &l->saved, &m->scratch));
+    for (int i = 0; i < l->rows.part_count; i++) {
+        TRY(m->exchange->arrive(m->self, &again, round, i));
+        experts_inner_forward(&m->context, &l->weights, &l->rows, &l->rows.parts[i], &l->saved);
+    }
+    return STATUS_OK;
+}
+
+static enum status round_backward(struct member *m, struct layer *l, const struct exchange_call *call, int round) {
+    struct expert_rows drows;
+    TRY(m->exchange->combine_backward(m->self, call, round, l->dy, &drows, &m->scratch));
+    for (int i = 0; i < drows.part_count; i++) {
+        const struct expert_part *part = &drows.parts[i];
+        TRY(m->exchange->arrive_backward(m->self, call, round, i));
+        experts_backward_rows(&m->context, &l->weights, &l->rows, &drows, part, &l->saved, &m->scratch, &l->gradients);
+        TRY(m->exchange->answer_backward(m->self, call, round, i, m->scratch.drows, m->scratch.drow_weight));
+        experts_inner_backward(&m->context, &l->rows, part, &l->saved, &l->gradients);
+    }
+    return m->exchange->dispatch_backward(m->self, call, round, m->scratch.drows, m->scratch.drow_weight,
+                                          l->outcome.dtokens, l->outcome.dweight);
+}
+
 static enum status layer_backward(struct member *m, int index) {
     struct layer *l = &m->layers[index];
-    struct exchange_call call = {&m->context, &l->route, index};
-    struct expert_rows drows;
+    struct exchange_call call = {&m->context, &l->route, index, false};
     for (int round = 0; round < l->rounds; round++) {
-        if (l->rounds > 1) {
-            TRY(m->exchange->dispatch(m->self, &call, round, l->tokens, &l->rows, &l->saved, &m->scratch));
-            experts_inner_forward(&m->context, &l->weights, &l->rows, &l->saved);
-        }
-        TRY(m->exchange->combine_backward(m->self, &call, round, l->dy, &drows, &m->scratch));
-        experts_backward(&m->context, &l->weights, &l->rows, &drows, &l->saved, &m->scratch, &l->gradients);
-        TRY(m->exchange->dispatch_backward(m->self, &call, round, m->scratch.drows, m->scratch.drow_weight,
-                                           l->outcome.dtokens, l->outcome.dweight));
+        if (l->rounds > 1)
+            TRY(round_again(m, l, &call, round));
+        TRY(round_backward(m, l, &call, round));
     }
     return STATUS_OK;
 }
