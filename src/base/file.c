@@ -220,6 +220,14 @@ enum status file_writer_close(struct file_writer *writer) {
     return status;
 }
 
+enum status file_flush(const char *path) {
+    struct file_writer writer = {.descriptor = -1};
+    TRY(file_writer_open(&writer, path, true));
+    enum status status = file_writer_flush(&writer);
+    enum status closed = file_writer_close(&writer);
+    return status == STATUS_OK ? closed : status;
+}
+
 static enum status write_and_flush(const char *path, const void *data, size_t size) {
     struct file_writer writer = {.descriptor = -1};
     TRY(file_writer_open(&writer, path, false));
@@ -234,20 +242,30 @@ static enum status write_and_flush(const char *path, const void *data, size_t si
     return file_writer_close(&writer);
 }
 
+/* The directory that a path is in. */
+static char *parent_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    if (!slash)
+        return memory_copy_string(".");
+    return text_format("%.*s", slash == path ? 1 : (int)(slash - path), path);
+}
+
+static enum status flush_parent(const char *path) {
+    char *parent = parent_of(path);
+    enum status status = directory_flush(parent);
+    free(parent);
+    return status;
+}
+
 enum status file_write(const char *path, const void *data, size_t size) {
     char *temporary = text_format("%s.tmp", path);
-    char *directory = memory_copy_string(path);
-    char *slash = strrchr(directory, '/');
-    if (slash)
-        *slash = '\0';
     enum status status = write_and_flush(temporary, data, size);
     if (status == STATUS_OK)
         status = file_rename(temporary, path);
     else
         unlink(temporary);
     if (status == STATUS_OK)
-        status = directory_flush(slash ? (*directory ? directory : "/") : ".");
-    free(directory);
+        status = flush_parent(path);
     free(temporary);
     return status;
 }
@@ -288,26 +306,34 @@ enum status file_remove(const char *path) {
     return STATUS_OK;
 }
 
-static enum status make_one(const char *path) {
-    if (faulted(FILE_MAKE, path))
+static enum status make_one(const char *path, bool lasting) {
+    bool made = !faulted(FILE_MAKE, path) && mkdir(path, 0755) == 0;
+    if (!made && !(errno == EEXIST && directory_exists(path)))
         return fail_errno("make directory", path);
-    if (mkdir(path, 0755) == 0 || (errno == EEXIST && directory_exists(path)))
-        return STATUS_OK;
-    return fail_errno("make directory", path);
+    return made && lasting ? flush_parent(path) : STATUS_OK;
 }
 
-enum status directory_make(const char *path) {
+static enum status make_with_parents(const char *path, bool lasting) {
     char *partial = memory_copy_string(path);
     enum status status = STATUS_OK;
     for (char *slash = partial + 1; *partial && status == STATUS_OK && (slash = strchr(slash, '/')); slash++) {
         *slash = '\0';
-        status = make_one(partial);
+        status = make_one(partial, lasting);
         *slash = '/';
     }
     if (status == STATUS_OK)
-        status = make_one(path);
+        status = make_one(path, false);
     free(partial);
     return status;
+}
+
+enum status directory_make(const char *path) {
+    return make_with_parents(path, false);
+}
+
+enum status directory_make_lasting(const char *path) {
+    TRY(make_with_parents(path, true));
+    return flush_parent(path);
 }
 
 enum status directory_flush(const char *path) {

@@ -71,9 +71,13 @@ struct file_map {
 enum status file_map_open(struct file_map *map, const char *path) MUST_USE;
 void file_map_close(struct file_map *map);
 
+enum status file_flush(const char *path) MUST_USE; /* what anybody has written to it, to the disk */
 enum status file_rename(const char *from, const char *to) MUST_USE; /* atomic on one file system */
 enum status file_remove(const char *path) MUST_USE;                 /* not there: also STATUS_OK */
 enum status directory_make(const char *path) MUST_USE;              /* with its parents; already there: STATUS_OK */
+/* And so that a crash does not lose it: what got a new directory is flushed, and what `path` is in always, since whoever made
+ * it may have been killed before he did. */
+enum status directory_make_lasting(const char *path) MUST_USE;
 enum status directory_flush(const char *path) MUST_USE;             /* makes a rename inside it durable */
 enum status directory_remove(const char *path) MUST_USE;            /* with all it holds; links are not followed */
 

@@ -124,7 +124,7 @@ static enum status work_read_direct(struct saving *s) {
 
 static enum status start(struct saving *s, struct saver *saver) {
     struct checkpoint_sources sources = {s->tokenizer_path,
-                                         s->config_path,
+                                         s->config_path, NULL,
                                          &s->training.config.model,
                                          s->tokenizer,
                                          {.step = ++s->step, .best_step = -1},

@@ -59,7 +59,7 @@ static enum status settle_leftover(const char *directory, const char *name) {
     return status;
 }
 
-static enum status settle_leftovers(const char *directory) {
+enum status checkpoint_settle(const char *directory) {
     struct text_list names;
     TRY(directory_list(directory, &names));
     enum status status = STATUS_OK;
@@ -78,8 +78,8 @@ static void draft_release(struct checkpoint_draft *draft) {
 
 enum status checkpoint_begin(struct checkpoint_draft *draft, const char *directory, int64_t step) {
     CHECK_OP(step, >=, 0);
-    TRY(directory_make(directory));
-    TRY(settle_leftovers(directory));
+    TRY(directory_make_lasting(directory));
+    TRY(checkpoint_settle(directory));
     *draft = (struct checkpoint_draft){
         memory_copy_string(directory),
         text_format("%s/%s%06" PRId64 "%s%d", directory, STEP_PREFIX, step, DRAFT, (int)getpid()),
@@ -284,14 +284,10 @@ static enum status write_manifest(const char *root, const struct text_list *name
 }
 
 static enum status flush_file(const char *root, const char *name) {
-    struct file_writer writer;
     char *path = path_join(root, name);
-    enum status status = file_writer_open(&writer, path, true);
+    enum status status = file_flush(path);
     free(path);
-    TRY(status);
-    status = file_writer_flush(&writer);
-    enum status closed = file_writer_close(&writer);
-    return status == STATUS_OK ? closed : status;
+    return status;
 }
 
 static enum status flush_directories(const char *root, const struct text_list *names) {

@@ -40,6 +40,10 @@ struct checkpoint_draft {
     char *final_path;
 };
 
+/* Remove what saves that did not end have left in a directory that is there, and give a checkpoint that was being replaced its
+ * name back. Every save begins with it. */
+enum status checkpoint_settle(const char *directory) MUST_USE;
+
 /* Make an empty draft of step-NNNNNN in `directory`, which is made if missing; leftovers in it are settled first. Ends
  * with commit or abandon. Requires step >= 0. */
 enum status checkpoint_begin(struct checkpoint_draft *draft, const char *directory, int64_t step) MUST_USE;

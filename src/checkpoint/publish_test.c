@@ -232,6 +232,25 @@ static void test_flushes(void **state) {
     free(deep);
 }
 
+/* The way to the first checkpoint of a run lasts, too. */
+static void test_new_directories_are_flushed(void **state) {
+    (void)state;
+    struct checkpoint_draft draft;
+    struct text log = {0};
+    empty_directory();
+    char *above = path_join(directory, "above"), *checkpoints = path_join(above, "checkpoints");
+    char *expected = text_format("flush %s\nflush above\n", path_name(directory));
+    file_set_fault(record, &log);
+    assert_int_equal(checkpoint_begin(&draft, checkpoints, 1), STATUS_OK);
+    file_set_fault(NULL, NULL);
+    assert_string_equal(text_string(&log), expected);
+    checkpoint_abandon(&draft);
+    text_release(&log);
+    free(expected);
+    free(checkpoints);
+    free(above);
+}
+
 static void assert_no_draft(void) {
     struct text_list names;
     assert_int_equal(directory_list(directory, &names), STATUS_OK);
@@ -440,6 +459,7 @@ int main(void) {
                                        cmocka_unit_test(test_cut_short_between_two_renames),
                                        cmocka_unit_test(test_leftovers),
                                        cmocka_unit_test(test_flushes),
+                                       cmocka_unit_test(test_new_directories_are_flushed),
                                        cmocka_unit_test(test_every_operation_failing),
                                        cmocka_unit_test(test_damage_is_found),
                                        cmocka_unit_test(test_damage_in_a_large_file),

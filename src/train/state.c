@@ -46,8 +46,9 @@ static enum status write_generation_config(const char *directory, int64_t end_of
 }
 
 static enum status write_state(const char *directory, const struct train_state *state) {
-    json_t *object = json_pack("{s:i,s:I,s:I,s:I}", "version", STATE_VERSION, "step", (json_int_t)state->step, "sequences",
-                               (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens);
+    json_t *object = json_pack("{s:i,s:I,s:I,s:I,s:o}", "version", STATE_VERSION, "step", (json_int_t)state->step, "sequences",
+                               (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens, "guard",
+                               guard_pack(&state->guard));
     if (state->best_step >= 0) {
         json_object_set_new(object, "best_step", json_integer(state->best_step));
         json_object_set_new(object, "best_valid_loss", json_real(state->best_valid_loss));
@@ -77,6 +78,8 @@ enum status checkpoint_write_files(const char *root, const struct checkpoint_sou
     TRY(write_generation_config(root, tokenizer_end_of_text(sources->tokenizer)));
     TRY(write_tokenizer(root, sources));
     TRY(copy_file(sources->config_path, root, "training/config.ini"));
+    if (sources->metrics_path)
+        TRY(file_flush(sources->metrics_path));
     return write_state(root, &sources->state);
 }
 
@@ -96,6 +99,8 @@ static enum status read_state(const char *directory, struct train_state *state) 
             status = json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences);
         if (status == STATUS_OK)
             status = json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens);
+        if (status == STATUS_OK)
+            status = guard_unpack(source, "guard", &state->guard);
         state->best_step = -1; /* where it says nothing */
         if (status == STATUS_OK)
             status = json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step);

@@ -4,6 +4,7 @@
 #include "checkpoint/publish.h"
 #include "model/model.h"
 #include "parallel/ranks.h"
+#include "train/guard.h"
 
 struct tokenizer;
 
@@ -13,6 +14,7 @@ struct train_state {
     int64_t tokens;    /* learnt from */
     double best_valid_loss; /* of the checkpoints that were saved at an evaluation, and the step of that; -1: none yet */
     int64_t best_step;
+    struct guard guard; /* what steps are held against; empty where the file has none */
 };
 
 /* What a checkpoint says: a Hugging Face directory (config.json, generation_config.json, model.safetensors in f32,
@@ -21,6 +23,7 @@ struct train_state {
 struct checkpoint_sources {
     const char *tokenizer_path; /* copied */
     const char *config_path;    /* config.ini, copied */
+    const char *metrics_path;   /* flushed: a power cut takes no line of a step before the checkpoint; NULL: none */
     const struct model_config *model;
     const struct tokenizer *tokenizer;
     struct train_state state;

@@ -57,13 +57,20 @@ struct call {
     const char *directory, *threads, *precision, *steps, *more_key, *more_value;
     int64_t interrupt_at; /* 0: never */
     bool profile;
+    int interrupt_after; /* so many steps of this call; 0: never */
+};
+
+/* What the sampling hook counts: it is called after every interrupt_at-th step. */
+struct interruption {
+    int calls_left;
 };
 
 static enum status interrupt(void *context, struct model *model, const struct tokenizer *tokenizer, struct text *out) {
     (void)model;
     (void)tokenizer;
     (void)out;
-    if (*(int *)context)
+    struct interruption *interruption = context;
+    if (--interruption->calls_left == 0)
         raise(SIGTERM);
     return STATUS_OK;
 }
@@ -72,7 +79,7 @@ static enum status train(struct call call, struct train_summary *summary) {
     struct train_summary unused;
     char *directory = path_join(root, call.directory);
     char every[32];
-    snprintf(every, sizeof every, "%lld", (long long)call.interrupt_at);
+    snprintf(every, sizeof every, "%lld", call.interrupt_after > 0 ? 1 : (long long)call.interrupt_at);
     const char *pairs[] = {"model.preset", "tiny", "data.train", corpus_path, "run.directory", directory,
                            "data.vocab_size", "300", "train.steps", call.steps ? call.steps : "10",
                            "run.threads", call.threads ? call.threads : "2",
@@ -80,12 +87,12 @@ static enum status train(struct call call, struct train_summary *summary) {
                            "checkpoint.every_steps", "4", "train.eval_every_steps", "5",
                            "train.sample_every_steps", every, call.more_key, call.more_value};
     struct run_config config;
-    int should_interrupt = call.interrupt_at > 0;
+    struct interruption interruption = {call.interrupt_after > 0 ? call.interrupt_after : call.interrupt_at > 0};
     struct comm self = comm_self();
     struct train_world world = {&self, 1, 0};
     enum status status = run_config_resolve(&config, NULL, pairs, call.more_key ? 11 : 10);
     if (status == STATUS_OK)
-        status = train_run(&config, world, (struct train_hooks){interrupt, &should_interrupt, call.profile, NULL},
+        status = train_run(&config, world, (struct train_hooks){interrupt, &interruption, call.profile, NULL, 0},
                            summary ? summary : &unused);
     free(directory);
     return status;
@@ -194,6 +201,64 @@ static void test_resumed_is_uninterrupted(void **state) {
     }
 }
 
+/* metrics.jsonl without what time decides. */
+static char *read_metrics(const char *directory) {
+    static const char *const timings[] = {"step_time_ms", "tokens_per_s", "flops_share"};
+    char *path = text_format("%s/%s/metrics.jsonl", root, directory), *data, *line;
+    struct text out = {0};
+    size_t size;
+    assert_int_equal(file_read(path, 1 << 24, &data, &size), STATUS_OK);
+    for (char *rest = data; (line = strsep(&rest, "\n"));) {
+        json_t *object;
+        if (!*line)
+            continue;
+        assert_int_equal(json_parse(path, line, strlen(line), &object), STATUS_OK);
+        for (int i = 0; i < 3; i++)
+            json_object_del(object, timings[i]);
+        char *text = json_dumps(object, JSON_COMPACT | JSON_PRESERVE_ORDER);
+        text_printf(&out, "%s\n", text);
+        free(text);
+        json_decref(object);
+    }
+    free(data);
+    free(path);
+    return out.data;
+}
+
+enum { LONG_STEPS = 200, STOPS = 50 };
+
+/* Stopped at 50 random steps and resumed: not a bit differs in weights, optimizer, state and metrics. */
+static void test_fifty_stops(void **state) {
+    (void)state;
+    static const char *const names[] = {"model.safetensors", "training/optimizer.safetensors", "training/state.json"};
+    struct train_summary summary;
+    struct call call = {.directory = "long", .steps = "200", .threads = "1"};
+    assert_int_equal(train(call, NULL), STATUS_OK);
+    call.directory = "stopped";
+    int step = 0, stops = 0;
+    while (stops < STOPS) {
+        int left = LONG_STEPS - 1 - step, longest = 2 * left / (STOPS - stops);
+        call.interrupt_after = 1 + (int)(random_bits(6, 1, (uint64_t)stops) % (uint64_t)(longest > 1 ? longest - 1 : 1));
+        assert_int_equal(train(call, &summary), STATUS_OK);
+        assert_true(summary.interrupted);
+        assert_int_equal(summary.step, step + call.interrupt_after);
+        step = (int)summary.step;
+        stops++;
+    }
+    call.interrupt_after = 0;
+    assert_int_equal(train(call, &summary), STATUS_OK);
+    assert_int_equal(summary.step, LONG_STEPS);
+    for (int i = 0; i < 3; i++) {
+        char *name = path_join("checkpoints/step-000200", names[i]);
+        assert_same_file("long", "stopped", name);
+        free(name);
+    }
+    char *whole = read_metrics("long"), *parts = read_metrics("stopped");
+    assert_string_equal(whole, parts);
+    free(whole);
+    free(parts);
+}
+
 /* With a profile the numbers are the same, and the trace is there. */
 static void test_profile_changes_no_number(void **state) {
     (void)state;
@@ -291,6 +356,7 @@ int main(void) {
         cmocka_unit_test(test_golden_losses),
         cmocka_unit_test(test_threads_do_not_change_a_bit),
         cmocka_unit_test(test_resumed_is_uninterrupted),
+        cmocka_unit_test(test_fifty_stops),
         cmocka_unit_test(test_profile_changes_no_number),
         cmocka_unit_test(test_trace_on_a_full_disk),
         cmocka_unit_test(test_damaged_checkpoint_falls_back_to_the_one_before),
