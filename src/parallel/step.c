@@ -336,8 +336,7 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EXCHANGE:
         return block_dispatch(m, w, event->block);
     case EVENT_EXPERTS:
-        block_experts_forward(m, w, event->block);
-        return STATUS_OK;
+        return block_experts_forward(m, w, event->block);
     case EVENT_EXCHANGE_BACK:
         return block_combine(m, w, event->block);
     case EVENT_HEAD:
@@ -353,8 +352,7 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EXCHANGE_BACK_GRAD:
         return block_combine_backward(m, w, event->block);
     case EVENT_EXPERTS_GRAD:
-        block_experts_backward(m, w, event->block);
-        return STATUS_OK;
+        return block_experts_backward(m, w, event->block);
     case EVENT_EXCHANGE_GRAD:
         return block_dispatch_backward(m, w, event->block);
     case EVENT_ROUTE_GRAD:
