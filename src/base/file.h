@@ -36,12 +36,12 @@ enum status file_write(const char *path, const void *data, size_t size) MUST_USE
 struct file_reader {
     int descriptor; /* -1 when closed */
     char *path;     /* owned */
+    int direct;     /* a second descriptor, see file_writer_put; 0: none */
 };
 enum status file_reader_open(struct file_reader *reader, const char *path) MUST_USE;
-/* Exactly `size` bytes; STATUS_IO where the file ends before. */
+/* Exactly `size` bytes; STATUS_IO where the file ends before. Straight into memory, past the system's cache, what
+ * file_writer_put would write so. */
 enum status file_reader_at(const struct file_reader *reader, uint64_t position, void *data, size_t size) MUST_USE;
-/* These bytes will be wanted soon: the system may begin to read them. */
-void file_reader_expect(const struct file_reader *reader, uint64_t position, uint64_t size);
 void file_reader_close(struct file_reader *reader);
 
 /* A new file of `size` bytes, all zero, with its room on the disk taken where the file system can do that at once: a full
