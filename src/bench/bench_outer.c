@@ -1,11 +1,12 @@
-/* The outer step's codec and update, on one thread and on all, over memory larger than the caches. */
+/* The outer step's codec and update, on one thread and on all: over memory larger than the caches, which is how a step meets
+ * its weights, and over a little that stays in them, which shows the arithmetic alone. */
 #include "bench/bench.h"
 
 #include "base/threads.h"
 #include "train/roof.h"
 #include <stdio.h>
 
-static const int64_t VALUES = (int64_t)16 << 20; /* 64 MiB in f32 */
+static const int64_t VALUES = (int64_t)16 << 20, CACHED_VALUES = 1 << 15; /* 64 MiB in f32, 128 KiB */
 static const size_t ROOF_BYTES = (size_t)256 << 20;
 
 struct outer {
@@ -32,7 +33,7 @@ static void run_decode_add(void *context) {
 
 static void run_dot(void *context) {
     const struct outer *o = context;
-    o->ops->outer_dot(o->wire, o->wire, o->format, VALUES, o->stats);
+    o->ops->outer_dot(o->wire, o->wire, o->format, tensor_elements(o->sum), o->stats);
 }
 
 static void run_update(void *context) {
@@ -56,18 +57,19 @@ static void take(const struct bench *bench, struct arena *arena, struct outer *o
 static void measure(const struct bench *bench, struct outer *o, const char *what, void (*run)(void *context), double floats,
                     double roof) {
     char label[64];
-    double wire_bytes = run == run_update ? 0 : (double)outer_wire_bytes(o->format, VALUES);
-    snprintf(label, sizeof label, "%s%s%s, %d thread%s", what, wire_bytes > 0 ? " " : "",
-             wire_bytes > 0 ? outer_format_name(o->format) : "", threads_count(), threads_count() > 1 ? "s" : "");
+    int64_t n = tensor_elements(o->sum);
+    bool has_wire = run != run_update;
+    double wire_bytes = has_wire ? (double)outer_wire_bytes(o->format, n) : 0;
+    snprintf(label, sizeof label, "%s%s%s, %d thread%s%s", what, has_wire ? " " : "",
+             has_wire ? outer_format_name(o->format) : "", threads_count(), threads_count() > 1 ? "s" : "",
+             n == CACHED_VALUES ? ", cached" : "");
     struct bench_figure figure = {.name = "outer", .label = label, .precision = DTYPE_F32, .roof = roof,
-                                  .wire_bytes = wire_bytes, .bytes = 4 * floats * (double)VALUES + wire_bytes};
+                                  .wire_bytes = wire_bytes, .bytes = 4 * floats * (double)n + wire_bytes};
     figure.time = bench_call(bench, run, o);
     bench_print(bench, &figure);
 }
 
-static enum status measure_all(const struct bench *bench, struct outer *o) {
-    struct roof_bandwidth roof;
-    TRY(roof_bandwidth(bench->ops, bench->device, ROOF_BYTES, &roof));
+static void measure_all(const struct bench *bench, struct outer *o, struct roof_bandwidth roof) {
     for (int format = 0; format < OUTER_FORMATS; format++) {
         o->format = (enum outer_format)format;
         measure(bench, o, "encode", run_encode, 2, roof.read);
@@ -76,6 +78,20 @@ static enum status measure_all(const struct bench *bench, struct outer *o) {
     }
     measure(bench, o, "dot of two", run_dot, 0, 0);
     measure(bench, o, "update", run_update, 7, roof.copy);
+}
+
+static enum status measure_threads(const struct bench *bench, const struct outer *o, int threads) {
+    struct roof_bandwidth roof;
+    threads_set_count(threads);
+    TRY(roof_bandwidth(bench->ops, bench->device, ROOF_BYTES, &roof));
+    struct outer all = *o, cached = *o;
+    measure_all(bench, &all, roof);
+    if (threads > 1)
+        return STATUS_OK;
+    struct tensor *views[] = {&cached.global, &cached.local, &cached.momentum, &cached.sum};
+    for (size_t i = 0; i < sizeof views / sizeof *views; i++)
+        *views[i] = tensor_1d(views[i]->data, DTYPE_F32, CACHED_VALUES);
+    measure_all(bench, &cached, (struct roof_bandwidth){0});
     return STATUS_OK;
 }
 
@@ -87,11 +103,9 @@ enum status bench_outer(const struct bench *bench) {
     take(bench, &arena, &o);
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, &arena, &o);
-    enum status status = STATUS_OK;
-    for (int threads = 1; threads <= all && status == STATUS_OK; threads = threads == 1 && all > 1 ? all : all + 1) {
-        threads_set_count(threads);
-        status = measure_all(bench, &o);
-    }
+    enum status status = measure_threads(bench, &o, 1);
+    if (all > 1 && status == STATUS_OK)
+        status = measure_threads(bench, &o, all);
     threads_set_count(all);
     arena_release(&arena);
     return status;

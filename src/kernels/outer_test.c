@@ -126,7 +126,7 @@ static void check_codes(const struct kernel_ops *ops, enum outer_format format, 
 }
 
 static void check_all_codes(const struct kernel_ops *ops) {
-    check_codes(ops, OUTER_FP4, 16, 7, 8);
+    check_codes(ops, OUTER_FP4, 16, 7, 9);
     check_codes(ops, OUTER_FP8, 256, 0x7E, 18);
 }
 
@@ -169,8 +169,8 @@ static void test_values(void **state) {
 static void test_boundaries(void **state) {
     (void)state;
     const float up = 0x1.715476p0f, down = nextafterf(up, 0);
-    float x[] = {1, up / 2, down / 2, up / 4, 0x1p-7f, nextafterf(0x1p-7f, 0), -nextafterf(0x1p-7f, 0), -down / 64, -up / 64};
-    const float nearest[] = {1, 1, 0.5f, 0.5f, 0x1p-6f, 0, -0.0f, -0x1p-6f, -0x1p-5f};
+    float x[] = {1, up / 2, down / 2, up / 4, up / 256, down / 256, -down / 256, -down / 64, -up / 64, down / 128};
+    const float nearest[] = {1, 1, 0.5f, 0.5f, 0x1p-6f, 0, -0.0f, -0x1p-6f, -0x1p-5f, 0x1p-6f};
     struct tensor stats = through_ref(OUTER_FP4, tensor_1d(x, DTYPE_F32, COUNT(x)));
     for (size_t i = 0; i < COUNT(x); i++)
         assert_true(x[i] == nearest[i] && signbit(x[i]) == signbit(nearest[i]));
@@ -184,7 +184,7 @@ static void test_boundaries(void **state) {
     assert_true(stat(stats, OUTER_FLUSHED) == 1);
     float z[] = {nextafterf(464, 500), 0x1p-9f};
     through_ref(OUTER_FP8, tensor_1d(z, DTYPE_F32, COUNT(z)));
-    assert_true(z[0] == 480 - 0 * 448 && z[1] == 0);
+    assert_true(z[0] == 480 && z[1] == 0);
     test_release();
 }
 
@@ -214,7 +214,7 @@ static void test_error_bounds(void **state) {
     (void)state;
     /* Half a unit in the last place, by the mantissa; fp4: 1 - ln 2 where it rounds down, 2 ln 2 - 1 where up. */
     static const double worst_allowed[OUTER_FORMATS] = {0, 1 / 256.0, 1 / 16.0, 0.3863};
-    static const double mean_allowed[OUTER_FORMATS] = {0, 0.0016, 0.026, 0.19};
+    static const double mean_allowed[OUTER_FORMATS] = {0, 0.0016, 0.026, 0.2};
     static const double bias_allowed[OUTER_FORMATS] = {0, 1e-4, 2e-3, 4e-3};
     for (int format = 0; format < OUTER_FORMATS; format++) {
         double bias_sum = 0;
@@ -231,22 +231,35 @@ static void test_error_bounds(void **state) {
 
 /* ---- hard numbers ---- */
 
+/* `count` numbers of which `refused` may not travel: they are counted, and nothing else suffers. */
+static void check_refused_numbers(const struct kernel_ops *ops, enum outer_format format, const float *g, const float *l,
+                                  int64_t count, int refused) {
+    float back[OUTER_BLOCK];
+    uint8_t *wire = take_wire(format, count);
+    struct tensor stats = zeros(DTYPE_F64, OUTER_STATS), to = tensor_1d(back, DTYPE_F32, count);
+    ops->outer_encode(tensor_1d((void *)g, DTYPE_F32, count), tensor_1d((void *)l, DTYPE_F32, count), format, wire, stats);
+    ops->outer_decode_add(wire, format, to, false);
+    assert_true(stat(stats, OUTER_REFUSED) == refused && isfinite(stat(stats, OUTER_SQUARES)));
+    for (int64_t i = 0; i < count; i++) {
+        bool good = fabsf(g[i] - l[i]) < 0x1p127f;
+        assert_true(isfinite(back[i]) && (good ? back[i] >= 0x1.8p126f || count > 1 : back[i] == 0));
+    }
+}
+
+/* Together, and each alone, where it is the largest of its block. */
+static void check_refused(const struct kernel_ops *ops) {
+    static const float g[] = {1, FLT_MAX, NAN, INFINITY, INFINITY, 0x1p127f, 0x1.fffffep126f, -FLT_MAX, 0};
+    static const float l[] = {0.5f, -FLT_MAX, 0, 0, INFINITY, 0, 0, 0, -INFINITY};
+    for (int format = 0; format < OUTER_FORMATS; format++) {
+        check_refused_numbers(ops, (enum outer_format)format, g, l, COUNT(g), 7);
+        for (size_t i = 1; i < COUNT(g); i++)
+            check_refused_numbers(ops, (enum outer_format)format, g + i, l + i, 1, i != 6);
+    }
+}
+
 static void test_refused(void **state) {
     (void)state;
-    for (int format = 0; format < OUTER_FORMATS; format++) {
-        float g[] = {1, FLT_MAX, NAN, INFINITY, INFINITY, 0x1p127f, nextafterf(0x1p127f, 0), -FLT_MAX, 0};
-        float l[] = {0.5f, -FLT_MAX, 0, 0, INFINITY, 0, 0, 0, -INFINITY}, back[9];
-        uint8_t *wire = take_wire((enum outer_format)format, 9);
-        struct tensor stats = zeros(DTYPE_F64, OUTER_STATS);
-        kernels_ref()->outer_encode(tensor_1d(g, DTYPE_F32, 9), tensor_1d(l, DTYPE_F32, 9), (enum outer_format)format, wire,
-                                    stats);
-        kernels_ref()->outer_decode_add(wire, (enum outer_format)format, tensor_1d(back, DTYPE_F32, 9), false);
-        assert_true(stat(stats, OUTER_REFUSED) == 7 && isfinite(stat(stats, OUTER_SQUARES)));
-        for (int i = 0; i < 9; i++)
-            assert_true(isfinite(back[i]) && (i == 0 || i == 6 || back[i] == 0));
-        assert_true(back[6] > 0x1.8p126f);
-    }
-    test_release();
+    for_every_backend(check_refused);
 }
 
 /* An expert that was hardly used beside one that was: whole blocks of 1e-9 keep their values as blocks of 1 do. */
@@ -378,32 +391,34 @@ static void test_codec_of_every_backend(void **state) {
     for_every_backend(check_every_codec);
 }
 
-/* Messages of three replicas: added in the order of the ranks, all sums are the same bits whoever came first; each
- * addition is the one of fp32. */
+/* Messages of three replicas, encoded in the order of arrival and added in that of the ranks: each addition is the one of
+ * fp32. In f32, since sums of so few bits as the other formats have are mostly exact. */
 static void check_rank_order(const struct kernel_ops *ops) {
     enum { N = 1000, M = 3 };
     uint8_t *wire[M];
-    struct tensor sum = f32s(N), plain[M];
+    struct tensor sum = f32s(N), arrived = f32s(N), plain[M];
     for (int m = 0; m < M; m++) {
-        wire[m] = take_wire(OUTER_FP4, N);
+        wire[m] = take_wire(OUTER_F32, N);
         plain[m] = f32s(N);
     }
     for (int m = M - 1; m >= 0; m--) { /* as they arrive */
-        ops->outer_encode(numbers(WIDE, N, false), numbers(NORMAL, N, true), OUTER_FP4, wire[m],
+        ops->outer_encode(numbers(NORMAL, N, false), numbers(NORMAL, N, true), OUTER_F32, wire[m],
                           zeros(DTYPE_F64, OUTER_STATS));
-        ops->outer_decode_add(wire[m], OUTER_FP4, plain[m], false);
+        ops->outer_decode_add(wire[m], OUTER_F32, plain[m], false);
     }
-    for (int m = 0; m < M; m++)
-        ops->outer_decode_add(wire[m], OUTER_FP4, sum, m > 0);
-    const float *x = plain[0].data, *y = plain[1].data, *z = plain[2].data;
-    int64_t order_matters = 0;
-    for (int64_t i = 0; i < N; i++) {
-        assert_true(((float *)sum.data)[i] == x[i] + y[i] + z[i]);
-        order_matters += x[i] + y[i] + z[i] != z[i] + y[i] + x[i];
+    for (int m = 0; m < M; m++) {
+        ops->outer_decode_add(wire[m], OUTER_F32, sum, m > 0);
+        ops->outer_decode_add(wire[M - 1 - m], OUTER_F32, arrived, m > 0);
     }
-    for (int64_t i = 0; i < N; i++) /* two commute */
-        assert_true(x[i] + y[i] == y[i] + x[i]);
-    assert_true(order_matters >= 0);
+    const float *x = plain[0].data, *y = plain[1].data, *z = plain[2].data, *found = sum.data;
+    for (int64_t i = 0; i < N; i++)
+        assert_true(found[i] == x[i] + y[i] + z[i]);
+    assert_memory_not_equal(sum.data, arrived.data, tensor_bytes(sum)); /* why there is an order */
+    ops->outer_decode_add(wire[0], OUTER_F32, sum, false); /* of two there is none */
+    ops->outer_decode_add(wire[1], OUTER_F32, sum, true);
+    ops->outer_decode_add(wire[1], OUTER_F32, arrived, false);
+    ops->outer_decode_add(wire[0], OUTER_F32, arrived, true);
+    assert_memory_equal(sum.data, arrived.data, tensor_bytes(sum));
 }
 
 static void test_rank_order(void **state) {

@@ -15,11 +15,12 @@
  * on for which the block's largest magnitude is at most 464 before rounding, which is to nearest even.
  *
  * fp4: byte i of a block has difference i in its lower and difference i + 16 in its upper half: sign and 3 bits of
- * exponent (E3M0). Magnitude 0 is zero, c = 1 .. 7 is 2^(scale + c - 134). The scale is the smallest from 8 on for which
- * the block's largest magnitude is not above code 7. m 2^e with 1 <= m < 2 rounds up to 2^(e+1) from m = 1/ln 2 on (as a
- * float, 0x3FB8AA3B), else down to 2^e: see docs/design/diloco.md. From half the value of code 1 on it rounds to code 1, below to 0.
+ * exponent (E3M0). Magnitude 0 is zero, c = 1 .. 7 is 2^(scale + c - 134). The scale is the smallest from 9 on for which
+ * the block's largest magnitude is not above code 7. A magnitude m 2^e with 1 <= m < 2 is first rounded to a power of two,
+ * up from m = 1/ln 2 on (as a float, 0x3FB8AA3B), else down: see docs/design/diloco.md. Half of what code 1 stands for then
+ * becomes code 1, less becomes 0.
  *
- * The sign of a zero is kept. An encoder writes neither NaN nor infinity, and only scales within 8 .. 254 (fp4) or 18 ..
+ * The sign of a zero is kept. An encoder writes neither NaN nor infinity, and only scales within 9 .. 254 (fp4) or 18 ..
  * 254 (fp8): all that it writes decodes to normal floats or zeros, exactly. Other bytes decode to some number or NaN.
  */
 #pragma once

@@ -5,7 +5,7 @@
 #include <string.h>
 
 static const double REFUSED_FROM = 0x1p127, POWER_MIDPOINT = 0x1.715476p0 /* 1/ln 2 as a float */;
-enum { FP4_SCALE_LEAST = 8, FP8_SCALE_LEAST = 18, FP8_NAN = 0x7F };
+enum { FP4_SCALE_LEAST = 9, FP8_SCALE_LEAST = 18, FP8_NAN = 0x7F };
 
 static bool is_f32(struct tensor t, int64_t n) {
     return t.dtype == DTYPE_F32 && ref_is_1d(t, n);
@@ -26,10 +26,8 @@ static int fp4_scale(double largest) {
 }
 
 static int fp4_code(double magnitude, int scale) {
-    if (magnitude < ldexp(1, scale - 134))
-        return 0;
-    int code = round_to_power(magnitude) - (scale - 134);
-    return code > 1 ? code : 1;
+    int code = magnitude > 0 ? round_to_power(magnitude) - (scale - 134) : -1;
+    return code > 0 ? code : code == 0 ? 1 : 0;
 }
 
 static double fp4_value(int code, int scale) {

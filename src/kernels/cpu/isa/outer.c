@@ -13,14 +13,14 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/scratch.h"
 
-enum { BLOCK_VECTORS = OUTER_BLOCK / VECTOR_LANES, TASK_BLOCKS = TASK_ELEMENTS / OUTER_BLOCK };
+enum { BLOCK_VECTORS = OUTER_BLOCK / VECTOR_LANES, TASK_BLOCKS = TASK_ELEMENTS / OUTER_BLOCK, PREFETCH_BLOCKS = 16 };
 
 enum {
     MAGNITUDE = 0x7FFFFFFF,
     REFUSED_FROM = 0x7F000000,         /* 2^127 */
     FP4_ROUND = 0x800000 - 0x38AA3B,   /* mantissas from that of 1/ln 2 on carry */
     FP8_ROUND = 0x7FFFFF - 0x680000,   /* mantissas above that of 464 carry */
-    FP4_SCALE_LEAST = 8,
+    FP4_SCALE_LEAST = 9,
     FP8_SCALE_LEAST = 18,
     FP8_LEAST_NORMAL = 121 << 23,      /* 2^-6 */
     QUIET_NAN = 0x7FC00000,
@@ -38,14 +38,21 @@ static struct message message_of(const void *wire, enum outer_format format, int
 
 /* ---- encode ---- */
 
-/* What a task counted. Lanes: squares in both halves, the others where the mask was set. */
+/* A byte for each difference of a block; handed over by address, where registers may be narrower. As pairs they are shifted
+ * in one instruction, where nothing crosses over. */
+typedef int8_t block_bytes __attribute__((vector_size(OUTER_BLOCK)));
+typedef uint16_t block_pairs __attribute__((vector_size(OUTER_BLOCK)));
+typedef uint16_t half_pairs __attribute__((vector_size(OUTER_BLOCK / 2)));
+
+/* What a task counted; squares in both halves of the lanes. */
 struct tally {
     vector_f64 squares[2];
-    vector_i32 flushed, refused;
+    int64_t flushed, refused;
 };
 
 struct task_stats {
-    double squares, flushed, refused;
+    double squares;
+    int64_t flushed, refused;
 };
 
 struct encode_job {
@@ -59,17 +66,76 @@ ALWAYS_INLINE vector_i32 magnitude_of(vector_f32 x) {
     return (vector_i32)x & MAGNITUDE;
 }
 
-/* Where the difference is not 0 and its code is. */
-ALWAYS_INLINE void count_flushed(vector_i32 is_zero, vector_i32 magnitude, struct tally *tally) {
-    tally->flushed -= is_zero & (magnitude > 0);
+/* Every lane as the nearest number that fits into a byte. In an order of its own: bytes_in_order. */
+ALWAYS_INLINE void bytes_of(const vector_i32 v[BLOCK_VECTORS], block_bytes *to) {
+#if defined(__AVX512F__)
+    __m128i halves[2] = {_mm512_cvtsepi32_epi8((__m512i)v[0]), _mm512_cvtsepi32_epi8((__m512i)v[1])};
+    memcpy(to, halves, sizeof *to);
+#elif defined(__AVX2__)
+    __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    *to = (block_bytes)_mm256_packs_epi16(low, high); /* fours of v[0] v[1] v[2] v[3], then their second fours */
+#else
+    int8_t array[OUTER_BLOCK];
+    for (int i = 0; i < BLOCK_VECTORS; i++) {
+        vector_i32 least = -128 - (vector_i32){0}, most = 127 - (vector_i32){0};
+        vector_u8 part = __builtin_convertvector(-vector_max_i32(-vector_max_i32(v[i], least), -most), vector_u8);
+        memcpy(array + i * VECTOR_LANES, &part, sizeof part);
+    }
+    memcpy(to, array, sizeof *to);
+#endif
 }
 
-static __attribute__((noinline)) void refuse(vector_f32 d[BLOCK_VECTORS], struct tally *tally) {
+ALWAYS_INLINE void bytes_in_order(block_bytes *bytes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    *bytes = (block_bytes)_mm256_permutevar8x32_epi32((__m256i)*bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#else
+    (void)bytes;
+#endif
+}
+
+/* Bytes that are -1 in a mask. */
+ALWAYS_INLINE int64_t count_set(const block_bytes *mask) {
+#ifdef __AVX2__
+    return __builtin_popcount((unsigned)_mm256_movemask_epi8((__m256i)*mask));
+#else
+    uint64_t words[OUTER_BLOCK / 8], sum = 0;
+    memcpy(words, mask, sizeof words);
+    for (int i = 0; i < OUTER_BLOCK / 8; i++)
+        sum += words[i] & 0x0101010101010101u; /* at most 4 in every byte */
+    return (int64_t)(sum * 0x0101010101010101u >> 56);
+#endif
+}
+
+/* Differences that are not 0 and have a magnitude of 0 among the codes. */
+ALWAYS_INLINE int64_t count_flushed(const block_bytes *magnitude_codes, const vector_f32 d[BLOCK_VECTORS]) {
+    vector_i32 magnitude[BLOCK_VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < BLOCK_VECTORS; v++)
+        magnitude[v] = magnitude_of(d[v]);
+    block_bytes flushed;
+    bytes_of(magnitude, &flushed);
+    flushed = (*magnitude_codes == 0) & (flushed > 0);
+    return count_set(&flushed);
+}
+
+/* 0x80 where a difference has the sign, else 0. */
+ALWAYS_INLINE void signs_of(const vector_f32 d[BLOCK_VECTORS], block_bytes *signs) {
+    vector_i32 bits[BLOCK_VECTORS];
+    memcpy(bits, d, sizeof bits);
+    bytes_of(bits, signs);
+    *signs &= -128;
+}
+
+ALWAYS_INLINE void refuse(vector_f32 d[BLOCK_VECTORS], struct tally *tally) {
+    vector_i32 bad[BLOCK_VECTORS];
+#pragma GCC unroll 8
     for (int v = 0; v < BLOCK_VECTORS; v++) {
-        vector_i32 good = magnitude_of(d[v]) < REFUSED_FROM;
-        tally->refused -= ~good;
-        d[v] = (vector_f32)((vector_i32)d[v] & good);
+        bad[v] = magnitude_of(d[v]) > REFUSED_FROM - 1;
+        d[v] = (vector_f32)((vector_i32)d[v] & ~bad[v]);
     }
+    block_bytes refused;
+    bytes_of(bad, &refused);
+    tally->refused += count_set(&refused);
 }
 
 ALWAYS_INLINE vector_i32 block_largest(const vector_f32 d[BLOCK_VECTORS]) {
@@ -91,35 +157,42 @@ ALWAYS_INLINE vector_i32 load_differences(const float *global, const float *loca
         refuse(d, tally);
         largest = block_largest(d);
     }
+    vector_f64 squares[2] = {{0}}; /* of this block: the next one need not wait for it */
 #pragma GCC unroll 8
     for (int v = 0; v < BLOCK_VECTORS; v++) {
         vector_f64 halves[2];
         vector_to_f64(d[v], halves);
-        tally->squares[0] += halves[0] * halves[0];
-        tally->squares[1] += halves[1] * halves[1];
+        squares[0] = vector_multiply_add_f64(halves[0], halves[0], squares[0]);
+        squares[1] = vector_multiply_add_f64(halves[1], halves[1], squares[1]);
     }
+    tally->squares[0] += squares[0];
+    tally->squares[1] += squares[1];
     return largest;
 }
 
 ALWAYS_INLINE void encode_bf16(const vector_f32 d[BLOCK_VECTORS], uint8_t *codes, struct tally *tally) {
+    vector_i32 rounded[BLOCK_VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < BLOCK_VECTORS; v++) {
         vector_u32 bits = (vector_u32)d[v];
-        vector_u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-        vector_u16 halves = __builtin_convertvector(rounded, vector_u16);
+        vector_u32 half = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+        vector_u16 halves = __builtin_convertvector(half, vector_u16);
         memcpy(codes + 2 * v * VECTOR_LANES, &halves, sizeof halves);
-        count_flushed((vector_i32)(rounded & 0x7FFFu) == 0, magnitude_of(d[v]), tally);
+        rounded[v] = (vector_i32)(half & 0x7FFFu);
     }
+    block_bytes magnitude_codes;
+    bytes_of(rounded, &magnitude_codes);
+    tally->flushed += count_flushed(&magnitude_codes, d);
 }
 
 /* The largest power of two not above x is 2^e; adding 2^(e+20) rounds x to eighths of 2^e, which are then the lowest bits
  * of the sum. */
-ALWAYS_INLINE vector_u32 fp8_code(vector_i32 magnitude, vector_f32 multiplier) {
+ALWAYS_INLINE vector_i32 fp8_code(vector_i32 magnitude, vector_f32 multiplier) {
     vector_f32 x = (vector_f32)magnitude * multiplier;
     vector_i32 power = vector_max_i32((vector_i32)x & 0x7F800000, FP8_LEAST_NORMAL - (vector_i32){0});
     vector_i32 shifter = power + (20 << 23);
     vector_i32 eighths = (vector_i32)(x + (vector_f32)shifter) - shifter;
-    return (vector_u32)(eighths + ((power - FP8_LEAST_NORMAL) >> 20));
+    return eighths + ((power - FP8_LEAST_NORMAL) >> 20);
 }
 
 ALWAYS_INLINE void encode_fp8(const vector_f32 d[BLOCK_VECTORS], vector_i32 largest, uint8_t *codes, uint8_t *scale,
@@ -127,34 +200,39 @@ ALWAYS_INLINE void encode_fp8(const vector_f32 d[BLOCK_VECTORS], vector_i32 larg
     vector_i32 exponent = vector_max_i32((largest + FP8_ROUND) >> 23, FP8_SCALE_LEAST - (vector_i32){0});
     vector_f32 multiplier = (vector_f32)((127 + 135 - exponent) << 23); /* 2^(135 - scale) */
     *scale = (uint8_t)exponent[0];
+    vector_i32 code[BLOCK_VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < BLOCK_VECTORS; v++) {
-        vector_i32 magnitude = magnitude_of(d[v]);
-        vector_u32 code = fp8_code(magnitude, multiplier);
-        count_flushed((vector_i32)code == 0, magnitude, tally);
-        vector_store_u8(codes + v * VECTOR_LANES, code | ((vector_u32)d[v] >> 24 & 0x80u));
-    }
+    for (int v = 0; v < BLOCK_VECTORS; v++)
+        code[v] = fp8_code(magnitude_of(d[v]), multiplier);
+    block_bytes all, signs;
+    bytes_of(code, &all);
+    signs_of(d, &signs);
+    tally->flushed += count_flushed(&all, d);
+    all |= signs;
+    bytes_in_order(&all);
+    memcpy(codes, &all, sizeof all);
 }
 
-/* base: the exponent's bits that code 0 would have as a power of two. */
-ALWAYS_INLINE vector_u32 fp4_code(vector_f32 d, vector_i32 base, struct tally *tally) {
-    vector_i32 magnitude = magnitude_of(d);
-    vector_i32 counts = magnitude >= base << 23;
-    vector_i32 code = vector_max_i32(((magnitude + FP4_ROUND) >> 23) - base, -counts);
-    count_flushed(~counts, magnitude, tally);
-    return (vector_u32)code | ((vector_u32)d >> 28 & 8u);
-}
-
+/* What rounds to half the value of code 1 is 0 here first, as if there were a code for it. */
 ALWAYS_INLINE void encode_fp4(const vector_f32 d[BLOCK_VECTORS], vector_i32 largest, uint8_t *codes, uint8_t *scale,
                               struct tally *tally) {
     vector_i32 exponent = vector_max_i32((largest + FP4_ROUND) >> 23, FP4_SCALE_LEAST - (vector_i32){0});
+    vector_i32 offset = FP4_ROUND - ((exponent - 7) << 23), code[BLOCK_VECTORS];
     *scale = (uint8_t)exponent[0];
-#pragma GCC unroll 4
-    for (int v = 0; v < BLOCK_VECTORS / 2; v++) {
-        vector_u32 low = fp4_code(d[v], exponent - 7, tally);
-        vector_u32 high = fp4_code(d[v + BLOCK_VECTORS / 2], exponent - 7, tally);
-        vector_store_u8(codes + v * VECTOR_LANES, low | high << 4);
-    }
+#pragma GCC unroll 8
+    for (int v = 0; v < BLOCK_VECTORS; v++)
+        code[v] = (magnitude_of(d[v]) + offset) >> 23;
+    block_bytes all, signs;
+    bytes_of(code, &all);
+    signs_of(d, &signs);
+    all = (all & (all > 0)) - (all == 0);
+    tally->flushed += count_flushed(&all, d);
+    all |= (block_bytes)((block_pairs)signs >> 4);
+    bytes_in_order(&all);
+    half_pairs halves[2];
+    memcpy(halves, &all, sizeof all);
+    halves[0] |= halves[1] << 4;
+    memcpy(codes, &halves[0], sizeof halves[0]);
 }
 
 ALWAYS_INLINE void encode_block(enum outer_format format, const float *global, const float *local, uint8_t *codes,
@@ -187,13 +265,6 @@ ALWAYS_INLINE void encode_rest(enum outer_format format, const struct encode_job
         job->scales[block] = scale;
 }
 
-static double sum_i32(vector_i32 v) {
-    double sum = 0;
-    for (int lane = 0; lane < VECTOR_LANES; lane++)
-        sum += v[lane];
-    return sum;
-}
-
 static double sum_f64(const vector_f64 v[2]) {
     double sum = 0;
     for (int lane = 0; lane < VECTOR_LANES / 2; lane++)
@@ -201,16 +272,28 @@ static double sum_f64(const vector_f64 v[2]) {
     return sum;
 }
 
+/* The block that comes PREFETCH_BLOCKS after this one: the processor's own prefetching begins anew with every page. */
+ALWAYS_INLINE void prefetch(const struct encode_job *job, int64_t block) {
+    int64_t first = at_most(block + PREFETCH_BLOCKS, job->n / OUTER_BLOCK) * OUTER_BLOCK;
+#pragma GCC unroll 2
+    for (int i = 0; i < OUTER_BLOCK; i += 16) { /* floats of a cache line */
+        __builtin_prefetch(job->global + first + i);
+        __builtin_prefetch(job->local + first + i);
+    }
+}
+
 ALWAYS_INLINE void encode_body(enum outer_format format, const struct encode_job *job, int64_t index) {
     struct tally tally = {0};
     int64_t block = index * TASK_BLOCKS, whole = at_most(block + TASK_BLOCKS, job->n / OUTER_BLOCK);
-    for (; block < whole; block++)
+    for (; block < whole; block++) {
+        prefetch(job, block);
         encode_block(format, job->global + block * OUTER_BLOCK, job->local + block * OUTER_BLOCK,
                      job->codes + (size_t)block * outer_code_bytes(format), job->scales + block, &tally);
+    }
     int64_t rest = job->n - block * OUTER_BLOCK;
     if (block < (index + 1) * TASK_BLOCKS && rest > 0)
         encode_rest(format, job, block, rest, &tally);
-    job->stats[index] = (struct task_stats){sum_f64(tally.squares), sum_i32(tally.flushed), sum_i32(tally.refused)};
+    job->stats[index] = (struct task_stats){sum_f64(tally.squares), tally.flushed, tally.refused};
 }
 
 static void encode_f32_task(void *context, int64_t index) {
@@ -242,8 +325,8 @@ static void encode(struct tensor global, struct tensor local, enum outer_format 
     double *total = stats.data;
     for (int64_t i = 0; i < task_count; i++) {
         total[OUTER_SQUARES] += job.stats[i].squares;
-        total[OUTER_FLUSHED] += job.stats[i].flushed;
-        total[OUTER_REFUSED] += job.stats[i].refused;
+        total[OUTER_FLUSHED] += (double)job.stats[i].flushed;
+        total[OUTER_REFUSED] += (double)job.stats[i].refused;
     }
 }
 
@@ -398,9 +481,9 @@ ALWAYS_INLINE void dot_body(enum outer_format format, const struct dot_job *job,
             vector_to_f64(a[v], x);
             vector_to_f64(b[v], y);
             for (int half = 0; half < 2; half++) {
-                sums[0][half] += x[half] * y[half];
-                sums[1][half] += x[half] * x[half];
-                sums[2][half] += y[half] * y[half];
+                sums[0][half] = vector_multiply_add_f64(x[half], y[half], sums[0][half]);
+                sums[1][half] = vector_multiply_add_f64(x[half], x[half], sums[1][half]);
+                sums[2][half] = vector_multiply_add_f64(y[half], y[half], sums[2][half]);
             }
         }
     }

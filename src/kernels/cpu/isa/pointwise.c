@@ -124,8 +124,8 @@ struct squares {
 ALWAYS_INLINE void add_squares(vector_f32 x, struct squares *sum) {
     vector_f64 halves[2];
     vector_to_f64(x, halves);
-    sum->low += halves[0] * halves[0];
-    sum->high += halves[1] * halves[1];
+    sum->low = vector_multiply_add_f64(halves[0], halves[0], sum->low);
+    sum->high = vector_multiply_add_f64(halves[1], halves[1], sum->high);
 }
 
 /* Several sums, so that an addition need not wait for the one before. */

@@ -98,32 +98,31 @@ ALWAYS_INLINE vector_u32 vector_load_u8(const uint8_t *from) {
 #endif
 }
 
-/* The lowest byte of every lane. */
-ALWAYS_INLINE void vector_store_u8(uint8_t *to, vector_u32 v) {
-#if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)v));
-#elif defined(__AVX2__)
-    const __m256i lowest = _mm256_set1_epi32(0x0C080400), fourth = _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4);
-    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8((__m256i)v, lowest), fourth);
-    _mm_storel_epi64((__m128i *)to, _mm256_castsi256_si128(bytes));
-#else
-    vector_u8 bytes = __builtin_convertvector(v, vector_u8);
-    memcpy(to, &bytes, sizeof bytes);
-#endif
-}
-
 /* The lower and the upper half of the lanes in double. */
 ALWAYS_INLINE void vector_to_f64(vector_f32 v, vector_f64 to[2]) {
     half_vector halves[2];
     memcpy(halves, &v, sizeof v);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-#ifdef __AVX512F__
-        to[i] = (vector_f64)_mm512_cvtps_pd((__m256)halves[i]); /* the compiler makes two instructions and a merge of it */
+#if defined(__AVX512F__) /* the compiler makes two instructions and a merge of it */
+        to[i] = (vector_f64)_mm512_cvtps_pd((__m256)halves[i]);
+#elif defined(__AVX2__)
+        to[i] = (vector_f64)_mm256_cvtps_pd((__m128)halves[i]);
 #else
         to[i] = __builtin_convertvector(halves[i], vector_f64);
 #endif
     }
+}
+
+/* sum += a * b in one rounding, or in two: the same for a and b that were floats, their product is exact. */
+ALWAYS_INLINE vector_f64 vector_multiply_add_f64(vector_f64 a, vector_f64 b, vector_f64 sum) {
+#if defined(__AVX512F__)
+    return (vector_f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(__AVX2__)
+    return (vector_f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    return a * b + sum;
+#endif
 }
 
 /* Rounded to nearest even as float_to_bf16 does it; the instruction for it takes denormals for 0. */
