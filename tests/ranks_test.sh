@@ -248,9 +248,14 @@ if [ "$course" = long ]; then
     fi
 fi
 
+# shellcheck disable=SC2086
+run 1 interrupted "$mpiexec" -n 2 "$cadre" train $long --train.steps 100000 --max-minutes 0.03 --run.directory "$work/killed"
+expect_saved "--max-minutes"
+rm -rf "$work/killed"
+
 part killed
 # shellcheck disable=SC2086
-begin killed 13 $long --layout.shard 2 --layout.expert 2
+begin killed 18 $long --layout.shard 2 --layout.expert 2
 kill -9 "$(cat "$work/pids/2")"
 end_of "kill -9 of rank 2"
 expect_told 2
@@ -283,6 +288,8 @@ into="--run.directory $work/none"
 {
     refused 2 'rank 1 has other settings than rank 0' -n 1 "$cadre" train $short $into : -n 3 "$cadre" train $short $into --optim.lr 0.5
     refused 2 'rank 2: .*unknown key optim.lrr' -n 2 "$cadre" train $short $into : -n 1 "$cadre" train $short $into --optim.lrr 1
+    refused 2 'run.timeout_seconds is 0 or at least 1' -n 2 "$cadre" train $short $into --run.timeout_seconds 0.5
+    refused 2 '--max-minutes is at least 0' -n 2 "$cadre" train $short $into --max-minutes=-1
     refused 2 'unknown flag --nope' -n 4 "$cadre" train $short $into --nope
     refused 2 'rank 1: its --help' -n 1 "$cadre" train $short $into : -n 1 "$cadre" train --help
     refused 2 'layout.shard 3 does not divide the 4 ranks started; possible: --layout.shard 4' -n 4 "$cadre" train $short $into --layout.shard 3

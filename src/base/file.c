@@ -153,7 +153,7 @@ enum status file_writer_open(struct file_writer *writer, const char *path, bool 
     if (descriptor < 0)
         return fail_errno("open for writing", path);
     off_t end = append ? lseek(descriptor, 0, SEEK_END) : 0;
-    *writer = (struct file_writer){descriptor, memory_copy_string(path), end > 0 ? (uint64_t)end : 0};
+    *writer = (struct file_writer){descriptor, memory_copy_string(path), end > 0 ? (uint64_t)end : 0, 0};
     return STATUS_OK;
 }
 
@@ -161,7 +161,8 @@ enum status file_writer_open_at(struct file_writer *writer, const char *path) {
     int descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_WRONLY | O_CLOEXEC);
     if (descriptor < 0)
         return fail_errno("open for writing", path);
-    *writer = (struct file_writer){descriptor, memory_copy_string(path), 0};
+    int direct = open(path, O_WRONLY | O_CLOEXEC | O_DIRECT); /* not every file system has it */
+    *writer = (struct file_writer){descriptor, memory_copy_string(path), 0, direct > 0 ? direct : 0};
     return STATUS_OK;
 }
 
@@ -172,11 +173,35 @@ static size_t size_to_write(const struct file_writer *writer, size_t size) {
     return errno == FILE_FAULT_SHORT ? (size + 1) / 2 : 0;
 }
 
+static bool is_block(uint64_t value) {
+    return value % FILE_BLOCK_BYTES == 0;
+}
+
+/* Of what is left to put, how much goes to which descriptor: aligned blocks to the direct one; else up to the next block, or
+ * all. */
+static size_t choose_way(const struct file_writer *writer, uint64_t position, const char *data, size_t size, int *descriptor) {
+    size_t blocks = size / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
+    uint64_t to_block = (FILE_BLOCK_BYTES - position % FILE_BLOCK_BYTES) % FILE_BLOCK_BYTES;
+    bool can = writer->direct > 0 && is_block((uintptr_t)data + to_block);
+    *descriptor = writer->descriptor;
+    if (can && to_block == 0 && blocks > 0) {
+        *descriptor = writer->direct;
+        return blocks;
+    }
+    return can && to_block > 0 && to_block < size ? (size_t)to_block : size;
+}
+
+/* A write that is not whole leaves the blocks: the rest goes the other way. */
 enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) {
     uint64_t first = position, total = size;
     for (const char *bytes = data; size > 0;) {
-        size_t part = size_to_write(writer, size);
-        ssize_t put = part == 0 ? -1 : pwrite(writer->descriptor, bytes, part, (off_t)position);
+        int descriptor;
+        size_t part = size_to_write(writer, choose_way(writer, position, bytes, size, &descriptor));
+        if (descriptor == writer->direct && !is_block(part))
+            descriptor = writer->descriptor;
+        ssize_t put = part == 0 ? -1 : pwrite(descriptor, bytes, part, (off_t)position);
+        if (put < 0 && descriptor == writer->direct && part > 0 && errno == EINVAL) /* it takes larger blocks, or none */
+            put = pwrite(writer->descriptor, bytes, part, (off_t)position);
         if (put < 0 && errno == EINTR)
             continue;
         if (put < 0)
@@ -215,13 +240,15 @@ enum status file_writer_close(struct file_writer *writer) {
     enum status status = STATUS_OK;
     if (writer->descriptor >= 0 && close(writer->descriptor) != 0)
         status = fail_errno("close", writer->path);
+    if (writer->direct > 0)
+        close(writer->direct);
     free(writer->path);
     *writer = (struct file_writer){.descriptor = -1};
     return status;
 }
 
 enum status file_flush(const char *path) {
-    struct file_writer writer;
+    struct file_writer writer = {.descriptor = -1};
     TRY(file_writer_open(&writer, path, true));
     enum status status = file_writer_flush(&writer);
     enum status closed = file_writer_close(&writer);

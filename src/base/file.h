@@ -53,12 +53,16 @@ struct file_writer {
     int descriptor; /* -1 when closed */
     char *path;     /* owned */
     uint64_t position;
+    int direct; /* a second descriptor for file_writer_put; 0: none */
 };
 enum status file_writer_open(struct file_writer *writer, const char *path, bool append) MUST_USE;
 enum status file_writer_add(struct file_writer *writer, const void *data, size_t size) MUST_USE;
 /* A file that is there, for file_writer_put; others may write other places of it at the same time. */
 enum status file_writer_open_at(struct file_writer *writer, const char *path) MUST_USE;
-/* Bytes at a place of their own, which the system begins to bring to the disk. Leaves writer->position alone. */
+/* Bytes at a place of their own, which the system begins to bring to the disk. Leaves writer->position alone; several threads
+ * may put at once. Whole blocks of FILE_BLOCK_BYTES whose place and memory are both aligned to that go straight from memory to
+ * the disk, past the system's cache, where the file system can: several times as fast, for less work. */
+enum { FILE_BLOCK_BYTES = 4096 };
 enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) MUST_USE;
 enum status file_writer_flush(struct file_writer *writer) MUST_USE; /* to the disk: fsync */
 enum status file_writer_close(struct file_writer *writer) MUST_USE; /* does not flush; also after an error */

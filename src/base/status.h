@@ -13,7 +13,7 @@ enum status {
     STATUS_IO,          /* the system refused to open, read, write, flush or rename */
     STATUS_FORMAT,      /* a file is not what its format promises */
     STATUS_MEMORY,      /* no memory */
-    STATUS_NUMERIC,     /* a number that must be finite is not */
+    STATUS_NUMERIC,     /* a number is not what it must be: not finite, or damaged */
     STATUS_PEER,        /* another rank is gone, or failed at something that all do together */
     STATUS_INTERRUPTED, /* the user asked to stop; what was running is saved */
 };

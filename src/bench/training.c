@@ -78,7 +78,7 @@ enum status training_step(struct training *t, double *seconds) {
     TRY(comm_agree(t->world, STATUS_OK)); /* all begin together */
     int64_t sent = ranks_sent_bytes(&t->ranks);
     double begin = clock_seconds();
-    TRY(step_run(&t->runner, (struct step_input){t->tokens, ++t->step, 1000000}, &result));
+    TRY(step_run(&t->runner, (struct step_input){.tokens = t->tokens, .step = ++t->step, .step_count = 1000000}, &result));
     *seconds = clock_seconds() - begin;
     t->comm_bytes = result.comm_bytes;
     if (t->runner.part != STEP_WHOLE) /* nothing was agreed on: this rank's, for each */

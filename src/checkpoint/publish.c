@@ -12,6 +12,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/threads.h"
+#include "device/device.h"
 #include <inttypes.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -447,83 +448,181 @@ enum status checkpoint_manifest_open(struct checkpoint_manifest *manifest, const
     return status;
 }
 
-/* ---- verifying --------------------------------------------------------------------------------------------------- */
+/* ---- reading and verifying ----------------------------------------------------------------------------------------- */
 
-/* The extents of one file, checked by all threads; the first that is wrong is told. */
-struct verification {
-    struct file_reader reader;
-    const struct checkpoint_extent *extents;
-    int64_t first, stride;    /* of part_count processes, which extents are this one's */
-    char *buffers;            /* [threads][EXTENT_BYTES] */
-    _Atomic int64_t bad;      /* the lowest index that is wrong, or INT64_MAX */
+enum status checkpoint_all_targets(const struct checkpoint_manifest *manifest, struct checkpoint_target **targets,
+                                   size_t *count) {
+    TRY(memory_alloc(targets, manifest->file_count, sizeof **targets));
+    *count = manifest->file_count;
+    for (size_t i = 0; i < *count; i++)
+        (*targets)[i] = (struct checkpoint_target){(int)i, 0, manifest->files[i].bytes, NULL};
+    return STATUS_OK;
+}
+
+int checkpoint_find_file(const struct checkpoint_manifest *manifest, const char *name) {
+    for (size_t i = 0; i < manifest->file_count; i++)
+        if (strcmp(manifest->files[i].name, name) == 0)
+            return (int)i;
+    return -1;
+}
+
+static int compare_targets(const void *a, const void *b) {
+    const struct checkpoint_target *x = a, *y = b;
+    if (x->file != y->file)
+        return x->file < y->file ? -1 : 1;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
+}
+
+/* An extent that is wanted, and the first target that it meets. */
+struct read_task {
+    int file;
+    size_t extent, target;
 };
 
-static enum status verify_extent(const struct verification *v, int64_t index, char *buffer) {
-    const struct checkpoint_extent *extent = &v->extents[index];
-    TRY(file_reader_at(&v->reader, extent->begin, buffer, extent->bytes));
-    if (checkpoint_extent_hash(buffer, extent->bytes, extent->begin) == extent->hash)
-        return STATUS_OK;
-    return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", v->reader.path, extent->bytes,
-                       (unsigned long long)extent->begin);
+struct reading {
+    const struct checkpoint_manifest *manifest;
+    const struct checkpoint_target *targets;
+    size_t target_count;
+    const struct device *device;
+    struct file_reader *readers; /* [file_count]; path NULL: has no target */
+    struct read_task *tasks;
+    size_t task_count;
+    char *buffers;       /* [threads][EXTENT_BYTES] */
+    _Atomic int64_t bad; /* the lowest task that failed, or INT64_MAX */
+};
+
+static uint64_t extent_end(const struct checkpoint_extent *extent) {
+    return extent->begin + extent->bytes;
 }
 
-static void verify_task(void *context, int64_t task) {
-    struct verification *v = context;
-    int64_t index = v->first + task * v->stride, bad = atomic_load(&v->bad);
-    if (index > bad || verify_extent(v, index, v->buffers + (size_t)thread_index() * EXTENT_BYTES) == STATUS_OK)
-        return;
-    while (index < bad && !atomic_compare_exchange_weak(&v->bad, &bad, index)) {
-    }
+static uint64_t target_end(const struct checkpoint_target *target) {
+    return target->begin + target->bytes;
 }
 
-static enum status verify_contents(const char *path, const struct checkpoint_file *file, int part, int part_count,
-                                   char *buffers) {
-    struct verification v = {.extents = file->extents, .first = part, .stride = part_count, .buffers = buffers};
-    int64_t count = ((int64_t)file->extent_count - part + part_count - 1) / part_count;
+static enum status check_size(const char *path, const struct checkpoint_file *file) {
     uint64_t size;
-    atomic_init(&v.bad, INT64_MAX);
     if (!file_exists(path))
         return status_fail(STATUS_FORMAT, "%s: is missing, its checkpoint wrote it", path);
     TRY(file_size(path, &size));
     if (size != file->bytes)
         return status_fail(STATUS_FORMAT, "%s: is damaged: it has %llu bytes, its checkpoint wrote %llu", path,
                            (unsigned long long)size, (unsigned long long)file->bytes);
-    TRY(file_reader_open(&v.reader, path));
-    if (part_count == 1)
-        file_reader_expect(&v.reader, 0, size);
-    parallel_for(count > 0 ? count : 0, verify_task, &v);
-    int64_t bad = atomic_load(&v.bad);
-    enum status status = bad == INT64_MAX ? STATUS_OK : verify_extent(&v, bad, buffers); /* its message is this thread's */
-    if (status == STATUS_OK && bad != INT64_MAX)
-        status = status_fail(STATUS_IO, "%s: reads differently from time to time", path);
-    file_reader_close(&v.reader);
+    return STATUS_OK;
+}
+
+static enum status open_reader(struct reading *r, const char *root, int file) {
+    if (r->readers[file].path)
+        return STATUS_OK;
+    char *path = path_join(root, r->manifest->files[file].name);
+    enum status status = check_size(path, &r->manifest->files[file]);
+    if (status == STATUS_OK)
+        status = file_reader_open(&r->readers[file], path);
+    free(path);
     return status;
 }
 
-static enum status verify_files(const char *root, const struct checkpoint_manifest *manifest, int part, int part_count) {
-    char *buffers;
-    TRY(memory_alloc(&buffers, (size_t)threads_count(), EXTENT_BYTES));
-    enum status status = STATUS_OK;
-    for (size_t i = 0; i < manifest->file_count && status == STATUS_OK; i++) {
-        char *path = path_join(root, manifest->files[i].name);
-        status = verify_contents(path, &manifest->files[i], part, part_count, buffers);
-        free(path);
+/* Targets are sorted, extents too: one walk over both. */
+static enum status plan_reading(struct reading *r, const char *root) {
+    size_t most = 0;
+    for (size_t i = 0; i < r->manifest->file_count; i++)
+        most += r->manifest->files[i].extent_count;
+    TRY(memory_alloc(&r->readers, r->manifest->file_count, sizeof *r->readers));
+    TRY(memory_alloc(&r->tasks, most, sizeof *r->tasks));
+    TRY(memory_alloc(&r->buffers, (size_t)threads_count(), EXTENT_BYTES));
+    size_t extent = 0;
+    for (size_t i = 0; i < r->target_count; i++) {
+        const struct checkpoint_target *target = &r->targets[i];
+        const struct checkpoint_file *file = &r->manifest->files[target->file];
+        if (i == 0 || r->targets[i - 1].file != target->file)
+            extent = 0;
+        TRY(open_reader(r, root, target->file));
+        file_reader_expect(&r->readers[target->file], target->begin, target->bytes);
+        while (extent < file->extent_count && extent_end(&file->extents[extent]) <= target->begin)
+            extent++;
+        for (; extent < file->extent_count && file->extents[extent].begin < target_end(target); extent++)
+            r->tasks[r->task_count++] = (struct read_task){target->file, extent, i};
     }
-    free(buffers);
-    return status;
+    return STATUS_OK;
 }
 
-enum status checkpoint_verify_part(const char *root, int part, int part_count) {
-    struct checkpoint_manifest manifest;
-    CHECK(part >= 0 && part < part_count);
-    TRY(checkpoint_manifest_open(&manifest, root));
-    enum status status = verify_files(root, &manifest, part, part_count);
-    checkpoint_manifest_close(&manifest);
+/* What the targets want of an extent that is in `buffer`. */
+static void deliver(const struct reading *r, const struct read_task *task, const struct checkpoint_extent *extent,
+                    const char *buffer) {
+    for (size_t i = task->target; i < r->target_count; i++) {
+        const struct checkpoint_target *target = &r->targets[i];
+        if (target->file != task->file || target->begin >= extent_end(extent))
+            return;
+        uint64_t begin = target->begin > extent->begin ? target->begin : extent->begin;
+        uint64_t end = target_end(target) < extent_end(extent) ? target_end(target) : extent_end(extent);
+        if (target->data && begin < end)
+            r->device->copy_from_host((char *)target->data + (begin - target->begin), buffer + (begin - extent->begin),
+                                      (size_t)(end - begin));
+    }
+}
+
+static enum status read_extent(const struct reading *r, const struct read_task *task, char *buffer) {
+    const struct checkpoint_extent *extent = &r->manifest->files[task->file].extents[task->extent];
+    const struct file_reader *reader = &r->readers[task->file];
+    TRY(file_reader_at(reader, extent->begin, buffer, extent->bytes));
+    if (checkpoint_extent_hash(buffer, extent->bytes, extent->begin) != extent->hash)
+        return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", reader->path, extent->bytes,
+                           (unsigned long long)extent->begin);
+    deliver(r, task, extent, buffer);
+    return STATUS_OK;
+}
+
+static void read_one(void *context, int64_t index) {
+    struct reading *r = context;
+    int64_t bad = atomic_load(&r->bad);
+    char *buffer = r->buffers + (size_t)thread_index() * EXTENT_BYTES;
+    if (index > bad || read_extent(r, &r->tasks[index], buffer) == STATUS_OK)
+        return;
+    while (index < bad && !atomic_compare_exchange_weak(&r->bad, &bad, index)) {
+    }
+}
+
+/* A message is its thread's own: what failed first is read once more by this one. */
+static enum status tell_failure(const struct reading *r) {
+    int64_t bad = atomic_load(&r->bad);
+    if (bad == INT64_MAX)
+        return STATUS_OK;
+    TRY(read_extent(r, &r->tasks[bad], r->buffers));
+    return status_fail(STATUS_IO, "%s: reads differently from time to time", r->readers[r->tasks[bad].file].path);
+}
+
+/* With targets that follow one upon the other, an extent is met by several of them but read once: it is planned at the first,
+ * and the walk goes on behind it. */
+enum status checkpoint_read(const char *root, const struct checkpoint_manifest *manifest, struct checkpoint_target *targets,
+                            size_t target_count, const struct device *device) {
+    struct reading r = {.manifest = manifest, .targets = targets, .target_count = target_count, .device = device};
+    atomic_init(&r.bad, INT64_MAX);
+    if (target_count)
+        qsort(targets, target_count, sizeof *targets, compare_targets);
+    enum status status = plan_reading(&r, root);
+    if (status == STATUS_OK) {
+        parallel_for((int64_t)r.task_count, read_one, &r);
+        status = tell_failure(&r);
+    }
+    for (size_t i = 0; i < manifest->file_count && r.readers; i++)
+        file_reader_close(&r.readers[i]);
+    free(r.readers);
+    free(r.tasks);
+    free(r.buffers);
     return status;
 }
 
 enum status checkpoint_verify(const char *root) {
-    return checkpoint_verify_part(root, 0, 1);
+    struct checkpoint_manifest manifest;
+    struct checkpoint_target *targets;
+    size_t count;
+    TRY(checkpoint_manifest_open(&manifest, root));
+    enum status status = checkpoint_all_targets(&manifest, &targets, &count);
+    if (status == STATUS_OK) {
+        status = checkpoint_read(root, &manifest, targets, count, device_cpu());
+        free(targets);
+    }
+    checkpoint_manifest_close(&manifest);
+    return status;
 }
 
 /* ---- choosing ---------------------------------------------------------------------------------------------------- */

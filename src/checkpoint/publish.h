@@ -78,10 +78,29 @@ struct checkpoint_manifest {
 enum status checkpoint_manifest_open(struct checkpoint_manifest *manifest, const char *path) MUST_USE;
 void checkpoint_manifest_close(struct checkpoint_manifest *manifest);
 
-/* Check a published directory against its manifest: every file there, of its size, with its hashes. STATUS_FORMAT names
- * the first file that is not, and where. Of part_count processes each may check a part of the extents. Uses the threads. */
+/* Bytes of a file that somebody wants. */
+struct checkpoint_target {
+    int file; /* of the manifest */
+    uint64_t begin, bytes;
+    void *data; /* where they go, in the memory of a device; NULL: they are only checked */
+};
+
+/* Everything of every file, to be checked; count files. The caller frees *targets. */
+enum status checkpoint_all_targets(const struct checkpoint_manifest *manifest, struct checkpoint_target **targets,
+                                   size_t *count) MUST_USE;
+
+/* Index of a file among those of the manifest; -1 where there is none. */
+int checkpoint_find_file(const struct checkpoint_manifest *manifest, const char *name);
+
+/* Read every extent that meets a target, once and whole, check its hash, and put the bytes where they are wanted; sorts the
+ * targets, which do not overlap. Files that have a target must be there in their size. STATUS_FORMAT names the first file that
+ * is not as it was written, and where; what the targets point to is then partly filled. Uses the threads. */
+struct device;
+enum status checkpoint_read(const char *path, const struct checkpoint_manifest *manifest, struct checkpoint_target *targets,
+                            size_t target_count, const struct device *device) MUST_USE;
+
+/* Check a published directory against its manifest: every file there, of its size, with its hashes. */
 enum status checkpoint_verify(const char *path) MUST_USE;
-enum status checkpoint_verify_part(const char *path, int part, int part_count) MUST_USE;
 
 /* Paths of all checkpoints of a directory, newest first, whether good or not; an empty list where there is none. */
 struct text_list;

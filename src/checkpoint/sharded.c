@@ -2,6 +2,8 @@
 
 #include "base/json.h"
 #include "base/memory.h"
+#include "base/threads.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -196,118 +198,172 @@ void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stre
 /* ---- writing
  * -------------------------------------------------------------------------------------------------------------- */
 
+/* An extent that is to be written, and the stretch and byte of it that it begins with. */
+struct task {
+    struct checkpoint_extent extent;
+    int stretch;
+    uint64_t skip;
+};
+
 struct sharded_writing {
     const struct sharded_set *set;
     const char *root;
-    const struct device *device;
-    const atomic_bool *cancel;
-    struct sharded_extents *extents;
-    char *buffer; /* [EXTENT_BYTES] */
-    struct file_writer writer;
-    int file; /* that the writer has open; -1: none */
+    const struct sharded_stretch *stretches;
+    int stretch_count;
+    struct sharded_way way;
+    struct task *tasks;
+    size_t task_count, capacity;
+    struct file_writer *writers; /* [file_count]; descriptor -1: not of this share */
+    char *buffers, *memory;      /* [threads][EXTENT_BYTES] aligned to blocks, inside of memory */
+    atomic_int failure;          /* the first status that was not good, */
+    char message[512];           /* and its line: a message is a thread's own */
 };
 
-static enum status close_file(struct sharded_writing *w, bool flush) {
-    if (w->file < 0)
-        return STATUS_OK;
-    enum status status = flush ? file_writer_flush(&w->writer) : STATUS_OK;
-    enum status closed = file_writer_close(&w->writer);
-    w->file = -1;
-    return status == STATUS_OK ? closed : status;
+static void note_failure(struct sharded_writing *w, enum status status) {
+    int none = STATUS_OK;
+    if (status != STATUS_OK && atomic_compare_exchange_strong(&w->failure, &none, (int)status))
+        snprintf(w->message, sizeof w->message, "%s", status_text());
 }
 
-static enum status open_file(struct sharded_writing *w, int file) {
-    if (w->file == file)
-        return STATUS_OK;
-    TRY(close_file(w, true));
-    char *path = path_join(w->root, w->set->names[file]);
-    enum status status = file_writer_open_at(&w->writer, path);
-    free(path);
-    if (status == STATUS_OK)
-        w->file = file;
-    return status;
-}
-
-static enum status note_extent(struct sharded_extents *extents, struct checkpoint_extent extent) {
-    if (extents->count == extents->capacity) {
-        size_t capacity = extents->capacity ? 2 * extents->capacity : 64;
-        TRY(memory_resize(&extents->items, capacity, sizeof *extents->items));
-        extents->capacity = capacity;
+static enum status add_task(struct sharded_writing *w, struct task task) {
+    if (w->task_count == w->capacity) {
+        size_t capacity = w->capacity ? 2 * w->capacity : 64;
+        TRY(memory_resize(&w->tasks, capacity, sizeof *w->tasks));
+        w->capacity = capacity;
     }
-    extents->items[extents->count++] = extent;
+    w->tasks[w->task_count++] = task;
     return STATUS_OK;
 }
 
-static enum status write_extent(struct sharded_writing *w, uint64_t begin, const void *data, size_t bytes) {
-    struct checkpoint_extent extent = {begin, checkpoint_extent_hash(data, bytes, begin), (uint32_t)bytes, w->file};
-    TRY(file_writer_put(&w->writer, begin, data, bytes));
-    return note_extent(w->extents, extent);
-}
-
-/* Place among the stretches: `done` bytes of stretches[index]. */
-struct cursor {
-    const struct sharded_stretch *stretches;
-    int index, count;
-    uint64_t done;
-};
-
-static size_t least(uint64_t a, uint64_t b) {
-    return (size_t)(a < b ? a : b);
-}
-
-static bool continues(const struct cursor *c, int file, uint64_t position) {
-    return c->index < c->count && c->stretches[c->index].file == file &&
-           c->stretches[c->index].begin + c->done == position;
-}
-
-static void advance(struct cursor *c, size_t bytes) {
-    c->done += bytes;
-    if (c->done == c->stretches[c->index].bytes) {
-        c->index++;
-        c->done = 0;
+/* Extents end at multiples of EXTENT_BYTES, and where what follows belongs to somebody else. */
+static enum status cut_extents(struct sharded_writing *w) {
+    struct task open = {.extent.file = -1};
+    for (int i = 0; i < w->stretch_count; i++) {
+        const struct sharded_stretch *stretch = &w->stretches[i];
+        for (uint64_t done = 0; done < stretch->bytes;) {
+            uint64_t at = stretch->begin + done, end = (at / EXTENT_BYTES + 1) * EXTENT_BYTES;
+            uint64_t part = stretch->bytes - done < end - at ? stretch->bytes - done : end - at;
+            struct checkpoint_extent *extent = &open.extent;
+            bool goes_on = extent->file == stretch->file && extent->begin + extent->bytes == at && at % EXTENT_BYTES != 0;
+            if (!goes_on && extent->file >= 0)
+                TRY(add_task(w, open));
+            if (!goes_on)
+                open = (struct task){{.begin = at, .file = stretch->file}, i, done};
+            extent->bytes += (uint32_t)part;
+            done += part;
+        }
     }
+    return open.extent.file >= 0 ? add_task(w, open) : STATUS_OK;
 }
 
-/* One extent: what is next without a hole, up to a multiple of EXTENT_BYTES. Straight from memory where it lies in one
- * piece. */
-static enum status write_next(struct sharded_writing *w, struct cursor *c) {
-    const struct sharded_stretch *stretch = &c->stretches[c->index];
-    uint64_t begin = stretch->begin + c->done, end = (begin / EXTENT_BYTES + 1) * EXTENT_BYTES;
-    TRY(open_file(w, stretch->file));
-    if (w->device == device_cpu() && (stretch->begin + stretch->bytes >= end)) {
-        const char *data = (const char *)stretch->data + c->done;
-        advance(c, (size_t)(end - begin));
-        return write_extent(w, begin, data, (size_t)(end - begin));
-    }
-    size_t filled = 0;
-    while (begin + filled < end && continues(c, stretch->file, begin + filled)) {
-        const struct sharded_stretch *next = &c->stretches[c->index];
-        size_t part = least(next->bytes - c->done, end - begin - filled);
-        const char *data = (const char *)next->data + c->done;
-        if (next->begin == 0) /* a header is in the host's memory everywhere */
-            memcpy(w->buffer + filled, data, part);
+/* Its bytes one after the other in a buffer that lies to the blocks as the file does. */
+static const char *assemble(const struct sharded_writing *w, const struct task *task, char *buffer) {
+    char *to = buffer + task->extent.begin % FILE_BLOCK_BYTES;
+    const struct sharded_stretch *stretch = &w->stretches[task->stretch];
+    uint64_t skip = task->skip;
+    for (size_t filled = 0; filled < task->extent.bytes; stretch++, skip = 0) {
+        uint64_t has = stretch->bytes - skip, left = task->extent.bytes - filled;
+        size_t part = (size_t)(has < left ? has : left);
+        const char *from = (const char *)stretch->data + skip;
+        if (stretch->begin == 0) /* a header is in the host's memory everywhere */
+            memcpy(to + filled, from, part);
         else
-            w->device->copy_to_host(w->buffer + filled, data, part);
+            w->way.device->copy_to_host(to + filled, from, part);
         filled += part;
-        advance(c, part);
     }
-    return write_extent(w, begin, w->buffer, filled);
+    return to;
 }
 
-enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches,
-                          int count, const struct device *device, const atomic_bool *cancel,
-                          struct sharded_extents *extents) {
-    struct sharded_writing w = {set, root, device, cancel, extents, NULL, {.descriptor = -1}, -1};
-    struct cursor cursor = {stretches, 0, count, 0};
-    TRY(memory_alloc(&w.buffer, EXTENT_BYTES, 1));
-    enum status status = STATUS_OK;
-    while (cursor.index < cursor.count && status == STATUS_OK) {
-        if (atomic_load(cancel))
-            status = status_fail(STATUS_INTERRUPTED, "%s: given up", root);
-        else
-            status = write_next(&w, &cursor);
+static enum status write_extent(struct sharded_writing *w, struct task *task, char *buffer) {
+    struct checkpoint_extent *extent = &task->extent;
+    const struct sharded_stretch *stretch = &w->stretches[task->stretch];
+    const char *data = (const char *)stretch->data + task->skip;
+    bool in_place = w->way.device == device_cpu() && stretch->bytes - task->skip >= extent->bytes &&
+                    (uintptr_t)data % FILE_BLOCK_BYTES == extent->begin % FILE_BLOCK_BYTES;
+    if (atomic_load(w->way.cancel))
+        return status_fail(STATUS_INTERRUPTED, "%s: given up", w->root);
+    if (!in_place)
+        data = assemble(w, task, buffer);
+    extent->hash = checkpoint_extent_hash(data, extent->bytes, extent->begin);
+    return file_writer_put(&w->writers[extent->file], extent->begin, data, extent->bytes);
+}
+
+static void extent_task(void *context, int64_t index) {
+    struct sharded_writing *w = context;
+    char *buffer = w->buffers + (w->way.parallel ? (size_t)thread_index() : 0) * (EXTENT_BYTES + FILE_BLOCK_BYTES);
+    if (atomic_load(&w->failure) == STATUS_OK)
+        note_failure(w, write_extent(w, &w->tasks[index], buffer));
+}
+
+static void flush_task(void *context, int64_t file) {
+    struct sharded_writing *w = context;
+    if (w->writers[file].path && atomic_load(&w->failure) == STATUS_OK)
+        note_failure(w, file_writer_flush(&w->writers[file]));
+}
+
+static void run_tasks(struct sharded_writing *w, int64_t count, void (*task)(void *context, int64_t index)) {
+    if (w->way.parallel)
+        parallel_for(count, task, w);
+    else
+        for (int64_t i = 0; i < count; i++)
+            task(w, i);
+}
+
+static enum status open_writers(struct sharded_writing *w) {
+    TRY(memory_alloc(&w->writers, (size_t)w->set->file_count, sizeof *w->writers));
+    for (size_t i = 0; i < w->task_count; i++) {
+        int file = w->tasks[i].extent.file;
+        if (w->writers[file].path)
+            continue;
+        char *path = path_join(w->root, w->set->names[file]);
+        enum status status = file_writer_open_at(&w->writers[file], path);
+        free(path);
+        TRY(status);
     }
-    enum status closed = close_file(&w, status == STATUS_OK);
-    free(w.buffer);
-    return status == STATUS_OK ? closed : status;
+    return STATUS_OK;
+}
+
+static enum status take_buffers(struct sharded_writing *w) {
+    size_t threads = w->way.parallel ? (size_t)threads_count() : 1;
+    TRY(memory_alloc(&w->memory, threads * (EXTENT_BYTES + FILE_BLOCK_BYTES) + FILE_BLOCK_BYTES, 1));
+    w->buffers = w->memory + (FILE_BLOCK_BYTES - (uintptr_t)w->memory % FILE_BLOCK_BYTES) % FILE_BLOCK_BYTES;
+    return STATUS_OK;
+}
+
+static enum status write_all(struct sharded_writing *w) {
+    TRY(cut_extents(w));
+    TRY(open_writers(w));
+    TRY(take_buffers(w));
+    run_tasks(w, (int64_t)w->task_count, extent_task);
+    run_tasks(w, w->set->file_count, flush_task);
+    enum status status = (enum status)atomic_load(&w->failure);
+    return status == STATUS_OK ? STATUS_OK : status_fail(status, "%s", w->message);
+}
+
+static enum status close_writers(struct sharded_writing *w, enum status status) {
+    for (int i = 0; i < w->set->file_count && w->writers; i++) {
+        enum status closed = w->writers[i].path ? file_writer_close(&w->writers[i]) : STATUS_OK;
+        status = status == STATUS_OK ? closed : status;
+    }
+    return status;
+}
+
+static enum status list_extents(const struct sharded_writing *w, struct sharded_extents *extents) {
+    TRY(memory_alloc(&extents->items, w->task_count, sizeof *extents->items));
+    extents->count = w->task_count;
+    for (size_t i = 0; i < w->task_count; i++)
+        extents->items[i] = w->tasks[i].extent;
+    return STATUS_OK;
+}
+
+enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
+                          struct sharded_way way, struct sharded_extents *extents) {
+    struct sharded_writing w = {.set = set, .root = root, .stretches = stretches, .stretch_count = count, .way = way};
+    enum status status = close_writers(&w, write_all(&w));
+    if (status == STATUS_OK)
+        status = list_extents(&w, extents);
+    free(w.writers);
+    free(w.tasks);
+    free(w.memory);
+    return status;
 }

@@ -10,6 +10,7 @@
 #include "checkpoint/publish.h"
 #include "checkpoint/safetensors.h"
 #include <stdatomic.h>
+#include <stdbool.h>
 
 /* Where a tensor begins. */
 struct sharded_place {
@@ -54,14 +55,21 @@ int sharded_sort(struct sharded_stretch *stretches, int count);
 /* The headers of all files, for the one process that writes them, into stretches [file_count]. */
 void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stretches);
 
-/* What was written. */
+/* Extents that were written. */
 struct sharded_extents {
     struct checkpoint_extent *items; /* owned; file counts in the set */
-    size_t count, capacity;
+    size_t count;
 };
 
-/* Write and flush sorted stretches, which do not overlap those of any other process. device: where their data lie. Ends with
- * STATUS_INTERRUPTED soon after *cancel is set. extents is an empty list before; the caller frees its items, always. Holds
- * at most 4 MiB in memory. */
+/* How a share is written. */
+struct sharded_way {
+    const struct device *device; /* where the data of the stretches lie */
+    const atomic_bool *cancel;   /* STATUS_INTERRUPTED soon after it is set */
+    bool parallel;               /* by all threads, each with a buffer of 4 MiB; else by the caller alone */
+};
+
+/* Write and flush sorted stretches, which do not overlap those of any other process. extents is an empty list before; the
+ * caller frees its items, always. Straight from memory, without a copy, what begins at the same place of a block of
+ * FILE_BLOCK_BYTES in memory as in the file. */
 enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
-                          const struct device *device, const atomic_bool *cancel, struct sharded_extents *extents) MUST_USE;
+                          struct sharded_way way, struct sharded_extents *extents) MUST_USE;

@@ -2,6 +2,7 @@
 
 #include "base/json.h"
 #include "base/memory.h"
+#include "base/threads.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -145,34 +146,77 @@ static enum status check_shape(const struct safetensors *file, const struct safe
     return status;
 }
 
-static enum status fill_one(const struct safetensors *file, struct safetensors_entry *entry,
-                            const struct named_tensor *item, const struct device *device, void *buffer) {
-    TRY(check_shape(file, entry, named_tensor_whole(item)));
+/* A part of an item: elements first .. first+count-1 of it, which begin at element `from` of the entry. */
+struct fill_task {
+    const struct safetensors *file;
+    const struct safetensors_entry *entry;
+    struct tensor tensor;
+    int64_t from, first, count;
+};
+
+struct filling {
+    const struct device *device;
+    struct fill_task *tasks;
+    int64_t task_count, capacity;
+    char *buffers; /* [threads][READ_CHUNK_ELEMENTS] of the widest dtype; NULL: straight into host memory */
+};
+
+static enum status add_task(struct filling *f, struct fill_task task) {
+    if (f->task_count == f->capacity) {
+        int64_t capacity = f->capacity ? 2 * f->capacity : 64;
+        TRY(memory_resize(&f->tasks, (size_t)capacity, sizeof *f->tasks));
+        f->capacity = capacity;
+    }
+    f->tasks[f->task_count++] = task;
+    return STATUS_OK;
+}
+
+static enum status plan_item(struct filling *f, const struct safetensors *file, struct safetensors_entry *entry,
+                             const struct named_tensor *item) {
     struct tensor t = item->tensor;
     int64_t elements = tensor_elements(t), begin = elements > 0 ? elements / t.shape[0] * item->first_row : 0;
+    TRY(check_shape(file, entry, named_tensor_whole(item)));
+    TRY(safetensors_read(file, entry, 0, 0, t.dtype, NULL)); /* whether it can be read as that */
     for (int64_t first = 0; first < elements; first += READ_CHUNK_ELEMENTS) {
         int64_t count = elements - first < READ_CHUNK_ELEMENTS ? elements - first : READ_CHUNK_ELEMENTS;
-        TRY(safetensors_read(file, entry, begin + first, count, t.dtype, buffer));
-        size_t size = dtype_size(t.dtype);
-        device->copy_from_host((char *)t.data + (size_t)first * size, buffer, (size_t)count * size);
+        TRY(add_task(f, (struct fill_task){file, entry, t, begin + first, first, count}));
     }
     entry->used = true;
     return STATUS_OK;
 }
 
-enum status weights_fill(struct weights *w, const struct named_tensor *items, int count, const struct device *device) {
-    void *buffer;
-    TRY(memory_alloc(&buffer, READ_CHUNK_ELEMENTS, sizeof(double)));
-    enum status status = STATUS_OK;
-    for (int i = 0; i < count && status == STATUS_OK; i++) {
+static void fill_part(void *context, int64_t index) {
+    const struct filling *f = context;
+    const struct fill_task *task = &f->tasks[index];
+    size_t size = dtype_size(task->tensor.dtype);
+    char *to = (char *)task->tensor.data + (size_t)task->first * size;
+    char *host = f->buffers ? f->buffers + (size_t)thread_index() * READ_CHUNK_ELEMENTS * sizeof(double) : to;
+    enum status status = safetensors_read(task->file, task->entry, task->from, task->count, task->tensor.dtype, host);
+    CHECK(status == STATUS_OK); /* plan_item asked */
+    if (f->buffers)
+        f->device->copy_from_host(to, host, (size_t)task->count * size);
+}
+
+static enum status plan_items(struct weights *w, const struct named_tensor *items, int count, struct filling *f) {
+    for (int i = 0; i < count; i++) {
         const struct safetensors *file;
         struct safetensors_entry *entry = weights_find(w, items[i].name, &file);
-        if (entry)
-            status = fill_one(file, entry, &items[i], device, buffer);
-        else
-            status = status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is missing", w->directory, items[i].name);
+        if (!entry)
+            return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is missing", w->directory, items[i].name);
+        TRY(plan_item(f, file, entry, &items[i]));
     }
-    free(buffer);
+    if (f->device == device_cpu())
+        return STATUS_OK;
+    return memory_alloc(&f->buffers, (size_t)threads_count() * READ_CHUNK_ELEMENTS, sizeof(double));
+}
+
+enum status weights_fill(struct weights *w, const struct named_tensor *items, int count, const struct device *device) {
+    struct filling f = {.device = device};
+    enum status status = plan_items(w, items, count, &f);
+    if (status == STATUS_OK)
+        parallel_for(f.task_count, fill_part, &f);
+    free(f.buffers);
+    free(f.tasks);
     return status;
 }
 
@@ -191,27 +235,32 @@ static enum status open_one(struct weights *w, const char *path) {
     return list_names(w);
 }
 
-static enum status check_dtypes(const struct weights *w, const struct named_tensor *items, int count) {
-    for (int i = 0; i < count; i++) {
-        const struct safetensors *file;
-        const struct safetensors_entry *entry = weights_find(w, items[i].name, &file);
-        enum dtype needed = items[i].tensor.dtype;
-        if (entry && entry->dtype != safetensors_dtype_of(needed))
-            return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is %s, %s is needed: nothing is converted here",
-                               file->path, entry->name, safetensors_dtype_name(entry->dtype),
-                               safetensors_dtype_name(safetensors_dtype_of(needed)));
-    }
-    return STATUS_OK;
+static enum status check_item(struct weights *w, const struct named_tensor *item) {
+    const struct safetensors *file;
+    struct safetensors_entry *entry = weights_find(w, item->name, &file);
+    enum safetensors_dtype needed = safetensors_dtype_of(item->tensor.dtype);
+    if (!entry)
+        return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is missing", w->directory, item->name);
+    if (entry->dtype != needed)
+        return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" is %s, %s is needed: nothing is converted here", file->path,
+                           entry->name, safetensors_dtype_name(entry->dtype), safetensors_dtype_name(needed));
+    entry->used = true;
+    return check_shape(file, entry, named_tensor_whole(item));
 }
 
-enum status weights_fill_exactly(struct weights *w, const struct named_tensor *items, int count,
-                                const struct device *device) {
-    TRY(check_dtypes(w, items, count));
-    TRY(weights_fill(w, items, count, device));
+enum status weights_check_exactly(struct weights *w, const struct named_tensor *items, int count) {
+    for (int i = 0; i < count; i++)
+        TRY(check_item(w, &items[i]));
     const char *unused = weights_first_unused(w);
     if (unused)
         return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" belongs to no part of this model", w->directory, unused);
     return STATUS_OK;
+}
+
+enum status weights_fill_exactly(struct weights *w, const struct named_tensor *items, int count,
+                                 const struct device *device) {
+    TRY(weights_check_exactly(w, items, count));
+    return weights_fill(w, items, count, device);
 }
 
 enum status safetensors_fill(const char *path, const struct named_tensor *items, int count,

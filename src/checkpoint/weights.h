@@ -38,7 +38,10 @@ enum status weights_fill(struct weights *weights, const struct named_tensor *ite
  * count. */
 const char *weights_first_unused(const struct weights *weights);
 
-/* Fill from what holds exactly these items in exactly these dtypes: what a run resumes from bit by bit. */
+/* That it holds exactly these items, with the shapes of their wholes, in exactly these dtypes. Reads no data. */
+enum status weights_check_exactly(struct weights *weights, const struct named_tensor *items, int count) MUST_USE;
+
+/* Fill from what holds exactly these items: what a run resumes from bit by bit. */
 enum status weights_fill_exactly(struct weights *weights, const struct named_tensor *items, int count,
                                  const struct device *device) MUST_USE;
 

@@ -4,6 +4,7 @@
 #include "base/status.h"
 
 enum status cmd_train(int argc, char **argv) MUST_USE;
+enum status cmd_launch(int argc, char **argv) MUST_USE;
 enum status cmd_generate(int argc, char **argv) MUST_USE;
 enum status cmd_eval(int argc, char **argv) MUST_USE;
 enum status cmd_tokenize(int argc, char **argv) MUST_USE;

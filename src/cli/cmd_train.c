@@ -21,6 +21,7 @@ struct train_call {
     char **argv;
     int task;
     int64_t rank_count; /* of a dry run; 0: as many as were started */
+    double max_minutes; /* 0: no limit */
     bool profile, json;
     struct run_config config;
 };
@@ -151,6 +152,8 @@ static enum status read_call(struct train_call *call, const struct comm *world) 
         {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
         {"profile", ARGUMENT_SWITCH, &call->profile,
          "time every kind of event: a table at the end, the last steps in trace.json for chrome://tracing"},
+        {"max-minutes", ARGUMENT_NUMBER, &call->max_minutes,
+         "save and leave after so long, as after a signal; the same command goes on"},
         {"json", ARGUMENT_SWITCH, &call->json, "how the run ended as one JSON object, instead of its directory"},
     };
     enum { COUNT = sizeof known / sizeof *known };
@@ -161,6 +164,8 @@ static enum status read_call(struct train_call *call, const struct comm *world) 
         print_help(known, COUNT);
     if (help)
         return STATUS_OK;
+    if (call->max_minutes < 0)
+        return status_fail(STATUS_USAGE, "--max-minutes is at least 0, not %g", call->max_minutes);
     log_set_level(quiet ? LOG_QUIET : verbose ? LOG_VERBOSE : LOG_NORMAL);
     return run_config_resolve(&call->config, config_path, pairs, pair_count);
 }
@@ -175,7 +180,7 @@ static enum status agree_on_task(struct comm *world, int task) {
     return comm_agree(world, status);
 }
 
-static enum status run_call(struct train_call *call, const struct comm_launch *launch, struct comm *world) {
+static enum status run_call(struct train_call *call, struct comm_launch *launch, struct comm *world) {
     struct train_summary summary;
     TRY(comm_agree(world, read_call(call, world)));
     TRY(agree_on_task(world, call->task));
@@ -183,8 +188,12 @@ static enum status run_call(struct train_call *call, const struct comm_launch *l
         return STATUS_OK;
     if (call->task == TASK_DRY_RUN)
         return comm_agree(world, world->rank == 0 ? dry_run(call, world) : STATUS_OK);
+    comm_launch_set_timeout(launch, call->config.run.timeout_seconds);
     struct train_world of_ranks = {world, launch->local_size, launch->thread_count};
-    struct train_hooks hooks = {write_sample, NULL, call->profile, note_checkpoint};
+    struct train_hooks hooks = {.write_sample = write_sample,
+                                .profile = call->profile,
+                                .checkpoint_is_good = note_checkpoint,
+                                .max_seconds = 60 * call->max_minutes};
     TRY(train_run(&call->config, of_ranks, hooks, &summary));
     return finish(call, world, &summary);
 }

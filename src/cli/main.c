@@ -14,6 +14,7 @@ struct verb {
 
 static const struct verb verbs[] = {
     {"train", "learn a language model from text", cmd_train},
+    {"launch", "run a training command again until it is complete", cmd_launch},
     {"generate", "write text with a model", cmd_generate},
     {"eval", "loss and bits per byte of a model on text", cmd_eval},
     {"tokenize", "learn a tokenizer and cut text into tokens", cmd_tokenize},

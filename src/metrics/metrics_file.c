@@ -10,13 +10,51 @@ json_t *metrics_number(double value) {
     return isfinite(value) ? json_real(value) : json_null();
 }
 
-static bool should_keep(const char *line, size_t size, int64_t last_step) {
+/* What one line says about the order of things; -1 where it does not say. */
+struct line {
+    int64_t step, to_step;
+    bool is_object, is_event;
+};
+
+static int64_t integer_or_none(const json_t *object, const char *key) {
+    const json_t *value = json_object_get(object, key);
+    return value ? json_integer_value(value) : -1;
+}
+
+static struct line read_line(const char *data, size_t size) {
     json_error_t error;
-    json_t *object = json_loadb(line, size, 0, &error);
-    const json_t *step = json_object_get(object, "step");
-    bool keep = json_is_object(object) && (!step || json_integer_value(step) <= last_step);
+    json_t *object = json_loadb(data, size, 0, &error);
+    struct line line = {integer_or_none(object, "step"), integer_or_none(object, "to_step"), json_is_object(object),
+                        json_object_get(object, "event") != NULL};
     json_decref(object);
-    return keep;
+    return line;
+}
+
+/* The end of the line that begins here; NULL behind the last whole one. */
+static const char *end_of_line(const char *begin, const char *end) {
+    return memchr(begin, '\n', (size_t)(end - begin));
+}
+
+/* Where the stretch begins in which last_step last counted: a step above to_step can only have been saved after it. */
+static const char *find_stretch(const char *data, const char *end, int64_t last_step) {
+    const char *stretch = data;
+    for (const char *begin = data, *stop; (stop = end_of_line(begin, end)); begin = stop + 1) {
+        struct line line = read_line(begin, (size_t)(stop - begin));
+        if (line.is_event && line.to_step >= 0 && line.to_step < last_step)
+            stretch = stop + 1;
+    }
+    return stretch;
+}
+
+static void keep_lines(const char *data, const char *end, int64_t last_step, struct text *kept) {
+    const char *stretch = find_stretch(data, end, last_step);
+    bool is_later = false;
+    for (const char *begin = data, *stop; (stop = end_of_line(begin, end)); begin = stop + 1) {
+        struct line line = read_line(begin, (size_t)(stop - begin));
+        is_later = is_later || (begin >= stretch && line.step > last_step);
+        if (line.is_object && (line.is_event || !is_later))
+            text_add(kept, begin, (size_t)(stop - begin) + 1);
+    }
 }
 
 static enum status drop_later_lines(const char *path, int64_t last_step) {
@@ -24,9 +62,7 @@ static enum status drop_later_lines(const char *path, int64_t last_step) {
     size_t size;
     TRY(file_read(path, METRICS_BYTES_MAX, &data, &size));
     struct text kept = {0};
-    for (char *line = data, *end; (end = memchr(line, '\n', size - (size_t)(line - data))); line = end + 1)
-        if (should_keep(line, (size_t)(end - line), last_step))
-            text_add(&kept, line, (size_t)(end - line) + 1);
+    keep_lines(data, data + size, last_step, &kept);
     enum status status = kept.size == size ? STATUS_OK : file_write(path, text_string(&kept), kept.size);
     text_release(&kept);
     free(data);

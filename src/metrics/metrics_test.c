@@ -59,6 +59,59 @@ static void test_resumed_file_equals_uninterrupted(void **state) {
     free(parts);
 }
 
+static void add_event(const char *path, int64_t step, int64_t to_step) {
+    struct metrics_file file;
+    assert_int_equal(metrics_file_open(&file, path, INT64_MAX), STATUS_OK);
+    assert_int_equal(metrics_file_add(&file, json_pack("{s:I,s:s,s:I}", "step", (json_int_t)step, "event", "rollback",
+                                                       "to_step", (json_int_t)to_step)),
+                     STATUS_OK);
+    metrics_file_close(&file);
+}
+
+/* The steps of a file in order, with "<" for each event; freed by the caller. */
+static char *read_steps(const char *path) {
+    struct text steps = {0};
+    char *data, *line;
+    size_t size;
+    assert_int_equal(file_read(path, 1 << 20, &data, &size), STATUS_OK);
+    char *rest = data;
+    while ((line = strsep(&rest, "\n")))
+        if (*line)
+            text_printf(&steps, "%s%d ", strstr(line, "event") ? "<" : "", atoi(line + strlen("{\"step\":")));
+    free(data);
+    return steps.data;
+}
+
+/* 1 to 6, back to 4, 5 to 9, back to 8, 9 and 10: resumed after each step. */
+static void test_resumed_after_a_return(void **state) {
+    (void)state;
+    static const char *const expected[] = {
+        [3] = "1 2 3 <6 <9 ",
+        [4] = "1 2 3 4 <6 <9 ", /* the checkpoint that was gone back to: it will be gone back to again */
+        [5] = "1 2 3 4 5 6 <6 5 <9 ",
+        [7] = "1 2 3 4 5 6 <6 5 6 7 <9 ",
+        [8] = "1 2 3 4 5 6 <6 5 6 7 8 <9 ",
+        [9] = "1 2 3 4 5 6 <6 5 6 7 8 9 <9 9 ",
+        [10] = "1 2 3 4 5 6 <6 5 6 7 8 9 <9 9 10 ",
+    };
+    char *path = path_join(directory, "returned.jsonl");
+    for (int64_t last = 3; last <= 10; last++) {
+        if (!expected[last])
+            continue;
+        add_steps(path, 0, 1, 6);
+        add_event(path, 6, 4);
+        add_steps(path, INT64_MAX, 5, 9);
+        add_event(path, 9, 8);
+        add_steps(path, INT64_MAX, 9, 10);
+        add_steps(path, last, 1, 0);
+        char *steps = read_steps(path);
+        assert_string_equal(steps, expected[last]);
+        free(steps);
+        assert_int_equal(file_remove(path), STATUS_OK);
+    }
+    free(path);
+}
+
 static void test_numbers_read_back_bitwise(void **state) {
     (void)state;
     const double value = 0.1 + 0.2;
@@ -132,7 +185,8 @@ static void test_durations(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_resumed_file_equals_uninterrupted), cmocka_unit_test(test_numbers_read_back_bitwise),
+        cmocka_unit_test(test_resumed_file_equals_uninterrupted), cmocka_unit_test(test_resumed_after_a_return),
+        cmocka_unit_test(test_numbers_read_back_bitwise),
         cmocka_unit_test(test_crc32c), cmocka_unit_test(test_tensorboard_records), cmocka_unit_test(test_durations)};
     return cmocka_run_group_tests(tests, make_directory, remove_directory);
 }

@@ -95,7 +95,7 @@ static void count_rows(const struct model *m, struct workspace *w, int block) {
 }
 
 static struct exchange_call exchange_call(const struct model *m, const struct block_saved *saved) {
-    return (struct exchange_call){&m->context, &saved->router.route, saved->slot};
+    return (struct exchange_call){&m->context, &saved->router.route, saved->slot, false};
 }
 
 enum status block_route_forward(const struct model *m, struct workspace *w, int block, bool with_stats) {
@@ -113,9 +113,10 @@ enum status block_route_forward(const struct model *m, struct workspace *w, int 
     return w->exchange->announce(w->exchange_self, &call);
 }
 
-static enum status dispatch_round(const struct model *m, struct workspace *w, int block, int round) {
+static enum status dispatch_round(const struct model *m, struct workspace *w, int block, int round, bool inner_only) {
     struct block_saved *saved = &w->blocks[block];
     struct exchange_call call = exchange_call(m, saved);
+    call.inner_only = inner_only;
     return w->exchange->dispatch(w->exchange_self, &call, round, saved->mlp_normed, &saved->rows,
                                          &saved->expert, &w->expert);
 }
@@ -130,29 +131,40 @@ static bool has_one_round(const struct model *m, const struct workspace *w, int 
     return !model_is_dense(m) && w->blocks[block].rounds == 1;
 }
 
-enum status block_dispatch(const struct model *m, struct workspace *w, int block) {
+static enum status begin_dispatch(const struct model *m, struct workspace *w, int block, bool inner_only) {
     struct block_saved *saved = &w->blocks[block];
     if (model_is_dense(m))
         return STATUS_OK;
     struct exchange_call call = exchange_call(m, saved);
     TRY(w->exchange->begin(w->exchange_self, &call, saved->mlp_normed, &saved->rounds));
-    return saved->rounds == 1 ? dispatch_round(m, w, block, 0) : STATUS_OK;
+    return saved->rounds == 1 ? dispatch_round(m, w, block, 0, inner_only) : STATUS_OK;
 }
 
-static void run_experts(const struct model *m, struct workspace *w, int block) {
+enum status block_dispatch(const struct model *m, struct workspace *w, int block) {
+    return begin_dispatch(m, w, block, false);
+}
+
+static enum status run_experts(const struct model *m, struct workspace *w, int block, int round) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
-    experts_forward(&m->context, &weights, &saved->rows, &saved->expert, &w->expert);
+    struct exchange_call call = exchange_call(m, saved);
+    for (int i = 0; i < saved->rows.part_count; i++) {
+        TRY(w->exchange->arrive(w->exchange_self, &call, round, i));
+        experts_forward(&m->context, &weights, &saved->rows, &saved->rows.parts[i], &saved->expert, &w->expert);
+        TRY(w->exchange->answer(w->exchange_self, &call, round, i, w->expert.results));
+    }
+    return STATUS_OK;
 }
 
-void block_experts_forward(const struct model *m, struct workspace *w, int block) {
+enum status block_experts_forward(const struct model *m, struct workspace *w, int block) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
     m->context.ops->cast(saved->x_middle, w->x[block + 1]);
     if (model_is_dense(m))
         dense_forward(&m->context, &weights, saved->mlp_normed, &saved->expert, &w->expert, w->x[block + 1]);
     else if (has_one_round(m, w, block))
-        run_experts(m, w, block);
+        return run_experts(m, w, block, 0);
+    return STATUS_OK;
 }
 
 enum status block_combine(const struct model *m, struct workspace *w, int block) {
@@ -161,8 +173,8 @@ enum status block_combine(const struct model *m, struct workspace *w, int block)
     if (has_one_round(m, w, block))
         return combine_round(m, w, block, 0);
     for (int round = 0; round < w->blocks[block].rounds; round++) {
-        TRY(dispatch_round(m, w, block, round));
-        run_experts(m, w, block);
+        TRY(dispatch_round(m, w, block, round, false));
+        TRY(run_experts(m, w, block, round));
         TRY(combine_round(m, w, block, round));
     }
     return STATUS_OK;
@@ -173,26 +185,31 @@ enum status block_forward(const struct model *m, struct workspace *w, int block,
     block_attention_forward(m, w, block, cache);
     TRY(block_route_forward(m, w, block, with_stats));
     TRY(block_dispatch(m, w, block));
-    block_experts_forward(m, w, block);
+    TRY(block_experts_forward(m, w, block));
     return block_combine(m, w, block);
 }
 
-static void run_experts_inner(const struct model *m, struct workspace *w, int block) {
+static enum status run_experts_inner(const struct model *m, struct workspace *w, int block, int round) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
-    experts_inner_forward(&m->context, &weights, &saved->rows, &saved->expert);
+    struct exchange_call call = exchange_call(m, saved);
+    for (int i = 0; i < saved->rows.part_count; i++) {
+        TRY(w->exchange->arrive(w->exchange_self, &call, round, i));
+        experts_inner_forward(&m->context, &weights, &saved->rows, &saved->rows.parts[i], &saved->expert);
+    }
+    return STATUS_OK;
 }
 
 enum status block_recompute(const struct model *m, struct workspace *w, int block) {
     const struct block_saved *saved = &w->blocks[block];
     block_attention_forward(m, w, block, NULL);
     TRY(block_route_forward(m, w, block, false));
-    TRY(block_dispatch(m, w, block));
+    TRY(begin_dispatch(m, w, block, true));
     if (model_is_dense(m)) {
         struct expert_weights weights = expert_weights(m, block);
         dense_inner_forward(&m->context, &weights, saved->mlp_normed, &saved->expert);
     } else if (has_one_round(m, w, block)) {
-        run_experts_inner(m, w, block);
+        return run_experts_inner(m, w, block, 0);
     }
     return STATUS_OK;
 }
@@ -222,11 +239,19 @@ static enum status combine_round_backward(const struct model *m, struct workspac
     return w->exchange->combine_backward(w->exchange_self, &call, round, dy, &w->drows, &w->expert);
 }
 
-static void run_experts_backward(const struct model *m, struct workspace *w, int block) {
+static enum status run_experts_backward(const struct model *m, struct workspace *w, int block, int round) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
     struct expert_gradients gradients = expert_gradients(m, block);
-    experts_backward(&m->context, &weights, &saved->rows, &w->drows, &saved->expert, &w->expert, &gradients);
+    struct exchange_call call = exchange_call(m, saved);
+    for (int i = 0; i < w->drows.part_count; i++) {
+        const struct expert_part *part = &w->drows.parts[i];
+        TRY(w->exchange->arrive_backward(w->exchange_self, &call, round, i));
+        experts_backward_rows(&m->context, &weights, &saved->rows, &w->drows, part, &saved->expert, &w->expert, &gradients);
+        TRY(w->exchange->answer_backward(w->exchange_self, &call, round, i, w->expert.drows, w->expert.drow_weight));
+        experts_inner_backward(&m->context, &saved->rows, part, &saved->expert, &gradients);
+    }
+    return STATUS_OK;
 }
 
 static enum status dispatch_round_backward(const struct model *m, struct workspace *w, int block, int round) {
@@ -239,7 +264,7 @@ enum status block_combine_backward(const struct model *m, struct workspace *w, i
     return has_one_round(m, w, block) ? combine_round_backward(m, w, block, 0, result_gradient(m, w)) : STATUS_OK;
 }
 
-void block_experts_backward(const struct model *m, struct workspace *w, int block) {
+enum status block_experts_backward(const struct model *m, struct workspace *w, int block) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
     struct expert_gradients gradients = expert_gradients(m, block);
@@ -247,7 +272,8 @@ void block_experts_backward(const struct model *m, struct workspace *w, int bloc
         dense_backward(&m->context, &weights, saved->mlp_normed, result_gradient(m, w), &saved->expert, &w->expert,
                        &gradients, w->dmlp);
     else if (has_one_round(m, w, block))
-        run_experts_backward(m, w, block);
+        return run_experts_backward(m, w, block, 0);
+    return STATUS_OK;
 }
 
 enum status block_dispatch_backward(const struct model *m, struct workspace *w, int block) {
@@ -257,10 +283,10 @@ enum status block_dispatch_backward(const struct model *m, struct workspace *w, 
         return dispatch_round_backward(m, w, block, 0);
     struct tensor dy = result_gradient(m, w);
     for (int round = 0; round < w->blocks[block].rounds; round++) {
-        TRY(dispatch_round(m, w, block, round)); /* nothing was kept */
-        run_experts_inner(m, w, block);
+        TRY(dispatch_round(m, w, block, round, true)); /* nothing was kept */
+        TRY(run_experts_inner(m, w, block, round));
         TRY(combine_round_backward(m, w, block, round, dy));
-        run_experts_backward(m, w, block);
+        TRY(run_experts_backward(m, w, block, round));
         TRY(dispatch_round_backward(m, w, block, round));
     }
     return STATUS_OK;

@@ -5,6 +5,8 @@
  * Backward: the head leaves workspace->dx; per block from the last: combine, experts, dispatch, route, attention, each
  * backward; then embed. In a dense model route, dispatch and combine do nothing and experts is the dense layer. Where the
  * exchange of rows takes several rounds (nn/exchange.h), the last phase of each way does all of them, experts included.
+ * Between ranks, dispatch and combine_backward only start the transfer of rows; experts waits for what travels when it
+ * has computed what is here, and starts the way back, which combine and dispatch_backward wait for.
  */
 #pragma once
 
@@ -31,7 +33,7 @@ void block_attention_forward(const struct model *model, struct workspace *worksp
 enum status block_route_forward(const struct model *model, struct workspace *workspace, int block,
                                 bool with_stats) MUST_USE;
 enum status block_dispatch(const struct model *model, struct workspace *workspace, int block) MUST_USE;
-void block_experts_forward(const struct model *model, struct workspace *workspace, int block);
+enum status block_experts_forward(const struct model *model, struct workspace *workspace, int block) MUST_USE;
 enum status block_combine(const struct model *model, struct workspace *workspace, int block) MUST_USE;
 /* All of the above for one block. */
 enum status block_forward(const struct model *model, struct workspace *workspace, int block,
@@ -46,7 +48,7 @@ void model_head(const struct model *model, struct workspace *workspace, double t
 void model_logits(const struct model *model, struct workspace *workspace, int64_t count, struct tensor logits);
 
 enum status block_combine_backward(const struct model *model, struct workspace *workspace, int block) MUST_USE;
-void block_experts_backward(const struct model *model, struct workspace *workspace, int block);
+enum status block_experts_backward(const struct model *model, struct workspace *workspace, int block) MUST_USE;
 enum status block_dispatch_backward(const struct model *model, struct workspace *workspace, int block) MUST_USE;
 void block_route_backward(const struct model *model, struct workspace *workspace, int block,
                           struct router_loss_scales scales);

@@ -76,7 +76,7 @@ static void backward(struct fixture *f) {
         if (f->workspace->options.recompute)
             assert_int_equal(block_recompute(f->model, f->workspace, block), STATUS_OK);
         assert_int_equal(block_combine_backward(f->model, f->workspace, block), STATUS_OK);
-        block_experts_backward(f->model, f->workspace, block);
+        assert_int_equal(block_experts_backward(f->model, f->workspace, block), STATUS_OK);
         assert_int_equal(block_dispatch_backward(f->model, f->workspace, block), STATUS_OK);
         block_route_backward(f->model, f->workspace, block, scales.router);
         block_attention_backward(f->model, f->workspace, block);

@@ -14,6 +14,12 @@ static enum status local_begin(void *self, const struct exchange_call *call, str
     return STATUS_OK;
 }
 
+/* All rows are one part. */
+static struct expert_rows whole(struct tensor data, const struct route *route, struct tensor weight) {
+    struct expert_part part = {{0, tensor_elements(route->row_token)}, route->offsets};
+    return (struct expert_rows){data, route->row_token, weight, 1, {part}};
+}
+
 static enum status local_dispatch(void *self, const struct exchange_call *call, int round, struct tensor tokens,
                                   struct expert_rows *rows, struct expert_saved *saved,
                                   struct expert_scratch *scratch) {
@@ -21,9 +27,31 @@ static enum status local_dispatch(void *self, const struct exchange_call *call, 
     (void)round;
     (void)scratch;
     const struct route *route = call->route;
-    *rows = (struct expert_rows){tokens, route->row_token, route->offsets, saved->weight};
+    *rows = whole(tokens, route, saved->weight);
     call->context->ops->gather_scalars(route->weight, route->row_slot, rows->weight);
     return STATUS_OK;
+}
+
+/* Its rows were never away, both ways. */
+static enum status local_arrive(void *self, const struct exchange_call *call, int round, int part) {
+    (void)self;
+    (void)call;
+    (void)round;
+    (void)part;
+    return STATUS_OK;
+}
+
+static enum status local_answer(void *self, const struct exchange_call *call, int round, int part,
+                                struct tensor results) {
+    (void)results;
+    return local_arrive(self, call, round, part);
+}
+
+static enum status local_answer_backward(void *self, const struct exchange_call *call, int round, int part,
+                                         struct tensor drows, struct tensor drow_weight) {
+    (void)drows;
+    (void)drow_weight;
+    return local_arrive(self, call, round, part);
 }
 
 static enum status local_combine(void *self, const struct exchange_call *call, int round, struct tensor results,
@@ -39,7 +67,7 @@ static enum status local_combine_backward(void *self, const struct exchange_call
     (void)self;
     (void)round;
     (void)scratch;
-    *drows = (struct expert_rows){dy, call->route->row_token, call->route->offsets, tensor_none()};
+    *drows = whole(dy, call->route, tensor_none());
     return STATUS_OK;
 }
 
@@ -54,8 +82,16 @@ static enum status local_dispatch_backward(void *self, const struct exchange_cal
 }
 
 const struct expert_exchange_ops *expert_exchange_local(void) {
-    static const struct expert_exchange_ops local = {false,         local_announce,         local_begin,
-                                                     local_dispatch, local_combine, local_combine_backward,
-                                                     local_dispatch_backward};
+    static const struct expert_exchange_ops local = {.brings_storage = false,
+                                                     .announce = local_announce,
+                                                     .begin = local_begin,
+                                                     .dispatch = local_dispatch,
+                                                     .arrive = local_arrive,
+                                                     .answer = local_answer,
+                                                     .combine = local_combine,
+                                                     .combine_backward = local_combine_backward,
+                                                     .arrive_backward = local_arrive,
+                                                     .answer_backward = local_answer_backward,
+                                                     .dispatch_backward = local_dispatch_backward};
     return &local;
 }

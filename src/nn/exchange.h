@@ -3,18 +3,25 @@
  * expert (dispatch) and brings the results home (combine); backward goes the same ways in reverse. Every call happens
  * for every block and every step, whatever the routing: an expert without rows takes part with a count of zero.
  *
- * An exchange may need several rounds, each with a part of the rows, where one would take more memory than it may.
+ * An exchange may need several rounds, each with some of the rows, where one would take more memory than it may. The rows
+ * of a round come in parts, which the experts work on one after the other: some rows are here while others travel.
  *
- *   forward                     announce, begin;  then for each round: dispatch, the experts' forward, combine
- *   backward of one round       combine_backward, the experts' backward, dispatch_backward;
+ *   forward                     announce, begin;  then for each round: dispatch,
+ *                               for each part of rows: arrive, the experts' forward, answer;  combine
+ *   backward of one round       combine_backward,
+ *                               for each part of drows: arrive_backward, the experts' backward of rows,
+ *                               answer_backward, the experts' inner backward;  dispatch_backward;
  *                               what dispatch left, and gate and up, are kept from forward
- *   backward of several         for each round: dispatch, the experts' inner forward, then as above; nothing is kept
+ *   backward of several         for each round: dispatch, for each part of rows: arrive, the experts' inner forward;
+ *                               then as above; nothing is kept
  *
- * All functions are Collective over the ranks that share the experts; where a message or memory fails they say so.
+ * Between two calls of a round the caller only computes. All functions are Collective over the ranks that share the
+ * experts, also for a part without rows; where a message or memory fails they say so.
  */
 #pragma once
 
 #include "nn/layer.h"
+#include "tensor/mesh.h"
 
 /* Where the tokens of this rank want to go; all i32, see route_sort. */
 struct route {
@@ -27,12 +34,21 @@ struct route {
     struct tensor slot_row;  /* [S,K] */
 };
 
-/* Rows that the experts of this rank are to work on, grouped by expert: routed row r is data[rows[r]]. */
+enum { EXPERT_PARTS_MAX = 3 };
+
+/* Some of the rows, grouped by expert. */
+struct expert_part {
+    struct range range;    /* which: of N, in every tensor that has something for each row */
+    struct tensor offsets; /* i32 [E_local + 1], counted from the first of range */
+};
+
+/* Rows that the experts of this rank are to work on: routed row r is data[rows[r]]. */
 struct expert_rows {
-    struct tensor data;    /* compute [any,D] */
-    struct tensor rows;    /* i32 [N], or none: row r itself */
-    struct tensor offsets; /* i32 [E_local + 1] */
-    struct tensor weight;  /* real [N]: the router's weight of each row; saved for backward */
+    struct tensor data;   /* compute [any,D] */
+    struct tensor rows;   /* i32 [N] */
+    struct tensor weight; /* real [N]: the router's weight of each row; saved for backward */
+    int part_count;       /* parts in the order in which they are to be worked on; together all rows, each once */
+    struct expert_part parts[EXPERT_PARTS_MAX];
 };
 
 struct expert_saved;   /* nn/experts.h: what the experts keep of their rows, */
@@ -43,6 +59,7 @@ struct exchange_call {
     const struct layer_context *context;
     const struct route *route;
     int slot; /* where the exchange keeps what must last until backward: one for each layer that runs in between */
+    bool inner_only; /* of dispatch: the inner forward for backward's sake, no answers follow */
 };
 
 struct expert_exchange_ops {
@@ -52,23 +69,35 @@ struct expert_exchange_ops {
     enum status (*announce)(void *self, const struct exchange_call *call) MUST_USE;
     /* tokens compute [S,D], untouched until the last dispatch. rounds = how many, the same on every rank. */
     enum status (*begin)(void *self, const struct exchange_call *call, struct tensor tokens, int *rounds) MUST_USE;
-    /* The rows of this round's tokens -> rows; also saved and scratch where it brings them. */
+    /* The rows of this round's tokens -> rows, on their way: what arrive has not been called for may still change. Also
+     * saved and scratch where it brings them. */
     enum status (*dispatch)(void *self, const struct exchange_call *call, int round, struct tensor tokens,
                             struct expert_rows *rows, struct expert_saved *saved,
                             struct expert_scratch *scratch) MUST_USE;
-    /* results compute [N,D], in the order of rows, already multiplied by their weight. After the last round
-     * y real [S,D] += the results of all. */
+    /* Until the rows of a part are here. */
+    enum status (*arrive)(void *self, const struct exchange_call *call, int round, int part) MUST_USE;
+    /* The results of a part are there: what belongs to other ranks leaves. results compute [N,D], in the order of rows,
+     * already multiplied by their weight; untouched until combine. */
+    enum status (*answer)(void *self, const struct exchange_call *call, int round, int part,
+                          struct tensor results) MUST_USE;
+    /* Until the results of this rank's tokens are here. After the last round y real [S,D] += the results of all. */
     enum status (*combine)(void *self, const struct exchange_call *call, int round, struct tensor results,
                            struct tensor y) MUST_USE;
-    /* dy compute [S,D] -> the gradient of each row's result, as data, rows and offsets of *drows; also scratch where it
-     * brings it: other layers have used it since dispatch. */
+    /* dy compute [S,D] -> the gradient of each row's result, on its way, as data, rows and parts of *drows; also scratch
+     * where it brings it: other layers have used it since dispatch. Rows are numbered as in dispatch, but parts may be
+     * others. */
     enum status (*combine_backward)(void *self, const struct exchange_call *call, int round, struct tensor dy,
                                     struct expert_rows *drows, struct expert_scratch *scratch) MUST_USE;
-    /* drows real [N,D], drow_weight real [N]. After the last round dtokens real [S,D] =, dweight real [S,K] = . */
+    enum status (*arrive_backward)(void *self, const struct exchange_call *call, int round, int part) MUST_USE;
+    /* drows real [N,D] and drow_weight real [N] of a part are there; untouched until dispatch_backward. The data that
+     * combine_backward gave for it is no more. */
+    enum status (*answer_backward)(void *self, const struct exchange_call *call, int round, int part,
+                                   struct tensor drows, struct tensor drow_weight) MUST_USE;
+    /* After the last round dtokens real [S,D] =, dweight real [S,K] = . */
     enum status (*dispatch_backward)(void *self, const struct exchange_call *call, int round, struct tensor drows,
                                      struct tensor drow_weight, struct tensor dtokens, struct tensor dweight) MUST_USE;
 };
 
-/* All experts live here: nothing moves, rows are read through the permutation, in one round. Its `self` is NULL; it
- * cannot fail. */
+/* All experts live here: nothing moves, rows are read through the permutation, in one round of one part. Its `self` is
+ * NULL; it cannot fail. */
 const struct expert_exchange_ops *expert_exchange_local(void);

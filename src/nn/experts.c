@@ -23,36 +23,64 @@ void expert_scratch_take(struct expert_scratch *scratch, const struct layer_cont
     scratch->drow_weight = layer_take(arena, context->real, dims->rows, 1);
 }
 
+/* Of a tensor with something for each row. */
+static struct tensor part_of(struct tensor t, const struct expert_part *part) {
+    return tensor_rows(t, part->range.begin, range_count(part->range));
+}
+
+static bool is_empty(const struct expert_part *part) {
+    return range_count(part->range) == 0;
+}
+
 void experts_inner_forward(const struct layer_context *context, const struct expert_weights *w,
-                           const struct expert_rows *rows, const struct expert_saved *saved) {
-    context->ops->product_forward(rows->data, rows->rows, rows->offsets, w->gate, saved->gate, false);
-    context->ops->product_forward(rows->data, rows->rows, rows->offsets, w->up, saved->up, false);
+                           const struct expert_rows *rows, const struct expert_part *part,
+                           const struct expert_saved *saved) {
+    if (is_empty(part))
+        return;
+    struct tensor index = part_of(rows->rows, part);
+    context->ops->product_forward(rows->data, index, part->offsets, w->gate, part_of(saved->gate, part), false);
+    context->ops->product_forward(rows->data, index, part->offsets, w->up, part_of(saved->up, part), false);
 }
 
 void experts_forward(const struct layer_context *context, const struct expert_weights *w,
-                     const struct expert_rows *rows, const struct expert_saved *saved,
+                     const struct expert_rows *rows, const struct expert_part *part, const struct expert_saved *saved,
                      const struct expert_scratch *scratch) {
+    if (is_empty(part))
+        return;
     const struct kernel_ops *ops = context->ops;
-    experts_inner_forward(context, w, rows, saved);
-    ops->swiglu_forward(saved->gate, saved->up, rows->weight, scratch->act);
-    ops->product_forward(scratch->act, tensor_none(), rows->offsets, w->down, scratch->results, false);
+    struct tensor act = part_of(scratch->act, part);
+    experts_inner_forward(context, w, rows, part, saved);
+    ops->swiglu_forward(part_of(saved->gate, part), part_of(saved->up, part), part_of(rows->weight, part), act);
+    ops->product_forward(act, tensor_none(), part->offsets, w->down, part_of(scratch->results, part), false);
 }
 
-void experts_backward(const struct layer_context *context, const struct expert_weights *w,
-                      const struct expert_rows *rows, const struct expert_rows *drows,
-                      const struct expert_saved *saved, const struct expert_scratch *scratch,
-                      const struct expert_gradients *gradients) {
+void experts_backward_rows(const struct layer_context *context, const struct expert_weights *w,
+                           const struct expert_rows *rows, const struct expert_rows *drows,
+                           const struct expert_part *part, const struct expert_saved *saved,
+                           const struct expert_scratch *scratch, const struct expert_gradients *gradients) {
+    if (is_empty(part))
+        return;
     const struct kernel_ops *ops = context->ops;
-    struct tensor offsets = rows->offsets, none = tensor_none();
-    ops->swiglu_forward(saved->gate, saved->up, rows->weight, scratch->act);
-    ops->product_backward_weight(drows->data, drows->rows, scratch->act, none, offsets, gradients->down);
-    ops->product_backward_input(drows->data, drows->rows, offsets, w->down, scratch->dact, false);
-    ops->swiglu_backward(scratch->dact, saved->gate, saved->up, rows->weight, saved->gate, saved->up,
-                         scratch->drow_weight);
-    ops->product_backward_weight(saved->gate, none, rows->data, rows->rows, offsets, gradients->gate);
-    ops->product_backward_weight(saved->up, none, rows->data, rows->rows, offsets, gradients->up);
-    ops->product_backward_input(saved->gate, none, offsets, w->gate, scratch->drows, false);
-    ops->product_backward_input(saved->up, none, offsets, w->up, scratch->drows, true);
+    struct tensor offsets = part->offsets, none = tensor_none(), index = part_of(drows->rows, part);
+    struct tensor gate = part_of(saved->gate, part), up = part_of(saved->up, part), weight = part_of(rows->weight, part);
+    struct tensor act = part_of(scratch->act, part), dact = part_of(scratch->dact, part);
+    ops->swiglu_forward(gate, up, weight, act);
+    ops->product_backward_weight(drows->data, index, act, none, offsets, gradients->down);
+    ops->product_backward_input(drows->data, index, offsets, w->down, dact, false);
+    ops->swiglu_backward(dact, gate, up, weight, gate, up, part_of(scratch->drow_weight, part));
+    ops->product_backward_input(gate, none, offsets, w->gate, part_of(scratch->drows, part), false);
+    ops->product_backward_input(up, none, offsets, w->up, part_of(scratch->drows, part), true);
+}
+
+void experts_inner_backward(const struct layer_context *context, const struct expert_rows *rows,
+                            const struct expert_part *part, const struct expert_saved *saved,
+                            const struct expert_gradients *gradients) {
+    if (is_empty(part))
+        return;
+    const struct kernel_ops *ops = context->ops;
+    struct tensor none = tensor_none(), index = part_of(rows->rows, part);
+    ops->product_backward_weight(part_of(saved->gate, part), none, rows->data, index, part->offsets, gradients->gate);
+    ops->product_backward_weight(part_of(saved->up, part), none, rows->data, index, part->offsets, gradients->up);
 }
 
 void dense_inner_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,

@@ -38,22 +38,31 @@ void expert_saved_take(struct expert_saved *saved, const struct layer_context *c
 void expert_scratch_take(struct expert_scratch *scratch, const struct layer_context *context,
                          const struct expert_dims *dims, bool is_dense, struct arena *arena);
 
+/* Each of the following works on one part of the rows, and does nothing where it has none. */
+
 /* The first half of forward: what backward needs, saved->gate and saved->up. */
 void experts_inner_forward(const struct layer_context *context, const struct expert_weights *weights,
-                           const struct expert_rows *rows, const struct expert_saved *saved);
+                           const struct expert_rows *rows, const struct expert_part *part,
+                           const struct expert_saved *saved);
 void dense_inner_forward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,
                          const struct expert_saved *saved);
 
 /* scratch->results = each row's expert output times its weight. rows->weight is saved->weight. */
 void experts_forward(const struct layer_context *context, const struct expert_weights *weights,
-                     const struct expert_rows *rows, const struct expert_saved *saved,
+                     const struct expert_rows *rows, const struct expert_part *part, const struct expert_saved *saved,
                      const struct expert_scratch *scratch);
 
-/* drows: gradient of the results; rows: as in forward. scratch->drows, scratch->drow_weight = ; gradients += . */
-void experts_backward(const struct layer_context *context, const struct expert_weights *weights,
-                      const struct expert_rows *rows, const struct expert_rows *drows,
-                      const struct expert_saved *saved, const struct expert_scratch *scratch,
-                      const struct expert_gradients *gradients);
+/* Backward, in two halves: first all that needs drows, the gradient of the results, up to the gradient of the rows; so
+ * that it can leave while the second half runs. rows: as in forward; part: of drows.
+ * scratch->drows, scratch->drow_weight = ; gradients->down += ; saved->gate and saved->up become their gradients. */
+void experts_backward_rows(const struct layer_context *context, const struct expert_weights *weights,
+                           const struct expert_rows *rows, const struct expert_rows *drows,
+                           const struct expert_part *part, const struct expert_saved *saved,
+                           const struct expert_scratch *scratch, const struct expert_gradients *gradients);
+/* gradients->gate and gradients->up += . */
+void experts_inner_backward(const struct layer_context *context, const struct expert_rows *rows,
+                            const struct expert_part *part, const struct expert_saved *saved,
+                            const struct expert_gradients *gradients);
 
 /* Dense: y real [S,D] += down(silu(gate x) * up x); x compute [S,D]. */
 void dense_forward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,

@@ -93,7 +93,7 @@ double event_sent_bytes(const struct event *event, const struct event_sending *s
     case EVENT_COUNTS:
         return (double)(others * c->num_experts) * sizeof(int32_t);
     case EVENT_GRADIENT_NORM:
-        return (double)others * sizeof(double) * (double)step_sum_count(c);
+        return (double)others * (sizeof(double) * (double)step_sum_count(c) + STEP_SEAL_BYTES);
     default:
         return event_is_exchange(event->kind) && c->num_experts > 0 ? exchange_bytes(s) : 0;
     }

@@ -103,7 +103,7 @@ static enum status forward(struct member *m) {
         TRY(block_route_forward(m->model, w, block, true));
         TRY(balance_start(&m->balance, w, block));
         TRY(block_dispatch(m->model, w, block));
-        block_experts_forward(m->model, w, block);
+        TRY(block_experts_forward(m->model, w, block));
         TRY(block_combine(m->model, w, block));
         int *most = &m->job->rounds[m->comm->rank];
         *most = w->blocks[block].rounds > *most ? w->blocks[block].rounds : *most;
@@ -120,7 +120,7 @@ static enum status backward(struct member *m, int micro_batch) {
         if (m->job->recompute)
             TRY(block_recompute(m->model, w, block));
         TRY(block_combine_backward(m->model, w, block));
-        block_experts_backward(m->model, w, block);
+        TRY(block_experts_backward(m->model, w, block));
         TRY(block_dispatch_backward(m->model, w, block));
         TRY(balance_finish(&m->balance, m->model, w, block));
         block_route_backward(m->model, w, block, scales.router);

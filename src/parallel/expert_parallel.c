@@ -7,10 +7,13 @@
  *
  * Invariants:
  *  1. Source s sends rank d in round j of J the pairs range_part(n, J, j) of its n for d; a pair's rows go with it.
- *  2. Arrived pairs and rows stand one source after the other, this rank among them at its place.
+ *  2. Arrived pairs and rows stand one source after the other; behind them this rank's own, which do not travel.
  *  3. Several rounds share one store, that of the slot after the last.
  *  4. held_bytes says for every rank, on every rank alike, a size that its storage has at least; whoever would need more
  *     makes all of them agree on the outcome.
+ *  5. From dispatch until arrive, and from combine_backward until arrive_backward, the pairs of others here and what is to
+ *     arrive are the transport's; from answer and answer_backward until the end of the round, both again. Between them only
+ *     what is this rank's own is touched.
  */
 #include "parallel/expert_parallel.h"
 
@@ -21,6 +24,12 @@
 
 enum { REQUESTS = 3 }; /* the most under way at once, besides the counts */
 
+/* Parts of a round's rows, in their order; the last only where answers follow (split_own). */
+enum { PART_OWN, PART_ARRIVED, PART_OWN_REST };
+
+/* Tables of offsets: of the arrived rows, of all own rows, and of both parts of these. */
+enum { OFFSETS_ARRIVED, OFFSETS_OWN, OFFSETS_OWN_FIRST, OFFSETS_OWN_REST, OFFSETS_COUNT };
+
 /* Of one rank, in pairs and rows: what one source sends it, or what it gets from all. */
 struct amount {
     int64_t pairs, rows;
@@ -30,7 +39,7 @@ struct amount {
 struct store {
     struct arena arena;
     struct tensor arrived;            /* compute [P,D] */
-    struct tensor offsets;            /* i32 [E_local + 1] */
+    struct tensor offsets;            /* i32 [OFFSETS_COUNT, E_local + 1] */
     struct tensor row_pair, wire_row; /* i32 [N] */
     struct tensor pair_row;           /* i32 [P,C] */
     struct tensor weight;             /* real [N] */
@@ -74,9 +83,11 @@ struct expert_parallel {
     struct amount *mine, *matrix;   /* [R]: to each rank; [R,R]: of each source to each rank */
     int64_t *held_bytes;            /* [slot_count + 1, R]: of each store, then of work */
     int64_t *send_counts, *send_offsets, *recv_counts, *recv_offsets; /* [R], bytes */
-    /* Of the present round: what goes to each rank, and struct arrivals. */
+    int32_t *host_offsets;                                            /* [OFFSETS_COUNT, E_local + 1] */
+    /* Of the present round: what goes to each rank, struct arrivals of the others, and the places of this rank's own. */
     struct range *to_pairs, *to_rows;               /* [R], [R] */
-    int64_t *source_row, *source_pair, *first_pair; /* [R+1], [R+1], [R] */
+    int64_t *source_row, *source_pair, *first_pair; /* [R+1], [R+1], [R]; this rank has none among them */
+    struct range own_pairs, own_rows;
     struct comm_request counts, requests[REQUESTS];
 };
 
@@ -103,7 +114,7 @@ static void take_store(const struct expert_parallel_options *o, int rank, struct
                        struct arena *arena) {
     int64_t experts = experts_of(o, rank), columns = at_most(o->choice_count, experts);
     s->arrived = layer_take(arena, o->context.compute, amount.pairs, o->width);
-    s->offsets = take_index(arena, experts + 1, 1);
+    s->offsets = take_index(arena, OFFSETS_COUNT, experts + 1);
     s->row_pair = take_index(arena, amount.rows, 1);
     s->wire_row = take_index(arena, amount.rows, 1);
     s->pair_row = take_index(arena, amount.pairs, columns);
@@ -200,6 +211,7 @@ static enum status take_tables(struct expert_parallel *x) {
     TRY(memory_alloc(&x->source_row, ranks + 1, sizeof(int64_t)));
     TRY(memory_alloc(&x->source_pair, ranks + 1, sizeof(int64_t)));
     TRY(memory_alloc(&x->first_pair, ranks, sizeof(int64_t)));
+    TRY(memory_alloc(&x->host_offsets, OFFSETS_COUNT * ((size_t)expert_parallel_local_experts(x) + 1), sizeof(int32_t)));
     TRY(memory_alloc(&x->to_pairs, ranks, sizeof *x->to_pairs));
     return memory_alloc(&x->to_rows, ranks, sizeof *x->to_rows);
 }
@@ -241,7 +253,8 @@ void expert_parallel_destroy(struct expert_parallel *x) {
     arena_release(&x->work.arena);
     arena_release(&x->arena);
     void *tables[] = {x->slots, x->mine, x->matrix, x->held_bytes, x->send_counts, x->send_offsets, x->recv_counts,
-                      x->recv_offsets, x->source_row, x->source_pair, x->first_pair, x->to_pairs, x->to_rows};
+                      x->recv_offsets, x->source_row, x->source_pair, x->first_pair, x->to_pairs, x->to_rows,
+                      x->host_offsets};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         free(tables[i]);
     free(x);
@@ -436,35 +449,61 @@ static int64_t first_row_to(const struct slot *slot, int rank, int round) {
     return slot->rounds == 1 ? slot->rank_row[rank + round] : slot->cuts[rank * (slot->rounds + 1) + round];
 }
 
-/* What goes where in a round: to_pairs, to_rows, source_*, first_pair. Returns what arrives here. */
+/* What goes where in a round: to_pairs, to_rows, source_*, first_pair, own_*. Returns what is here in the end. */
 static struct amount find_round(struct expert_parallel *x, const struct slot *slot, int round) {
     for (int r = 0; r < x->size; r++) {
         struct range mine = range_part(pairs_to(slot, r), slot->rounds, round);
         struct range theirs = range_part(slot->from[r].pairs, slot->rounds, round);
         int64_t rows = slot->rounds == 1 ? slot->from[r].rows : slot->cut_rows[r * slot->rounds + round];
+        bool arrives = r != x->rank;
         x->to_pairs[r] = (struct range){slot->rank_pair[r] + mine.begin, slot->rank_pair[r] + mine.end};
         x->to_rows[r] = (struct range){first_row_to(slot, r, round), first_row_to(slot, r, round + 1)};
         x->first_pair[r] = theirs.begin;
-        x->source_pair[r + 1] = x->source_pair[r] + range_count(theirs);
-        x->source_row[r + 1] = x->source_row[r] + rows;
+        x->source_pair[r + 1] = x->source_pair[r] + (arrives ? range_count(theirs) : 0);
+        x->source_row[r + 1] = x->source_row[r] + (arrives ? rows : 0);
     }
-    return (struct amount){x->source_pair[x->size], x->source_row[x->size]};
+    int64_t pairs = x->source_pair[x->size], rows = x->source_row[x->size];
+    x->own_pairs = (struct range){pairs, pairs + range_count(x->to_pairs[x->rank])};
+    x->own_rows = (struct range){rows, rows + range_count(x->to_rows[x->rank])};
+    return (struct amount){x->own_pairs.end, x->own_rows.end};
 }
 
 static struct tensor rows_of(struct tensor t, struct range range) {
     return tensor_rows(t, range.begin, range_count(range));
 }
 
-static struct range own_places(const struct expert_parallel *x) {
-    return (struct range){x->source_pair[x->rank], x->source_pair[x->rank + 1]};
+/* Of a tensor with something for each pair, or each row: what other ranks sent. */
+static struct tensor arrived_pairs(const struct expert_parallel *x, struct tensor t) {
+    return tensor_rows(t, 0, x->own_pairs.begin);
+}
+
+static struct tensor arrived_rows(const struct expert_parallel *x, struct tensor t) {
+    return tensor_rows(t, 0, x->own_rows.begin);
+}
+
+/* The same of this rank's tokens for its own experts: here, and at home among all that it has for somebody. */
+static struct tensor own_pairs(const struct expert_parallel *x, struct tensor t) {
+    return rows_of(t, x->own_pairs);
+}
+
+static struct tensor own_rows(const struct expert_parallel *x, struct tensor t) {
+    return rows_of(t, x->own_rows);
+}
+
+static struct tensor own_pairs_at_home(const struct expert_parallel *x, struct tensor t) {
+    return rows_of(t, x->to_pairs[x->rank]);
+}
+
+static struct tensor own_rows_at_home(const struct expert_parallel *x, struct tensor t) {
+    return rows_of(t, x->to_rows[x->rank]);
 }
 
 /* Whether a thing of the wire is a pair or a row, and which way it goes. */
 enum unit { PAIRS, ROWS };
 enum way { TO_EXPERTS, TO_TOKENS };
 
-/* Start to move a round's things between their places at home and where they arrived. Pairs that stay on their rank are
- * left out. */
+/* Start to move a round's things between their places at home and where they arrived; what stays on its rank is left
+ * out. */
 static enum status start(struct expert_parallel *x, enum way way, enum unit unit, struct tensor home,
                          struct tensor here, int request) {
     const struct comm_ops *ops = x->options.comm->ops;
@@ -472,10 +511,9 @@ static enum status start(struct expert_parallel *x, enum way way, enum unit unit
     const int64_t *from = unit == PAIRS ? x->source_pair : x->source_row;
     int64_t bytes = home.shape[1] * (int64_t)dtype_size(home.dtype);
     for (int r = 0; r < x->size; r++) {
-        bool moves = unit == ROWS || r != x->rank;
-        x->send_counts[r] = moves ? range_count(to[r]) * bytes : 0;
+        x->send_counts[r] = r == x->rank ? 0 : range_count(to[r]) * bytes;
         x->send_offsets[r] = to[r].begin * bytes;
-        x->recv_counts[r] = moves ? (from[r + 1] - from[r]) * bytes : 0;
+        x->recv_counts[r] = (from[r + 1] - from[r]) * bytes;
         x->recv_offsets[r] = from[r] * bytes;
     }
     if (way == TO_EXPERTS)
@@ -515,21 +553,22 @@ static void pack_all(struct expert_parallel *x, const struct kernel_ops *ops, co
     x->is_packed = true;
 }
 
-/* Rows of this rank's own pairs straight to where they would arrive. */
+/* Rows of this rank's own pairs straight to their places among those that arrive. */
 static void keep_own(struct expert_parallel *x, const struct kernel_ops *ops, const struct slot *slot,
                      struct tensor from, struct tensor here) {
-    ops->gather_rows(from, rows_of(slot->plan.pair_token, x->to_pairs[x->rank]), rows_of(here, own_places(x)));
+    ops->gather_rows(from, own_pairs_at_home(x, slot->plan.pair_token), own_pairs(x, here));
 }
 
-/* Sums of each arrived pair's rows: those of other ranks into answers, which then go home. */
+/* The sums of each arrived pair's rows, on their way home. */
 static enum status send_answers(struct expert_parallel *x, const struct kernel_ops *ops, const struct store *store,
                                 struct tensor rows) {
-    struct range own = own_places(x), before = {0, own.begin}, after = {own.end, x->source_pair[x->size]};
-    ops->combine_rows(rows, rows_of(store->pair_row, before), rows_of(x->work.answers, before), false);
-    ops->combine_rows(rows, rows_of(store->pair_row, after), rows_of(x->work.answers, after), false);
-    TRY(start(x, TO_TOKENS, PAIRS, x->pairs, x->work.answers, 0));
-    ops->combine_rows(rows, rows_of(store->pair_row, own), rows_of(x->pairs, x->to_pairs[x->rank]), false);
-    return STATUS_OK;
+    ops->combine_rows(arrived_rows(x, rows), arrived_pairs(x, store->pair_row), arrived_pairs(x, x->work.answers), false);
+    return start(x, TO_TOKENS, PAIRS, x->pairs, x->work.answers, 0);
+}
+
+static void sum_own(struct expert_parallel *x, const struct kernel_ops *ops, const struct store *store,
+                    struct tensor rows) {
+    ops->combine_rows(own_rows(x, rows), own_pairs(x, store->pair_row), own_pairs_at_home(x, x->pairs), false);
 }
 
 /* y = or += the answers to all pairs. */
@@ -571,16 +610,71 @@ static void lend_scratch(const struct expert_parallel *x, struct expert_scratch 
     *scratch = (struct expert_scratch){w->act, w->dact, w->results, w->drows, w->drow_weight};
 }
 
-/* While the tokens travel: who is first, which row is whose. */
-static enum status sort_rows(struct expert_parallel *x, const struct kernel_ops *ops, const struct store *store) {
-    struct work *w = &x->work;
+static struct tensor offsets_of(const struct store *store, int which) {
+    return tensor_rows(tensor_reshape_2d(store->offsets, tensor_elements(store->offsets), 1),
+                       which * store->offsets.shape[1], store->offsets.shape[1]);
+}
+
+/* Who is first, which row is whose, among this rank's own: nothing of it travels. To sort_arrivals they are the second of
+ * two sources, the first of which has pairs, those of all others, but no rows. */
+static void sort_own(struct expert_parallel *x, const struct kernel_ops *ops, const struct slot *slot,
+                     const struct store *store) {
+    const struct work *w = &x->work;
+    const int64_t first_row[] = {0, 0, range_count(x->own_rows)};
+    const int64_t place[] = {0, x->own_pairs.begin, x->own_pairs.end}, first_pair[] = {0, x->first_pair[x->rank]};
+    ops->sort_arrivals((struct arrivals){2, first_row, place, first_pair, own_rows_at_home(x, slot->plan.row_wire),
+                                         offsets_of(store, OFFSETS_OWN), own_rows(x, w->row_wire),
+                                         own_rows(x, store->wire_row), own_rows(x, store->row_pair), store->pair_row});
+    ops->gather_scalars(own_rows_at_home(x, x->wire_weight), own_rows(x, w->row_wire), own_rows(x, store->weight));
+}
+
+/* The same of what others send, while their tokens travel. */
+static enum status sort_arrived(struct expert_parallel *x, const struct kernel_ops *ops, const struct store *store) {
+    const struct work *w = &x->work;
     struct comm *comm = x->options.comm;
     TRY(comm->ops->wait(comm, &x->requests[0]));
-    ops->sort_arrivals((struct arrivals){x->size, x->source_row, x->source_pair, x->first_pair, w->wire, store->offsets,
-                                         w->row_wire, store->wire_row, store->row_pair, store->pair_row});
+    ops->sort_arrivals((struct arrivals){x->size, x->source_row, x->source_pair, x->first_pair, arrived_rows(x, w->wire),
+                                         offsets_of(store, OFFSETS_ARRIVED), arrived_rows(x, w->row_wire),
+                                         arrived_rows(x, store->wire_row), arrived_rows(x, store->row_pair),
+                                         arrived_pairs(x, store->pair_row)});
     TRY(comm->ops->wait(comm, &x->requests[1]));
-    ops->gather_scalars(w->weight, w->row_wire, store->weight);
+    ops->gather_scalars(arrived_rows(x, w->weight), arrived_rows(x, w->row_wire), arrived_rows(x, store->weight));
     return STATUS_OK;
+}
+
+/* Own rows in two parts, at the border between two experts that is nearest to half of them: the groups of the products are
+ * then no smaller. Returns the rows of the first part. */
+static int64_t split_own(struct expert_parallel *x, const struct store *store) {
+    int64_t experts = expert_parallel_local_experts(x), border = 0, total = range_count(x->own_rows);
+    struct tensor offsets = offsets_of(store, OFFSETS_OWN);
+    int32_t *own = x->host_offsets, *first = own + experts + 1, *rest = first + experts + 1;
+    x->options.device->copy_to_host(own, offsets.data, tensor_bytes(offsets));
+    for (int64_t e = 1; e <= experts; e++)
+        if (llabs(2 * own[e] - total) < llabs(2 * own[border] - total))
+            border = e;
+    for (int64_t e = 0; e <= experts; e++) {
+        first[e] = own[e < border ? e : border];
+        rest[e] = own[e > border ? e : border] - own[border];
+    }
+    x->options.device->copy_from_host(offsets_of(store, OFFSETS_OWN_FIRST).data, first, tensor_bytes(offsets));
+    x->options.device->copy_from_host(offsets_of(store, OFFSETS_OWN_REST).data, rest, tensor_bytes(offsets));
+    return own[border];
+}
+
+/* Own rows while the others' travel here, then these; with answers the own rows in halves, the second while the answers to
+ * others, and theirs, travel home. */
+static struct expert_rows parts_of(struct expert_parallel *x, const struct store *store, struct tensor data,
+                                   bool in_halves) {
+    struct expert_rows rows = {.data = data, .rows = store->row_pair, .weight = store->weight, .part_count = 2};
+    rows.parts[PART_OWN] = (struct expert_part){x->own_rows, offsets_of(store, OFFSETS_OWN)};
+    rows.parts[PART_ARRIVED] = (struct expert_part){{0, x->own_rows.begin}, offsets_of(store, OFFSETS_ARRIVED)};
+    if (!in_halves)
+        return rows;
+    int64_t border = x->own_rows.begin + split_own(x, store);
+    rows.part_count = 3;
+    rows.parts[PART_OWN] = (struct expert_part){{x->own_rows.begin, border}, offsets_of(store, OFFSETS_OWN_FIRST)};
+    rows.parts[PART_OWN_REST] = (struct expert_part){{border, x->own_rows.end}, offsets_of(store, OFFSETS_OWN_REST)};
+    return rows;
 }
 
 static enum status dispatch(void *self, const struct exchange_call *call, int round, struct tensor tokens,
@@ -600,21 +694,38 @@ static enum status dispatch(void *self, const struct exchange_call *call, int ro
         status = start(x, TO_EXPERTS, ROWS, x->wire_weight, x->work.weight, 1);
     if (status == STATUS_OK)
         status = start(x, TO_EXPERTS, PAIRS, x->pairs, store->arrived, 2);
+    if (status != STATUS_OK)
+        return finish(x, status);
     keep_own(x, ops, slot, tokens, store->arrived);
-    if (status == STATUS_OK)
-        status = sort_rows(x, ops, store);
-    *rows = (struct expert_rows){store->arrived, store->row_pair, store->offsets, store->weight};
+    sort_own(x, ops, slot, store);
+    *rows = parts_of(x, store, store->arrived, !call->inner_only);
     *saved = (struct expert_saved){store->gate, store->up, store->weight};
     lend_scratch(x, scratch);
-    return finish(x, status);
+    return STATUS_OK;
+}
+
+static enum status arrive(void *self, const struct exchange_call *call, int round, int part) {
+    struct expert_parallel *x = self;
+    (void)round;
+    if (part != PART_ARRIVED)
+        return STATUS_OK;
+    return finish(x, sort_arrived(x, call->context->ops, store_of(x, slot_of(x, call))));
+}
+
+static enum status answer(void *self, const struct exchange_call *call, int round, int part, struct tensor results) {
+    struct expert_parallel *x = self;
+    (void)round;
+    if (part != PART_ARRIVED)
+        return STATUS_OK;
+    return send_answers(x, call->context->ops, store_of(x, slot_of(x, call)), results);
 }
 
 static enum status combine(void *self, const struct exchange_call *call, int round, struct tensor results,
                            struct tensor y) {
     struct expert_parallel *x = self;
     struct slot *slot = slot_of(x, call);
-    find_round(x, slot, round);
-    TRY(finish(x, send_answers(x, call->context->ops, store_of(x, slot), results)));
+    sum_own(x, call->context->ops, store_of(x, slot), results);
+    TRY(finish(x, STATUS_OK));
     if (round == slot->rounds - 1)
         collect(x, call->context->ops, slot, y, true);
     return STATUS_OK;
@@ -630,10 +741,33 @@ static enum status combine_backward(void *self, const struct exchange_call *call
     pack_round(x, call->context->ops, slot, dy);
     x->is_packed = false;
     enum status status = start(x, TO_EXPERTS, PAIRS, x->pairs, x->work.answers, 0);
+    if (status != STATUS_OK)
+        return finish(x, status);
     keep_own(x, call->context->ops, slot, dy, x->work.answers);
-    *drows = (struct expert_rows){x->work.answers, store->row_pair, store->offsets, tensor_none()};
+    *drows = parts_of(x, store, x->work.answers, false);
     lend_scratch(x, scratch);
-    return finish(x, status);
+    return STATUS_OK;
+}
+
+static enum status arrive_backward(void *self, const struct exchange_call *call, int round, int part) {
+    (void)call;
+    (void)round;
+    return part == PART_ARRIVED ? finish(self, STATUS_OK) : STATUS_OK;
+}
+
+static enum status answer_backward(void *self, const struct exchange_call *call, int round, int part,
+                                   struct tensor drows, struct tensor drow_weight) {
+    struct expert_parallel *x = self;
+    const struct store *store = store_of(x, slot_of(x, call));
+    const struct kernel_ops *ops = call->context->ops;
+    (void)round;
+    if (part != PART_ARRIVED)
+        return STATUS_OK;
+    ops->gather_scalars(arrived_rows(x, drow_weight), arrived_rows(x, store->wire_row), arrived_rows(x, x->work.weight));
+    enum status status = start(x, TO_TOKENS, ROWS, x->wire_weight, x->work.weight, 1);
+    if (status == STATUS_OK)
+        status = send_answers(x, ops, store, drows);
+    return status == STATUS_OK ? status : finish(x, status);
 }
 
 static enum status dispatch_backward(void *self, const struct exchange_call *call, int round, struct tensor drows,
@@ -642,12 +776,9 @@ static enum status dispatch_backward(void *self, const struct exchange_call *cal
     struct slot *slot = slot_of(x, call);
     const struct store *store = store_of(x, slot);
     const struct kernel_ops *ops = call->context->ops;
-    find_round(x, slot, round);
-    ops->gather_scalars(drow_weight, store->wire_row, x->work.weight);
-    enum status status = start(x, TO_TOKENS, ROWS, x->wire_weight, x->work.weight, 1);
-    if (status == STATUS_OK)
-        status = send_answers(x, ops, store, drows);
-    TRY(finish(x, status));
+    ops->gather_scalars(own_rows(x, drow_weight), own_rows(x, store->wire_row), own_rows_at_home(x, x->wire_weight));
+    sum_own(x, ops, store, drows);
+    TRY(finish(x, STATUS_OK));
     if (round < slot->rounds - 1)
         return STATUS_OK;
     collect(x, ops, slot, dtokens, false);
@@ -657,7 +788,16 @@ static enum status dispatch_backward(void *self, const struct exchange_call *cal
 }
 
 const struct expert_exchange_ops *expert_parallel_ops(void) {
-    static const struct expert_exchange_ops ops = {true,    announce,         begin,            dispatch,
-                                                   combine, combine_backward, dispatch_backward};
+    static const struct expert_exchange_ops ops = {.brings_storage = true,
+                                                   .announce = announce,
+                                                   .begin = begin,
+                                                   .dispatch = dispatch,
+                                                   .arrive = arrive,
+                                                   .answer = answer,
+                                                   .combine = combine,
+                                                   .combine_backward = combine_backward,
+                                                   .arrive_backward = arrive_backward,
+                                                   .answer_backward = answer_backward,
+                                                   .dispatch_backward = dispatch_backward};
     return &ops;
 }

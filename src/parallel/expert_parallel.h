@@ -11,10 +11,12 @@
  *     shrinks. With a limit, an exchange in which some rank's arrived rows would take more goes in as many rounds as make
  *     it fit; nothing that grows with them is then kept until backward. All ranks know all counts, so they agree on the
  *     rounds, and on when somebody grows (and may fail to), without asking.
- *  5. The same routing gives the same bits; rounds change none but those of the experts' weight gradients, which are
- *     summed in their order.
+ *  5. The same routing gives the same bits, however fast anything travels; rounds and parts change none but those of the
+ *     experts' weight gradients, which are summed in their order.
  *
- * The order of rows at their experts is by source rank, then token, then choice: that of the concatenated batch.
+ * A round's rows are worked on in parts: this rank's own, which do not travel, while those of others do. Forward: half of
+ * the own rows, the arrived ones, whose answers leave then, the other half; backward: all own rows, the arrived ones. In
+ * each part the rows of an expert are in the order of source rank, then token, then choice.
  * At home a token's results are added in the order of its first choice on each rank. Rows travel in the compute dtype.
  */
 #pragma once

@@ -11,9 +11,11 @@
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <cmocka.h>
 
 enum { RANKS_MAX = 8, LAYERS = 2, WIDTH = 20, INNER = 13, ARENA_BYTES = 16 << 20 };
@@ -25,6 +27,8 @@ enum routing {
     ROUTE_ONE_EXPERT,   /* every token's first choice is one expert, the others follow it */
     ROUTE_SPREAD,       /* a token's experts as far apart as they can be: on different ranks */
     ROUTE_ALTERNATING,  /* halves of the tokens prefer opposite ends */
+    ROUTE_OWN,          /* to the experts of the token's own rank, as far as it has enough */
+    ROUTE_AWAY,         /* to those of the next rank */
     ROUTING_COUNT
 };
 
@@ -53,6 +57,13 @@ static int64_t first_token(const struct problem *p, int rank) {
     return first;
 }
 
+static int rank_of(const struct problem *p, int64_t s) {
+    int rank = 0;
+    while (s >= first_token(p, rank + 1))
+        rank++;
+    return rank;
+}
+
 /* Choice k of token s: all different for one token. */
 static int32_t choice(const struct problem *p, int layer, int64_t s, int64_t k) {
     int64_t e = p->experts, stride = e / p->choices, all = all_tokens(p);
@@ -64,6 +75,10 @@ static int32_t choice(const struct problem *p, int layer, int64_t s, int64_t k) 
         return (int32_t)((e / 2 + k) % e);
     case ROUTE_SPREAD:
         return (int32_t)((s + k * stride) % e);
+    case ROUTE_OWN:
+        return (int32_t)((range_part(e, p->ranks, rank_of(p, s)).begin + k) % e);
+    case ROUTE_AWAY:
+        return (int32_t)((range_part(e, p->ranks, (rank_of(p, s) + 1) % p->ranks).begin + k) % e);
     default:
         return (int32_t)(2 * s < all ? k : e - 1 - k);
     }
@@ -95,8 +110,16 @@ struct layer {
     int rounds;
 };
 
+/* Rank 0 has computed with its own rows so often; the others start no transfer of tokens before. */
+struct turns {
+    atomic_int taken;
+    bool holds;
+};
+
 struct member {
     const struct problem *problem;
+    struct turns *turns; /* or NULL */
+    int rank, turn;
     struct layer_context context;
     const struct expert_exchange_ops *exchange;
     void *self;
@@ -183,33 +206,78 @@ static enum status member_init(struct member *m, const struct problem *p, int64_
     return STATUS_OK;
 }
 
+/* With turns: before a rank starts to send its tokens. */
+static enum status await_turn(struct member *m) {
+    for (int i = 0; m->turns && m->turns->holds && m->rank > 0 && atomic_load(&m->turns->taken) <= m->turn; i++) {
+        if (i == 10000)
+            return status_fail(STATUS_FORMAT, "rank 0 waits for others before it works on its own rows");
+        nanosleep(&(struct timespec){0, 1000000}, NULL);
+    }
+    m->turn++;
+    return STATUS_OK;
+}
+
+/* After the work on a part. */
+static void take_turn(const struct member *m, int part) {
+    if (m->turns && m->rank == 0 && part == 0)
+        atomic_fetch_add(&m->turns->taken, 1);
+}
+
 /* As model/block.c runs them. */
 static enum status layer_forward(struct member *m, int index) {
     struct layer *l = &m->layers[index];
-    struct exchange_call call = {&m->context, &l->route, index};
+    struct exchange_call call = {&m->context, &l->route, index, false};
     TRY(m->exchange->announce(m->self, &call));
     TRY(m->exchange->begin(m->self, &call, l->tokens, &l->rounds));
     for (int round = 0; round < l->rounds; round++) {
+        TRY(await_turn(m));
         TRY(m->exchange->dispatch(m->self, &call, round, l->tokens, &l->rows, &l->saved, &m->scratch));
-        experts_forward(&m->context, &l->weights, &l->rows, &l->saved, &m->scratch);
+        for (int i = 0; i < l->rows.part_count; i++) {
+            TRY(m->exchange->arrive(m->self, &call, round, i));
+            experts_forward(&m->context, &l->weights, &l->rows, &l->rows.parts[i], &l->saved, &m->scratch);
+            take_turn(m, i);
+            TRY(m->exchange->answer(m->self, &call, round, i, m->scratch.results));
+        }
         TRY(m->exchange->combine(m->self, &call, round, m->scratch.results, l->outcome.y));
     }
     return STATUS_OK;
 }
 
+/* Gate and up once more, of a round that was not kept. */
+static enum status round_again(struct member *m, struct layer *l, const struct exchange_call *call, int round) {
+    struct exchange_call again = *call;
+    again.inner_only = true;
+    TRY(m->exchange->dispatch(m->self, &again, round, l->tokens, &l->rows, &l->saved, &m->scratch));
+    for (int i = 0; i < l->rows.part_count; i++) {
+        TRY(m->exchange->arrive(m->self, &again, round, i));
+        experts_inner_forward(&m->context, &l->weights, &l->rows, &l->rows.parts[i], &l->saved);
+    }
+    return STATUS_OK;
+}
+
+static enum status round_backward(struct member *m, struct layer *l, const struct exchange_call *call, int round) {
+    struct expert_rows drows;
+    TRY(await_turn(m));
+    TRY(m->exchange->combine_backward(m->self, call, round, l->dy, &drows, &m->scratch));
+    for (int i = 0; i < drows.part_count; i++) {
+        const struct expert_part *part = &drows.parts[i];
+        TRY(m->exchange->arrive_backward(m->self, call, round, i));
+        experts_backward_rows(&m->context, &l->weights, &l->rows, &drows, part, &l->saved, &m->scratch, &l->gradients);
+        take_turn(m, i);
+        TRY(m->exchange->answer_backward(m->self, call, round, i, m->scratch.drows, m->scratch.drow_weight));
+        experts_inner_backward(&m->context, &l->rows, part, &l->saved, &l->gradients);
+    }
+    return m->exchange->dispatch_backward(m->self, call, round, m->scratch.drows, m->scratch.drow_weight,
+                                          l->outcome.dtokens, l->outcome.dweight);
+}
+
 static enum status layer_backward(struct member *m, int index) {
     struct layer *l = &m->layers[index];
-    struct exchange_call call = {&m->context, &l->route, index};
-    struct expert_rows drows;
+    struct exchange_call call = {&m->context, &l->route, index, false};
     for (int round = 0; round < l->rounds; round++) {
-        if (l->rounds > 1) {
-            TRY(m->exchange->dispatch(m->self, &call, round, l->tokens, &l->rows, &l->saved, &m->scratch));
-            experts_inner_forward(&m->context, &l->weights, &l->rows, &l->saved);
-        }
-        TRY(m->exchange->combine_backward(m->self, &call, round, l->dy, &drows, &m->scratch));
-        experts_backward(&m->context, &l->weights, &l->rows, &drows, &l->saved, &m->scratch, &l->gradients);
-        TRY(m->exchange->dispatch_backward(m->self, &call, round, m->scratch.drows, m->scratch.drow_weight,
-                                           l->outcome.dtokens, l->outcome.dweight));
+        if (l->rounds > 1)
+            TRY(round_again(m, l, &call, round));
+        TRY(round_backward(m, l, &call, round));
     }
     return STATUS_OK;
 }
@@ -243,6 +311,7 @@ struct run {
     const struct problem *problem;
     int failing_rank, pieces; /* its device has so many pieces of memory; 0: no limit */
     struct member members[RANKS_MAX];
+    struct turns turns;
     struct comm_count counts[RANKS_MAX];
     int64_t grown_bytes[RANKS_MAX], known_bytes[RANKS_MAX];
     int repeats; /* more than 1: the buffers have been used before */
@@ -265,6 +334,8 @@ static enum status run_rank(void *context, struct comm *comm) {
                              range_part(p->experts, comm->size, comm->rank));
         m->exchange = expert_parallel_ops();
         m->self = exchange;
+        m->turns = &run->turns;
+        m->rank = comm->rank;
         struct comm_count before = comm->count;
         if (status == STATUS_OK)
             status = member_run(m);
@@ -280,12 +351,18 @@ static enum status run_rank(void *context, struct comm *comm) {
     return status;
 }
 
-static void run_all(struct run *run, const struct problem *p, int repeats) {
+static void run_with(struct run *run, const struct problem *p, int repeats, const struct comm_threads_faults *faults,
+                     bool in_turns) {
     memset(run, 0, sizeof *run);
     run->problem = p;
     run->repeats = repeats;
-    if (comm_threads_run(p->ranks, run_rank, run) != STATUS_OK)
+    run->turns.holds = in_turns;
+    if (comm_threads_run_with(p->ranks, faults, run_rank, run) != STATUS_OK)
         fail_msg("%d ranks, %d of %d experts: %s", p->ranks, (int)p->choices, (int)p->experts, status_text());
+}
+
+static void run_all(struct run *run, const struct problem *p, int repeats) {
+    run_with(run, p, repeats, NULL, false);
 }
 
 static void run_release(struct run *run) {
@@ -462,6 +539,66 @@ static void test_bitwise(void **state) {
         }
 }
 
+/* Rows that arrive long after the others were worked on: the same bits as from those that are there at once. What a buffer
+ * holds in their place is another step's. */
+static void test_late(void **state) {
+    (void)state;
+    const struct comm_threads_faults faults = {.seed = 9, .latency_s = 4e-3};
+    for (int routing = 0; routing < ROUTING_COUNT; routing++)
+        for (int ranks = 2; ranks <= 4; ranks++) {
+            struct problem p = larger_problem(ranks, (enum routing)routing);
+            p.limit_bytes = routing % 2 && ranks == 3 ? 50000 : 0;
+            struct run soon, late;
+            run_all(&soon, &p, 1);
+            run_with(&late, &p, 1, &faults, false);
+            expect_same(&soon, &late, true, 0);
+            run_release(&soon);
+            run_release(&late);
+        }
+}
+
+/* Rank 0 works on its own rows, forward and backward, before any other rank has sent one. */
+static void test_own_rows_first(void **state) {
+    (void)state;
+    for (int routing = 0; routing < ROUTING_COUNT; routing++)
+        for (int ranks = 2; ranks <= 4; ranks++) {
+            struct problem p = larger_problem(ranks, (enum routing)routing);
+            struct run free, held;
+            run_all(&free, &p, 1);
+            run_with(&held, &p, 1, NULL, true);
+            assert_int_equal(held.turns.taken, 2 * LAYERS);
+            expect_same(&free, &held, true, 0);
+            run_release(&free);
+            run_release(&held);
+        }
+}
+
+static int64_t rows_in(const struct run *run, int rank, int part) {
+    return range_count(run->members[rank].layers[0].rows.parts[part].range);
+}
+
+/* Ranks whose rows are all their own, all others', all of one expert, or none: what the comparisons above are about. */
+static void test_parts(void **state) {
+    (void)state;
+    struct problem p = {.ops = fast_ops(), .compute = DTYPE_F32, .real = DTYPE_F32, .ranks = 3, .tokens = {7, 12, 30},
+                        .experts = 6, .choices = 2};
+    struct run run;
+    for (p.routing = 0; p.routing < ROUTING_COUNT; p.routing++) {
+        run_all(&run, &p, 1);
+        for (int r = 0; r < p.ranks; r++) {
+            int64_t own = rows_in(&run, r, 0), arrived = rows_in(&run, r, 1), rest = rows_in(&run, r, 2);
+            if (p.routing == ROUTE_OWN) /* each token has both experts: halves */
+                assert_true(own == p.tokens[r] && arrived == 0 && rest == own);
+            if (p.routing == ROUTE_AWAY)
+                assert_true(own == 0 && arrived == 2 * p.tokens[(r + 2) % 3] && rest == 0);
+            if (p.routing == ROUTE_ONE_EXPERT && r == 0)
+                assert_true(own + arrived + rest == 0);
+        }
+        compare_with_one(&run, 3e-6);
+        run_release(&run);
+    }
+}
+
 /* Pairs and rows that `from` has for `to`, counted from the routing. */
 static void count_pairs(const struct problem *p, int layer, int from, int to, int64_t *pairs, int64_t *rows) {
     struct range experts = range_part(p->experts, p->ranks, to);
@@ -541,7 +678,8 @@ static void test_rank_dies(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_double), cmocka_unit_test(test_single),  cmocka_unit_test(test_bf16),
-        cmocka_unit_test(test_limit),  cmocka_unit_test(test_bitwise), cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_limit),  cmocka_unit_test(test_bitwise), cmocka_unit_test(test_late),
+        cmocka_unit_test(test_own_rows_first), cmocka_unit_test(test_parts), cmocka_unit_test(test_bytes),
         cmocka_unit_test(test_memory_ends), cmocka_unit_test(test_rank_dies),
     };
     threads_set_count(1);

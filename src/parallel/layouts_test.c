@@ -157,7 +157,7 @@ static enum status run_rank(void *context, struct comm *world) {
     for (int step = 1; step <= job->steps && status == STATUS_OK; step++) {
         struct step_result result;
         draw_tokens(r.tokens, job->sequences, step);
-        status = step_run(&r.runner, (struct step_input){r.tokens, step, job->steps}, &result);
+        status = step_run(&r.runner, (struct step_input){.tokens = r.tokens, .step = step, .step_count = job->steps}, &result);
         if (status == STATUS_OK && world->rank == 0) {
             job->loss[step - 1] = result.loss;
             job->norm[step - 1] = result.gradient_norm;

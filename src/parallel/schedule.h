@@ -8,6 +8,12 @@
  * With ZeRO stage 3 the weights of two blocks are whole at a time, in slots b % 2 (model/model.h): the gather of the next
  * block starts before a block computes, and a block that a slot still holds is not gathered again. From stage 2 on the
  * gradients of a block are summed and dropped after each of its backward passes, below it once a step.
+ *
+ * Where experts are divided over ranks, the time of routed rows on their way stands in three events. EXCHANGE waits for the
+ * counts, starts the rows and sorts those that stay here. EXPERTS computes with these, waits for the others' rows (what of
+ * their way the computing did not cover), computes with them and starts the results. EXCHANGE_BACK waits for what is left
+ * of the results' way. EXCHANGE_BACK_GRAD starts, EXPERTS_GRAD waits and starts, EXCHANGE_GRAD waits in the same way. Where
+ * an exchange takes several rounds, all of it is in the last of the three.
  */
 #pragma once
 
@@ -24,9 +30,9 @@ enum event_kind {
     EVENT_ATTENTION,
     EVENT_ROUTE,
     EVENT_COUNTS,             /* start: each expert's rows over all ranks, for the balance loss; ROUTE_GRAD waits */
-    EVENT_EXCHANGE,           /* routed rows to the owners of their experts */
+    EVENT_EXCHANGE,           /* start: routed rows to the owners of their experts, see below */
     EVENT_EXPERTS,
-    EVENT_EXCHANGE_BACK,      /* results home, summed */
+    EVENT_EXCHANGE_BACK,      /* wait for the results, and sum them */
     EVENT_HEAD,               /* loss, and the backward of the head */
     EVENT_CLEAR_BLOCK,        /* gradients of a block's slot to zero */
     EVENT_RECOMPUTE,          /* forward of a block again, its activations were not kept */

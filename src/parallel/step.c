@@ -1,6 +1,7 @@
 #include "parallel/step.h"
 
 #include "base/clock.h"
+#include "base/hash.h"
 #include "base/memory.h"
 #include <math.h>
 #include <stdlib.h>
@@ -13,7 +14,10 @@ struct step_state {
 };
 
 /* What the ranks add up at the end of a step. */
-enum { SUM_NORM, SUM_LOSS, SUM_BYTES, SUM_STATS };
+enum { SUM_NORM, SUM_COPIES, SUM_LOSS, SUM_BYTES, SUM_STATS };
+
+/* SUM_NORM and SUM_COPIES are the same number added up in two ways, if all copies of a gradient are the same. */
+static const double COPIES_TOLERANCE = 1e-9;
 
 struct range step_sequences(const struct mesh *mesh, int64_t micro_batch_sequences) {
     return range_part(micro_batch_sequences, mesh_group_size(mesh, RANKS_BATCH_AXES),
@@ -74,9 +78,12 @@ static enum status take_memory(struct step_runner *runner) {
     int64_t rows = w->options.batch * w->options.sequence_length;
     runner->sum_count = (int)step_sum_count(&runner->model->config);
     TRY(memory_alloc(&runner->host_ids, (size_t)rows + 1, sizeof *runner->host_ids));
+    size_t row_count = (size_t)runner->model->table.count, row_bytes = row_count * sizeof(double);
     TRY(memory_alloc(&runner->sums, (size_t)runner->sum_count, sizeof *runner->sums));
-    TRY(arena_init(&runner->arena, runner->model->device, sizeof(double) * 8));
-    runner->gradient_square_sum = layer_take(&runner->arena, DTYPE_F64, 1, 1);
+    TRY(memory_alloc(&runner->seals, 2 + 2 * (size_t)runner->ranks->batch.size, sizeof *runner->seals));
+    TRY(memory_alloc(&runner->host_row_squares, row_count, sizeof *runner->host_row_squares));
+    TRY(arena_init(&runner->arena, runner->model->device, (row_bytes + 63) / 64 * 64));
+    runner->row_squares = tensor_1d(arena_take(&runner->arena, row_bytes), DTYPE_F64, (int64_t)row_count);
     return STATUS_OK;
 }
 
@@ -111,6 +118,8 @@ void step_runner_release(struct step_runner *runner) {
     schedule_release(&runner->schedule);
     free(runner->host_ids);
     free(runner->sums);
+    free(runner->seals);
+    free(runner->host_row_squares);
     arena_release(&runner->arena);
     *runner = (struct step_runner){0};
 }
@@ -154,43 +163,111 @@ static double read_sum(const struct step_runner *runner, struct tensor sum) {
     return value;
 }
 
-/* Every element of the gradient counts once: by the first of those who own it. */
-static bool counts_row(const struct step_runner *runner, int row) {
+/* Ranks that own the same part of a row, and whether this is the first of them: every element counts once. */
+struct copies {
+    int count;
+    bool first;
+};
+
+static struct copies count_copies(const struct step_runner *runner, int row) {
     const struct sharding *sharding = &runner->model->sharding;
     struct layout own = sharding_own_layout(sharding, &runner->model->table.rows[row]);
-    for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++)
-        if (own.axis[axis].kind == PLACEMENT_REPLICATE && sharding->mesh.coordinate[axis] > 0)
-            return false;
-    return true;
+    struct copies copies = {1, true};
+    for (int axis = MESH_REPLICATE; axis < MESH_AXIS_COUNT; axis++) {
+        if (own.axis[axis].kind != PLACEMENT_REPLICATE)
+            continue;
+        copies.count *= sharding->mesh.size[axis];
+        copies.first = copies.first && sharding->mesh.coordinate[axis] == 0;
+    }
+    return copies;
+}
+
+/* Squares of this rank's own gradients: what counts for the norm, and its share of what all copies make together. */
+static void add_squares(struct step_runner *runner) {
+    const struct model *model = runner->model;
+    const struct kernel_ops *ops = model->context.ops;
+    ops->fill(runner->row_squares, 0);
+    for (int i = 0; i < model->table.count; i++)
+        ops->sum_squares(model->own_gradient[i], tensor_rows(runner->row_squares, i, 1));
+    model->device->copy_to_host(runner->host_row_squares, runner->row_squares.data, tensor_bytes(runner->row_squares));
+    runner->sums[SUM_NORM] = runner->sums[SUM_COPIES] = 0;
+    for (int i = 0; i < model->table.count; i++) {
+        struct copies copies = count_copies(runner, i);
+        if (copies.first)
+            runner->sums[SUM_NORM] += runner->host_row_squares[i];
+        runner->sums[SUM_COPIES] += runner->host_row_squares[i] / copies.count;
+    }
 }
 
 static void collect_sums(struct step_runner *runner) {
-    struct model *model = runner->model;
     struct workspace *w = runner->workspace;
-    const struct kernel_ops *ops = model->context.ops;
-    ops->fill(runner->gradient_square_sum, 0);
-    for (int i = 0; i < model->table.count; i++)
-        if (counts_row(runner, i))
-            ops->sum_squares(model->own_gradient[i], runner->gradient_square_sum);
+    add_squares(runner);
     runner->norm_bytes = ranks_sent_bytes(runner->ranks);
-    runner->sums[SUM_NORM] = read_sum(runner, runner->gradient_square_sum);
     runner->sums[SUM_LOSS] = read_sum(runner, w->loss_sum);
     runner->sums[SUM_BYTES] = (double)(runner->norm_bytes - runner->begin_bytes + runner->tail_bytes);
     if (runner->sum_count > SUM_STATS)
-        model->device->copy_to_host(runner->sums + SUM_STATS, w->all_stats.data, tensor_bytes(w->all_stats));
+        runner->model->device->copy_to_host(runner->sums + SUM_STATS, w->all_stats.data, tensor_bytes(w->all_stats));
+}
+
+/* Every rank shows a hash of the sums that it arrived at, with its complement: one whose sums came damaged shows another
+ * hash than the rest, and all see it; a seal that itself came damaged is none, and is passed over. */
+static enum status compare_sums(struct step_runner *runner, bool *same) {
+    struct comm *comm = &runner->ranks->batch;
+    uint64_t *mine = runner->seals, *all = mine + 2;
+    *same = true;
+    if (comm->size == 1)
+        return STATUS_OK;
+    mine[0] = hash_bytes(runner->sums, (size_t)runner->sum_count * sizeof *runner->sums, 0);
+    mine[1] = ~mine[0];
+    TRY(comm_share(comm, mine, STEP_SEAL_BYTES, all));
+    for (int r = 0; r < comm->size; r++)
+        if (all[2 * r] == ~all[2 * r + 1] && all[2 * r] != mine[0])
+            *same = false;
+    return STATUS_OK;
+}
+
+/* A limit of 0 is none. */
+static bool is_above(double value, double limit) {
+    return limit > 0 && value > limit;
+}
+
+static enum step_skip judge(const struct step_runner *runner, const struct step_state *state, bool same_sums) {
+    const struct step_result *result = &state->result;
+    const struct step_limits *limits = &state->input.limits;
+    double norm = runner->sums[SUM_NORM], copies = runner->sums[SUM_COPIES];
+    if (!same_sums)
+        return STEP_RANKS_DISAGREE;
+    if (!isfinite(norm) || !isfinite(copies) || !isfinite(result->loss))
+        return STEP_NOT_FINITE;
+    if (runner->part == STEP_WHOLE && fabs(copies - norm) > COPIES_TOLERANCE * norm) /* else nothing was summed */
+        return STEP_RANKS_DISAGREE;
+    if (is_above(result->loss, limits->loss))
+        return STEP_LOSS_SPIKE;
+    return is_above(result->gradient_norm, limits->gradient_norm) ? STEP_GRADIENT_SPIKE : STEP_UPDATED;
+}
+
+const char *step_skip_reason(enum step_skip skip) {
+    static const char *const reasons[] = {[STEP_UPDATED] = "none",
+                                          [STEP_NOT_FINITE] = "not finite",
+                                          [STEP_LOSS_SPIKE] = "a loss far above the last ones",
+                                          [STEP_GRADIENT_SPIKE] = "a gradient far above the last ones",
+                                          [STEP_RANKS_DISAGREE] = "the ranks do not agree on the gradient"};
+    return reasons[skip];
 }
 
 static enum status run_gradient_norm(struct step_runner *runner, struct step_state *state) {
     struct workspace *w = runner->workspace;
     struct step_result *result = &state->result;
+    bool same_sums;
     collect_sums(runner);
     TRY(comm_sum_f64(&runner->ranks->batch, runner->sums, runner->sum_count));
+    TRY(compare_sums(runner, &same_sums));
     if (runner->sum_count > SUM_STATS)
         runner->model->device->copy_from_host(w->all_stats.data, runner->sums + SUM_STATS, tensor_bytes(w->all_stats));
     result->gradient_norm = sqrt(runner->sums[SUM_NORM]);
     result->loss = runner->sums[SUM_LOSS] * state->scales.token;
     result->comm_bytes = (int64_t)runner->sums[SUM_BYTES];
-    result->skipped = !isfinite(result->gradient_norm) || !isfinite(result->loss);
+    result->skipped = judge(runner, state, same_sums);
     result->lr = optimizer_lr(runner->optimizer, state->input.step, state->input.step_count);
     return STATUS_OK;
 }
@@ -259,8 +336,7 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EXCHANGE:
         return block_dispatch(m, w, event->block);
     case EVENT_EXPERTS:
-        block_experts_forward(m, w, event->block);
-        return STATUS_OK;
+        return block_experts_forward(m, w, event->block);
     case EVENT_EXCHANGE_BACK:
         return block_combine(m, w, event->block);
     case EVENT_HEAD:
@@ -276,8 +352,7 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_EXCHANGE_BACK_GRAD:
         return block_combine_backward(m, w, event->block);
     case EVENT_EXPERTS_GRAD:
-        block_experts_backward(m, w, event->block);
-        return STATUS_OK;
+        return block_experts_backward(m, w, event->block);
     case EVENT_EXCHANGE_GRAD:
         return block_dispatch_backward(m, w, event->block);
     case EVENT_ROUTE_GRAD:

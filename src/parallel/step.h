@@ -16,16 +16,32 @@
 #include "parallel/schedule.h"
 #include "parallel/traffic.h"
 
+/* Above these a step is refused; 0: no limit. */
+struct step_limits {
+    double loss, gradient_norm;
+};
+
 struct step_input {
     const int32_t *tokens;   /* [micro_batch_count * micro_batch_sequences, T+1], host; the same on every rank */
     int64_t step, step_count; /* 1 is the first update */
+    struct step_limits limits; /* the same on every rank */
 };
+
+/* Why a step was refused: the same answer on every rank. */
+enum step_skip {
+    STEP_UPDATED,        /* it was not */
+    STEP_NOT_FINITE,     /* the loss, or a gradient of any rank */
+    STEP_LOSS_SPIKE,     /* above limits.loss */
+    STEP_GRADIENT_SPIKE, /* above limits.gradient_norm */
+    STEP_RANKS_DISAGREE, /* owners of the same part hold gradients of another size, or ranks added up other sums */
+};
+const char *step_skip_reason(enum step_skip skip); /* "not finite", ... */
 
 struct step_result {
     double loss;          /* mean cross entropy per token, nats */
     double gradient_norm; /* before clipping */
     double lr;
-    bool skipped;         /* the loss or the norm was not finite: weights untouched */
+    enum step_skip skipped; /* but for STEP_UPDATED: weights and moments untouched */
     int64_t comm_bytes;   /* sent by all ranks: in this step up to its norm, and in the step before after its norm */
 };
 
@@ -57,7 +73,9 @@ struct step_runner {
     int32_t *host_ids;                 /* [S] scratch for EVENT_LOAD */
     double *sums;                      /* scratch: what the ranks add up at the end of a step */
     int sum_count;
-    struct tensor gradient_square_sum; /* f64 [1] */
+    uint64_t *seals;                   /* scratch [2 + 2 * ranks]: of those sums */
+    struct tensor row_squares;         /* f64 [rows of the table]: of this rank's own gradients */
+    double *host_row_squares;          /* scratch [rows] */
     int64_t begin_bytes, norm_bytes;   /* ranks_sent_bytes when the step began, and at its norm */
     int64_t tail_bytes;                /* sent in the last step from its norm on */
     struct arena arena;
@@ -86,12 +104,16 @@ enum status step_workspace_create(const struct model *model, struct ranks *ranks
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
                                               int micro_batch_count, bool recompute);
 
-/* Numbers that the ranks add up at a step's norm. */
+/* Numbers that the ranks add up at a step's norm, and what each rank then shows of them. */
 int64_t step_sum_count(const struct model_config *config);
+enum { STEP_SEAL_BYTES = 2 * sizeof(uint64_t) };
 
 /* After own_weight was written by anything but the optimizer: what this rank computes with follows. Collective. */
 enum status step_refresh(struct step_runner *runner) MUST_USE;
 
-/* One step. A loss or gradient that is not finite leaves the weights as they were and sets result->skipped. After a
- * failure of a transfer (STATUS_PEER) the ranks may stand at different events: the run is over. */
+/* One step. All ranks decide at EVENT_GRADIENT_NORM, before the optimizer, whether they commit it; one that is refused
+ * leaves weights and moments as they were, to the bit, on every rank, and says why in result->skipped. A number that
+ * reached one rank alone damaged does not divide them: gradients are looked at by all that own them, and the sums that
+ * decide are compared before they do. After a failure of a transfer (STATUS_PEER) the ranks may stand at different
+ * events: the run is over. */
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) MUST_USE;

@@ -57,7 +57,8 @@ static void run(struct training *t, int64_t step) {
     struct step_result result;
     for (int i = 0; i < BATCH * (LENGTH + 1); i++)
         t->tokens[i] = (int32_t)(random_bits(2, (uint64_t)step, (uint64_t)i) % VOCAB);
-    assert_int_equal(step_run(&t->runner, (struct step_input){t->tokens, step, 100}, &result), STATUS_OK);
+    struct step_input input = {.tokens = t->tokens, .step = step, .step_count = 100};
+    assert_int_equal(step_run(&t->runner, input, &result), STATUS_OK);
     assert_false(result.skipped);
 }
 

@@ -59,7 +59,8 @@ static void bench_release(struct bench *b) {
 
 static struct step_result run(struct bench *b, int64_t step) {
     struct step_result result;
-    assert_int_equal(step_run(&b->runner, (struct step_input){b->tokens, step, 30}, &result), STATUS_OK);
+    struct step_input input = {.tokens = b->tokens, .step = step, .step_count = 30};
+    assert_int_equal(step_run(&b->runner, input, &result), STATUS_OK);
     return result;
 }
 

@@ -64,7 +64,8 @@ static void run_steps(struct run *r) {
         profile_begin_step(&r->profile, step);
         double begin = clock_seconds();
         profile_note(&r->profile, SPAN_DATA, begin);
-        assert_int_equal(step_run(&r->runner, (struct step_input){tokens, step, STEPS}, &result), STATUS_OK);
+        struct step_input input = {.tokens = tokens, .step = step, .step_count = STEPS};
+        assert_int_equal(step_run(&r->runner, input, &result), STATUS_OK);
         profile_note(&r->profile, SPAN_STEP, begin);
         r->losses[step - 1] = result.loss;
     }

@@ -85,8 +85,10 @@ static enum status write_metrics(struct train_report *report, const struct train
     json_object_set_new(object, "loss", metrics_number(result->loss));
     json_object_set_new(object, "lr", metrics_number(result->lr));
     json_object_set_new(object, "grad_norm", metrics_number(result->gradient_norm));
-    if (result->skipped)
+    if (result->skipped) {
         json_object_set_new(object, "skipped", json_true());
+        json_object_set_new(object, "reason", json_string(step_skip_reason(result->skipped)));
+    }
     json_object_set_new(object, "step_time_ms", metrics_number(1e3 * figures->seconds));
     json_object_set_new(object, "tokens_per_s", metrics_number(figures->tokens_per_s));
     json_object_set_new(object, "flops_share", metrics_number(figures->roof_share));
@@ -129,6 +131,11 @@ enum status train_report_step(struct train_report *report, const struct workspac
     progress_show(&report->progress, &shown);
     free(health.blocks);
     return status;
+}
+
+enum status train_report_rollback(struct train_report *report, int64_t step, int64_t to_step, const char *reason) {
+    return metrics_file_add(&report->metrics, json_pack("{s:I,s:s,s:I,s:s}", "step", (json_int_t)step, "event", "rollback",
+                                                        "to_step", (json_int_t)to_step, "reason", reason));
 }
 
 enum status train_report_evaluation(struct train_report *report, int64_t step, double loss, double bits_per_byte) {

@@ -18,7 +18,8 @@ struct train_report {
     bool open;
 };
 
-/* Opens the files below run.directory; what they say of steps after first_step is dropped: those will be done again. */
+/* Opens the files below run.directory; what they say of steps after first_step is dropped: those will be
+ * done again (metrics/metrics_file.h). */
 enum status train_report_open(struct train_report *report, const struct run_config *config, const struct model *model,
                               int64_t first_step, double roof_operations_per_s) MUST_USE;
 void train_report_close(struct train_report *report);
@@ -27,5 +28,8 @@ void train_report_close(struct train_report *report);
 enum status train_report_step(struct train_report *report, const struct workspace *workspace,
                               const struct train_state *state, const struct step_result *result,
                               double seconds) MUST_USE;
+/* The run went back from state step `step`; the line is {"step", "event": "rollback", "to_step", "reason"}. */
+enum status train_report_rollback(struct train_report *report, int64_t step, int64_t to_step,
+                                  const char *reason) MUST_USE;
 enum status train_report_evaluation(struct train_report *report, int64_t step, double loss,
                                     double bits_per_byte) MUST_USE;

@@ -6,6 +6,7 @@
 
 static const char *const precision_names[] = {"auto", "fp32", "bf16", NULL};
 static const char *const recompute_names[] = {"none", "block", NULL};
+static const char *const spike_names[] = {"skip", "roll_back", "ignore", NULL};
 static const char *const zero_names[] = {"auto", "0", "1", "2", "3", NULL};
 static const char *const wire_names[] = {"fp32", "bf16", NULL};
 static const char *const mode_names[] = {"async", "sync", NULL};
@@ -45,6 +46,12 @@ static const struct setting run_settings[] = {
      "held-out tokens looked at during training; 0: all"},
     {"train", "sample_every_steps", SETTING_INTEGER, AT(train.sample_every_steps), 0, 1e9, NULL,
      "steps between passages written to samples.txt; 0: none"},
+    {"train", "spikes", SETTING_CHOICE, AT(train.spikes), 0, 2, spike_names,
+     "of loss or gradient: skip refuses the step (3 in a row roll back), roll_back does so at once, ignore"},
+    {"train", "rollback_limit", SETTING_INTEGER, AT(train.rollback_limit), 0, 1e9, NULL,
+     "returns to a checkpoint without getting past the trouble, before the run ends"},
+    {"train", "verify_steps", SETTING_INTEGER, AT(train.verify_steps), 0, 1e9, NULL,
+     "steps between comparisons of what several ranks hold in common, which is also before a save; 0: never"},
 };
 
 static const struct setting layout_settings[] = {
@@ -81,6 +88,8 @@ static const struct setting place_settings[] = {
     {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
      "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
+    {"run", "timeout_seconds", SETTING_NUMBER, AT(run.timeout_seconds), 0, 1e6, NULL,
+     "a rank that gives no sign of life for so long ends the run: stopped, or its link is dead; 0: none does"},
     {"run", "threads", SETTING_INTEGER, AT(run.threads), 0, 4096, NULL, "threads; 0: one for each processor"},
 };
 
@@ -113,8 +122,11 @@ void run_config_init(struct run_config *config) {
     config->train.eval_every_steps = 100;
     config->train.eval_tokens = 65536;
     config->train.sample_every_steps = 0;
+    config->train.rollback_limit = 3;
+    config->train.verify_steps = 100;
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
+    config->run.timeout_seconds = 60;
     config->checkpoint.file_bytes = 5000000000; /* as transformers writes */
     strcpy(config->run.directory, "runs/cadre");
     strcpy(config->run.kernels, "auto");
@@ -161,6 +173,8 @@ enum status run_config_check(struct run_config *c) {
                            (long long)c->train.sequence_length, (long long)c->model.max_position_embeddings);
     if (c->train.steps == 0 && c->train.target_minutes <= 0)
         return status_fail(STATUS_USAGE, "train.steps is 0; set it, or train.target_minutes");
+    if (c->run.timeout_seconds > 0 && c->run.timeout_seconds < 1)
+        return status_fail(STATUS_USAGE, "run.timeout_seconds is 0 or at least 1, not %g", c->run.timeout_seconds);
     if (!*c->run.directory)
         return status_fail(STATUS_USAGE, "run.directory is empty");
     return STATUS_OK;

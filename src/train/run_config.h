@@ -25,6 +25,8 @@ struct run_config {
         int64_t sequence_length, batch_sequences, micro_batch_sequences;
         int precision, recompute; /* enum precision, enum recompute */
         int64_t seed, eval_every_steps, eval_tokens, sample_every_steps;
+        int spikes; /* enum guard_spikes */
+        int64_t rollback_limit, verify_steps;
     } train;
     struct optimizer_settings optim;
     struct {
@@ -40,6 +42,7 @@ struct run_config {
     struct {
         char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES];
         int64_t threads;
+        double timeout_seconds;
     } run;
 };
 

@@ -12,7 +12,9 @@ char *run_directory_path(const struct run_config *config, const char *name) {
 static bool may_change(const char *section, const char *key) {
     static const char *const free_keys[] = {"train.steps",           "train.target_minutes", "train.eval_every_steps",
                                             "train.eval_tokens",     "train.sample_every_steps", "model.preset",
-                                            "run.directory",         "run.threads",          NULL};
+                                            "run.directory",         "run.threads",          "run.timeout_seconds",
+                                            "train.spikes",          "train.rollback_limit", "train.verify_steps",
+                                            NULL};
     char *name = text_format("%s.%s", section, key);
     bool found = strcmp(section, "layout") == 0 || strcmp(section, "checkpoint") == 0; /* a run goes on in any */
     for (int i = 0; free_keys[i]; i++)

@@ -28,7 +28,8 @@ struct saver {
     const struct device *device;
     struct shares shares;
     char *copy;                     /* of this rank's bytes in the order of the files; NULL: not asynchronous */
-    uint64_t *copy_offsets;         /* [shares.count + 1] of each stretch in the copy */
+    uint64_t copy_bytes;            /* with the gaps that let each lie to the blocks of memory as it does in its file */
+    uint64_t *copy_offsets;         /* [shares.count] of each stretch in the copy */
     struct sharded_stretch *copied; /* [copied_count] the same bytes, in the copy */
     int copied_count;
 
@@ -62,24 +63,38 @@ static void ask_for_large_pages(char *data, uint64_t bytes) {
         madvise((void *)first, ((uintptr_t)data + bytes - first) / page * page, MADV_HUGEPAGE);
 }
 
+/* Where each stretch stands in the copy: next to the one before if it is so in the file, else at the same place of a block. */
+static void place_copies(struct saver *s) {
+    const struct sharded_stretch *stretches = s->shares.stretches;
+    for (int i = 0; i < s->shares.count; i++) {
+        bool follows = i > 0 && stretches[i - 1].file == stretches[i].file &&
+                       stretches[i - 1].begin + stretches[i - 1].bytes == stretches[i].begin;
+        uint64_t wanted = stretches[i].begin % FILE_BLOCK_BYTES, stands = s->copy_bytes % FILE_BLOCK_BYTES;
+        if (!follows)
+            s->copy_bytes += (wanted + FILE_BLOCK_BYTES - stands) % FILE_BLOCK_BYTES;
+        s->copy_offsets[i] = s->copy_bytes;
+        s->copy_bytes += stretches[i].bytes;
+    }
+}
+
 static enum status take_copy(struct saver *s) {
-    TRY(memory_alloc(&s->copy_offsets, (size_t)s->shares.count + 1, sizeof *s->copy_offsets));
+    TRY(memory_alloc(&s->copy_offsets, (size_t)s->shares.count, sizeof *s->copy_offsets));
     TRY(memory_alloc(&s->copied, (size_t)s->shares.count, sizeof *s->copied));
-    enum status status = memory_alloc(&s->copy, s->shares.bytes, 1);
-    if (status != STATUS_OK)
-        return status_fail(status, "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
-                           (unsigned long long)s->shares.bytes);
-    ask_for_large_pages(s->copy, s->shares.bytes);
+    place_copies(s);
+    s->copy = aligned_alloc(FILE_BLOCK_BYTES, (s->copy_bytes / FILE_BLOCK_BYTES + 1) * FILE_BLOCK_BYTES);
+    if (!s->copy)
+        return status_fail(STATUS_MEMORY, "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
+                           (unsigned long long)s->copy_bytes);
+    ask_for_large_pages(s->copy, s->copy_bytes);
     for (int i = 0; i < s->shares.count; i++) {
         s->copied[i] = s->shares.stretches[i];
         s->copied[i].data = s->copy + s->copy_offsets[i];
-        s->copy_offsets[i + 1] = s->copy_offsets[i] + s->shares.stretches[i].bytes;
     }
     s->copied_count = sharded_sort(s->copied, s->shares.count);
     return STATUS_OK;
 }
 
-/* The stretch that byte `offset` of the copy belongs to. */
+/* The stretch that byte `offset` of the copy, or the gap before it, belongs to. */
 static int find_stretch(const struct saver *s, uint64_t offset) {
     int low = 0, high = s->shares.count;
     while (high - low > 1) {
@@ -92,25 +107,30 @@ static int find_stretch(const struct saver *s, uint64_t offset) {
     return low;
 }
 
+/* Bytes `from` .. `to` of the copy, as far as they are of stretch i. */
+static void copy_part(const struct saver *s, int i, uint64_t from, uint64_t to) {
+    const struct sharded_stretch *stretch = &s->shares.stretches[i];
+    uint64_t first = s->copy_offsets[i], end = first + stretch->bytes;
+    from = from > first ? from : first;
+    to = to < end ? to : end;
+    if (from >= to)
+        return;
+    const char *data = (const char *)stretch->data + (from - first);
+    if (stretch->begin == 0) /* a header */
+        memcpy(s->copy + from, data, (size_t)(to - from));
+    else
+        s->device->copy_to_host(s->copy + from, data, (size_t)(to - from));
+}
+
 static void copy_task(void *context, int64_t task) {
     const struct saver *s = context;
-    uint64_t offset = (uint64_t)task * COPY_TASK_BYTES, end = offset + COPY_TASK_BYTES;
-    end = end < s->shares.bytes ? end : s->shares.bytes;
-    for (int i = find_stretch(s, offset); offset < end; i++) {
-        const struct sharded_stretch *stretch = &s->shares.stretches[i];
-        uint64_t done = offset - s->copy_offsets[i], left = stretch->bytes - done;
-        size_t part = (size_t)(left < end - offset ? left : end - offset);
-        const char *from = (const char *)stretch->data + done;
-        if (stretch->begin == 0) /* a header */
-            memcpy(s->copy + offset, from, part);
-        else
-            s->device->copy_to_host(s->copy + offset, from, part);
-        offset += part;
-    }
+    uint64_t from = (uint64_t)task * COPY_TASK_BYTES, to = from + COPY_TASK_BYTES;
+    for (int i = find_stretch(s, from); i < s->shares.count && s->copy_offsets[i] < to; i++)
+        copy_part(s, i, from, to);
 }
 
 static void copy_share(struct saver *s) {
-    parallel_for((int64_t)((s->shares.bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, s);
+    parallel_for((int64_t)((s->copy_bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, s);
 }
 
 /* ---- work, maybe in the thread
@@ -121,8 +141,8 @@ static enum status write_share(struct saver *s) {
         TRY(checkpoint_write_files(s->root, &s->sources));
     const struct sharded_stretch *stretches = s->copy ? s->copied : s->shares.stretches;
     int count = s->copy ? s->copied_count : s->shares.count;
-    return sharded_write(&s->shares.set, s->root, stretches, count, s->copy ? device_cpu() : s->device, &s->cancel,
-                         &s->extents);
+    struct sharded_way way = {s->copy ? device_cpu() : s->device, &s->cancel, !s->copy};
+    return sharded_write(&s->shares.set, s->root, stretches, count, way, &s->extents);
 }
 
 /* A checkpoint that cannot be deleted is no reason to end a run: it is told, and tried again at the next save. */
@@ -290,7 +310,7 @@ uint64_t saver_share_bytes(const struct saver *s) {
 }
 
 uint64_t saver_copy_bytes(const struct saver *s) {
-    return s->copy ? s->shares.bytes : 0;
+    return s->copy_bytes;
 }
 
 /* ---- life and death

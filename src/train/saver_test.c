@@ -38,8 +38,10 @@ static int set_up(void **state) {
     (void)state;
     log_set_level(LOG_SILENT);
     threads_set_count(1);
-    if (!mkdtemp(root) && !mkdtemp(root = on_disk))
+    if (!mkdtemp(on_disk))
         return -1;
+    if (!mkdtemp(in_memory))
+        root = on_disk;
     tokenizer_path = path_join(root, "tokenizer.json");
     config_path = path_join(root, "config.ini");
     write_tokenizer(tokenizer_path);
@@ -50,7 +52,8 @@ static int tear_down(void **state) {
     (void)state;
     free(tokenizer_path);
     free(config_path);
-    return directory_remove(root) == STATUS_OK ? 0 : -1;
+    enum status status = directory_remove(on_disk);
+    return status == STATUS_OK && (root == on_disk || directory_remove(root) == STATUS_OK) ? 0 : -1;
 }
 
 /* ---- ranks with a model ---------------------------------------------------------------------------------------------
@@ -227,6 +230,11 @@ static void assert_same_checkpoint(const char *a, const char *b) {
     checkpoint_manifest_close(&manifest);
 }
 
+/* On the disk, where blocks go straight from memory. */
+static char *disk_directory_of(const char *name, int number) {
+    return text_format("%s/%s-%d", on_disk, name, number);
+}
+
 static char *directory_of(const char *name, int number) {
     return text_format("%s/%s-%d", root, name, number);
 }
@@ -252,7 +260,7 @@ static void test_any_layout_to_any_other(void **state) {
     struct job first = {single, .to = origin, .step = 3, .file_bytes = 1 << 30};
     run_well(&first);
     for (int a = 0; a < LAYOUT_COUNT; a++) {
-        char *from = directory_of("a", a), *saved = checkpoint_in(from, 3);
+        char *from = disk_directory_of("a", a), *saved = checkpoint_in(from, 3);
         struct job save_a = {layouts[a], .from = origin,        .to = from,
                              .step = 3,  .file_bytes = 1 << 30, .asynchronous = a % 2};
         run_well(&save_a);
@@ -318,7 +326,7 @@ static void test_every_byte_is_written_once(void **state) {
 static void test_many_files(void **state) {
     (void)state;
     const struct layout_case wide = {1, 2, 2, 3};
-    char *one = directory_of("one", 0), *many = directory_of("many", 0), *back = directory_of("back", 0);
+    char *one = directory_of("one", 0), *many = disk_directory_of("many", 0), *back = directory_of("back", 0);
     char *first = checkpoint_in(one, 1), *divided = checkpoint_in(many, 1), *joined = checkpoint_in(back, 1);
     struct job save_one = {single, .to = one, .step = 1, .file_bytes = 1 << 30};
     struct job save_many = {wide, .from = one, .to = many, .step = 1, .file_bytes = 3000, .asynchronous = true};
@@ -347,7 +355,7 @@ static void test_asynchronous(void **state) {
     struct job plain = {wide, .to = sync, .step = 5, .file_bytes = 1 << 30};
     run_well(&plain);
     for (int course = SAVE_ONCE; course <= SAVE_AND_LEAVE; course++) {
-        char *async = directory_of("async", course), *found = checkpoint_in(async, 5),
+        char *async = disk_directory_of("async", course), *found = checkpoint_in(async, 5),
              *second = checkpoint_in(async, 6);
         struct job job = {wide, .to = async, .step = 5, .file_bytes = 1 << 30, .asynchronous = true, .mutates = true};
         job.course = course;
@@ -538,6 +546,15 @@ static void assert_found(const char *checkpoint, const char *path, uint64_t wher
         fail_msg("%s: damage at %llu is not found", path, (unsigned long long)where);
 }
 
+/* By the ranks of another layout, each reading its own part. */
+static void assert_not_resumed(const char *directory) {
+    struct job load = {{1, 1, 1, 0}, .from = directory, .dense = true};
+    for (int ranks = 1; ranks <= 3; ranks += 2) {
+        load.layout.shard = ranks;
+        assert_int_equal(run(&load), STATUS_NOT_FOUND);
+    }
+}
+
 /* Every bit of the headers, 10,000 bits of the data, and every length that is a multiple of 4 KiB. (Every bit of the
  * manifest: publish_test.) */
 static void test_damage_is_found(void **state) {
@@ -555,6 +572,8 @@ static void test_damage_is_found(void **state) {
             uint64_t bit = i < header_bits ? i : random_bits(5, (uint64_t)n, i) % (8 * size);
             flip(path, bit);
             assert_found(checkpoint, path, bit);
+            if (i % 997 == 0)
+                assert_not_resumed(directory);
             flip(path, bit);
         }
         for (size_t cut = size - 1; cut > 0; cut = (cut - 1) / 4096 * 4096) {

@@ -46,8 +46,9 @@ static enum status write_generation_config(const char *directory, int64_t end_of
 }
 
 static enum status write_state(const char *directory, const struct train_state *state) {
-    json_t *object = json_pack("{s:i,s:I,s:I,s:I}", "version", STATE_VERSION, "step", (json_int_t)state->step, "sequences",
-                               (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens);
+    json_t *object = json_pack("{s:i,s:I,s:I,s:I,s:o}", "version", STATE_VERSION, "step", (json_int_t)state->step, "sequences",
+                               (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens, "guard",
+                               guard_pack(&state->guard));
     if (state->best_step >= 0) {
         json_object_set_new(object, "best_step", json_integer(state->best_step));
         json_object_set_new(object, "best_valid_loss", json_real(state->best_valid_loss));
@@ -98,6 +99,8 @@ static enum status read_state(const char *directory, struct train_state *state) 
             status = json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences);
         if (status == STATUS_OK)
             status = json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens);
+        if (status == STATUS_OK)
+            status = guard_unpack(source, "guard", &state->guard);
         state->best_step = -1; /* where it says nothing */
         if (status == STATUS_OK)
             status = json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step);
@@ -129,31 +132,117 @@ static enum status name_moments(const struct model *model, struct named_tensor *
     return status;
 }
 
-/* Takes the items. */
-static enum status read_tensors(const char *directory, const char *stem, struct named_tensor *items, int count,
-                                const struct device *device) {
+/* What is to be read of a checkpoint, and checked. */
+struct wanted {
+    struct checkpoint_manifest manifest;
+    struct checkpoint_target *targets;
+    size_t count;
+};
+
+static void wanted_release(struct wanted *w) {
+    checkpoint_manifest_close(&w->manifest);
+    free(w->targets);
+}
+
+/* The rows of an item that are held here. The header is looked at before it is checked: what it says must be what this model
+ * needs, whoever wrote it. */
+static enum status want_item(struct wanted *w, struct weights *weights, const char *below, const struct named_tensor *item) {
+    const struct safetensors *file;
+    const struct safetensors_entry *entry = weights_find(weights, item->name, &file);
+    uint64_t bytes = (uint64_t)tensor_bytes(item->tensor);
+    if (bytes == 0)
+        return STATUS_OK;
+    uint64_t row_bytes = bytes / (uint64_t)item->tensor.shape[0];
+    char *name = text_format("%s%s", below, path_name(file->path));
+    int index = checkpoint_find_file(&w->manifest, name);
+    free(name);
+    if (index < 0)
+        return status_fail(STATUS_FORMAT, "%s: its checkpoint's manifest does not name it", file->path);
+    w->targets[w->count++] = (struct checkpoint_target){
+        index, (uint64_t)(file->data - file->map.data) + entry->begin + (uint64_t)item->first_row * row_bytes, bytes,
+        item->tensor.data};
+    return STATUS_OK;
+}
+
+static enum status want_items(struct wanted *w, struct weights *weights, const char *below, const struct named_tensor *items,
+                              int count) {
+    TRY(weights_check_exactly(weights, items, count));
+    for (int i = 0; i < count; i++)
+        TRY(want_item(w, weights, below, &items[i]));
+    return STATUS_OK;
+}
+
+/* How files of tensors begin. */
+static enum status want_headers(struct wanted *w, const struct weights *weights, const char *below) {
+    for (int i = 0; i < weights->file_count; i++) {
+        const struct safetensors *file = &weights->files[i];
+        char *name = text_format("%s%s", below, path_name(file->path));
+        int index = checkpoint_find_file(&w->manifest, name);
+        free(name);
+        if (index >= 0) /* else one of its tensors tells */
+            w->targets[w->count++] =
+                (struct checkpoint_target){index, 0, (uint64_t)(file->data - file->map.data), NULL};
+    }
+    return STATUS_OK;
+}
+
+/* Takes the items, which are all tensors of the files of a stem. */
+static enum status want_tensors(struct wanted *w, const char *directory, const char *below, const char *stem,
+                                struct named_tensor *items, int count, bool headers) {
     struct weights weights;
-    enum status status = weights_open_stem(&weights, directory, stem);
+    char *path = path_join(directory, below);
+    enum status status = weights_open_stem(&weights, path, stem);
+    free(path);
     if (status == STATUS_OK) {
-        status = weights_fill_exactly(&weights, items, count, device);
+        status = memory_resize(&w->targets, w->count + (size_t)count + (size_t)weights.file_count, sizeof *w->targets);
+        if (status == STATUS_OK)
+            status = want_items(w, &weights, below, items, count);
+        if (status == STATUS_OK && headers)
+            status = want_headers(w, &weights, below);
         weights_close(&weights);
     }
     free(items);
     return status;
 }
 
-static enum status read_model(const char *directory, struct model *model) {
+static bool has_target(const struct wanted *w, int file) {
+    for (size_t i = 0; i < w->count; i++)
+        if (w->targets[i].file == file)
+            return true;
+    return false;
+}
+
+/* All of the files of which nothing is wanted yet. */
+static enum status want_the_rest(struct wanted *w) {
+    TRY(memory_resize(&w->targets, w->count + w->manifest.file_count, sizeof *w->targets));
+    for (size_t i = 0; i < w->manifest.file_count; i++)
+        if (!has_target(w, (int)i))
+            w->targets[w->count++] = (struct checkpoint_target){(int)i, 0, w->manifest.files[i].bytes, NULL};
+    return STATUS_OK;
+}
+
+/* This rank's rows, as the files have them before anything was checked; and, checks_rest, what no rank owns. */
+static enum status want_all(struct wanted *w, const char *directory, const struct model *model, bool has_rows,
+                            bool checks_rest) {
     struct named_tensor *items;
     int count;
-    char *training = path_join(directory, "training");
-    enum status status = model_name_tensors(model, model->own_weight, "", &items, &count);
+    TRY(checkpoint_manifest_open(&w->manifest, directory));
+    if (has_rows) {
+        TRY(model_name_tensors(model, model->own_weight, "", &items, &count));
+        TRY(want_tensors(w, directory, "", "model", items, count, checks_rest));
+        TRY(name_moments(model, &items, &count));
+        TRY(want_tensors(w, directory, "training/", "optimizer", items, count, checks_rest));
+    }
+    return checks_rest ? want_the_rest(w) : STATUS_OK;
+}
+
+/* What this rank owns, every byte of it checked against the manifest. */
+static enum status read_share(const char *directory, struct model *model, bool has_rows, bool checks_rest) {
+    struct wanted wanted = {.count = 0};
+    enum status status = want_all(&wanted, directory, model, has_rows, checks_rest);
     if (status == STATUS_OK)
-        status = read_tensors(directory, "model", items, count, model->device);
-    if (status == STATUS_OK)
-        status = name_moments(model, &items, &count);
-    if (status == STATUS_OK)
-        status = read_tensors(training, "optimizer", items, count, model->device);
-    free(training);
+        status = checkpoint_read(directory, &wanted.manifest, wanted.targets, wanted.count, model->device);
+    wanted_release(&wanted);
     return status;
 }
 
@@ -167,16 +256,18 @@ static enum status send_to_replicas(struct model *model, struct comm *replicas) 
     return STATUS_OK;
 }
 
+/* Collective. One checkpoint; together the ranks read and check all of it. */
 static enum status read_all(const char *directory, struct model *model, struct ranks *ranks, enum checkpoint_read read,
                             struct train_state *state) {
     bool receives = read == CHECKPOINT_READ_BROADCAST && ranks->mesh.coordinate[MESH_REPLICATE] > 0;
-    enum status status = read_state(directory, state);
-    if (status == STATUS_OK && !receives)
-        status = read_model(directory, model);
+    enum status status = read_share(directory, model, !receives, ranks->world->rank == 0);
+    if (status == STATUS_OK)
+        status = read_state(directory, state);
     TRY(comm_agree(ranks->world, status));
     if (read == CHECKPOINT_READ_BROADCAST)
         TRY(send_to_replicas(model, &ranks->replicas));
-    model_repack(model);
+    if (model->sharding.zero == 3) /* below, refreshing does it */
+        model_repack(model);
     return STATUS_OK;
 }
 
@@ -192,35 +283,36 @@ static enum status list_checkpoints(const char *directory, struct comm *world, s
     return comm_broadcast(world, count, sizeof *count);
 }
 
-/* Each rank checks a part of every file. A checkpoint that is none is passed over; too little memory, or a rank that is gone,
- * says nothing about it. */
-static enum status find_latest(const char *checkpoints_directory, struct comm *world, char path[PATH_BYTES]) {
-    struct text_list paths;
-    int64_t count;
-    memset(path, 0, PATH_BYTES);
-    enum status status = list_checkpoints(checkpoints_directory, world, &paths, &count);
-    for (int64_t i = 0; i < count && status == STATUS_OK; i++) {
-        if (world->rank == 0)
-            snprintf(path, PATH_BYTES, "%s", paths.items[i]);
-        status = comm_broadcast(world, path, PATH_BYTES);
-        if (status == STATUS_OK)
-            status = comm_agree(world, checkpoint_verify_part(path, world->rank, world->size));
-        if (status == STATUS_OK || status == STATUS_MEMORY || status == STATUS_PEER)
-            break;
+/* A checkpoint that is none is passed over; too little memory, or a rank that is gone, says nothing about it. */
+static bool is_damage(enum status status) {
+    return status != STATUS_OK && status != STATUS_MEMORY && status != STATUS_PEER;
+}
+
+static enum status read_newest(const struct text_list *paths, int64_t count, struct model *model, struct ranks *ranks,
+                               enum checkpoint_read read, struct train_state *state, char path[PATH_BYTES]) {
+    for (int64_t i = 0; i < count; i++) {
+        if (ranks->world->rank == 0)
+            snprintf(path, PATH_BYTES, "%s", paths->items[i]);
+        TRY(comm_broadcast(ranks->world, path, PATH_BYTES));
+        enum status status = read_all(path, model, ranks, read, state);
+        if (!is_damage(status))
+            return status;
         log_warn("%s; this checkpoint is passed over", status_text());
         memset(path, 0, PATH_BYTES);
-        status = STATUS_OK;
     }
-    text_list_release(&paths);
-    return status;
+    return STATUS_OK;
 }
 
 enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
                               enum checkpoint_read read, struct train_state *state, char path[CHECKPOINT_PATH_BYTES]) {
-    TRY(find_latest(checkpoints_directory, ranks->world, path));
-    if (!*path)
-        return STATUS_OK;
-    TRY(read_all(path, model, ranks, read, state));
-    log_info("resume  from %s", path);
-    return STATUS_OK;
+    struct text_list paths;
+    int64_t count;
+    memset(path, 0, PATH_BYTES);
+    enum status status = list_checkpoints(checkpoints_directory, ranks->world, &paths, &count);
+    if (status == STATUS_OK)
+        status = read_newest(&paths, count, model, ranks, read, state, path);
+    text_list_release(&paths);
+    if (status == STATUS_OK && *path)
+        log_info("resume  from %s", path);
+    return status;
 }

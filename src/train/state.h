@@ -4,6 +4,7 @@
 #include "checkpoint/publish.h"
 #include "model/model.h"
 #include "parallel/ranks.h"
+#include "train/guard.h"
 
 struct tokenizer;
 
@@ -13,6 +14,7 @@ struct train_state {
     int64_t tokens;    /* learnt from */
     double best_valid_loss; /* of the checkpoints that were saved at an evaluation, and the step of that; -1: none yet */
     int64_t best_step;
+    struct guard guard; /* what steps are held against; empty where the file has none */
 };
 
 /* What a checkpoint says: a Hugging Face directory (config.json, generation_config.json, model.safetensors in f32,
@@ -40,9 +42,9 @@ enum checkpoint_read {
     CHECKPOINT_READ_BROADCAST, /* the first replica, and the others receive it */
 };
 
-/* Collective. Fill model and state from the newest good checkpoint, whatever layout wrote it: together the ranks check all
- * of it, then each reads the rows that it owns and no other. path is empty where there is none. What ranks compute with is
- * to be refreshed by the caller. */
+/* Collective. Fill model and state from the newest good checkpoint, whatever layout wrote it: each rank reads the rows that it
+ * owns, in one pass, and checks them; together that is all of it. path is empty where there is none; the model may then be
+ * filled with parts of a bad one. What ranks compute with is to be refreshed by the caller. */
 enum { CHECKPOINT_PATH_BYTES = 4096 };
 enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
                               enum checkpoint_read read, struct train_state *state,

@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/threads.h"
+#include "comm/launch/launch.h"
 #include "data/corpus.h"
 #include "data/loader.h"
 #include "data/tokenizer.h"
@@ -18,6 +19,7 @@
 #include "train/run_directory.h"
 #include "train/saver.h"
 #include "train/state.h"
+#include "train/verify.h"
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -29,7 +31,9 @@
  *     between steps, so that what it holds is always such a pair.
  *  2. The loader's order is a function of the seed and the cursor; nothing else about it needs saving.
  *  3. Evaluation and samples change neither weights, nor moments, nor the cursor.
- *  4. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
+ *  4. A step that is refused changes neither weights nor moments; its data is passed over. A return to a checkpoint takes
+ *     everything from there but the cursor, so that the same data is not met again (train/guard.h).
+ *  5. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
  *     signal, a time that was measured) is agreed on before anybody acts on it.
  */
 struct trainer {
@@ -51,18 +55,20 @@ struct trainer {
     int32_t *tokens; /* [batch_sequences, T+1] */
     struct saver *saver;
     char *checkpoints, *samples_path, *config_path, *metrics_path;
-    double roof_operations_per_s, step_seconds;
-    int skipped_in_a_row;
+    double roof_operations_per_s, step_seconds, begin_s;
+    int64_t processed_tokens; /* by this call */
     bool stopping; /* some rank was asked to stop: agreed on */
 };
 
-enum { SKIPPED_STEPS_MAX = 3, PROBE_STEPS = 4 };
+enum { PROBE_STEPS = 4 };
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
 
 static volatile sig_atomic_t stop_requested;
 
 static void request_stop(int signal_number) {
     stop_requested = 1;
+    if (signal_number == SIGTERM)
+        comm_launch_note_termination();
     signal(signal_number, SIG_DFL); /* the second one ends the process */
 }
 
@@ -201,7 +207,7 @@ static enum status measure_steps(struct trainer *t) {
     for (int i = 1; i <= PROBE_STEPS; i++) {
         struct step_result result;
         double begin = clock_seconds();
-        TRY(step_run(&t->runner, (struct step_input){t->tokens, i, PROBE_STEPS}, &result));
+        TRY(step_run(&t->runner, (struct step_input){.tokens = t->tokens, .step = i, .step_count = PROBE_STEPS}, &result));
         if (i > 1) /* the first one warms caches and libraries */
             fastest = fmin(fastest, clock_seconds() - begin);
     }
@@ -227,14 +233,19 @@ static enum status tidy_checkpoints(const struct trainer *t) {
     return checkpoint_keep(t->checkpoints, keep);
 }
 
-static enum status start_or_resume(struct trainer *t, bool *resumed) {
-    char path[CHECKPOINT_PATH_BYTES];
+/* The newest good checkpoint, or the start of the run. */
+static enum status restore(struct trainer *t, char path[CHECKPOINT_PATH_BYTES]) {
     TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, (enum checkpoint_read)t->config->checkpoint.read,
                           &t->state, path));
-    *resumed = *path != '\0';
-    if (*resumed && t->hooks.checkpoint_is_good)
+    if (*path && t->hooks.checkpoint_is_good)
         t->hooks.checkpoint_is_good(path);
-    TRY(agree_and_refresh(t, *resumed ? STATUS_OK : start_fresh(t)));
+    return agree_and_refresh(t, *path ? STATUS_OK : start_fresh(t));
+}
+
+static enum status start_or_resume(struct trainer *t, bool *resumed) {
+    char path[CHECKPOINT_PATH_BYTES];
+    TRY(restore(t, path));
+    *resumed = *path != '\0';
     if (*resumed)
         TRY(comm_agree(t->world.comm, is_first(t) ? tidy_checkpoints(t) : STATUS_OK));
     if (t->config->train.steps == 0)
@@ -351,7 +362,8 @@ static void tear_down(struct trainer *t) {
 /* A save that is still under way is given up or waited for, as the settings say; the last one of a run always ends. */
 static enum status save(struct trainer *t) {
     const struct run_config *c = t->config;
-    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, t->metrics_path, &c->model, t->tokenizer, t->state, retention(t)};
+    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, t->metrics_path, &c->model,
+                                         t->tokenizer,             t->state,       retention(t)};
     TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE ? saver_cancel(t->saver) : saver_finish(t->saver));
     return saver_start(t->saver, &sources);
 }
@@ -419,10 +431,14 @@ static bool is_due(int64_t step, int64_t every) {
     return every > 0 && step % every == 0;
 }
 
-/* A signal reaches one rank or some; all save and leave after the same step. And a save that all ranks are done with goes on
- * to its next stage. */
+static bool is_time_over(const struct trainer *t) {
+    return is_first(t) && t->hooks.max_seconds > 0 && clock_seconds() - t->begin_s >= t->hooks.max_seconds;
+}
+
+/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. And a save that all ranks
+ * are done with goes on to its next stage. */
 static enum status agree_after_step(struct trainer *t) {
-    double asked[] = {stop_requested, saver_is_busy(t->saver)};
+    double asked[] = {stop_requested || is_time_over(t), saver_is_busy(t->saver)};
     TRY(comm_sum_f64(t->world.comm, asked, 2));
     t->stopping = asked[0] > 0;
     return asked[1] == 0 ? saver_advance(t->saver) : STATUS_OK;
@@ -434,6 +450,14 @@ static void note_best(struct trainer *t, double valid_loss) {
         t->state.best_step = t->state.step;
         t->state.best_valid_loss = valid_loss;
     }
+}
+
+/* What reaches a checkpoint was verified. */
+static enum status verify(struct trainer *t, bool saves) {
+    int64_t every = t->config->train.verify_steps;
+    if (every == 0 || !(saves || is_due(t->state.step, every)))
+        return STATUS_OK;
+    return verify_copies(t->model, &t->ranks, t->state.step, t->checkpoints);
 }
 
 static enum status after_step(struct trainer *t, struct train_summary *summary) {
@@ -456,7 +480,9 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     }
     begin = clock_seconds();
     TRY(agree_after_step(t));
-    if (last || t->stopping || is_due(step, c->checkpoint.every_steps)) {
+    bool saves = last || t->stopping || is_due(step, c->checkpoint.every_steps);
+    TRY(verify(t, saves));
+    if (saves) {
         if (evaluated)
             note_best(t, summary->valid_loss);
         TRY(save(t));
@@ -465,15 +491,50 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     return STATUS_OK;
 }
 
-/* A step that was refused leaves the weights alone; its data is passed over, and too many of them end the run. */
-static enum status note_skipped(struct trainer *t, const struct step_result *result) {
-    log_warn("step %lld: loss %g, gradient norm %g: not finite, the update is skipped", (long long)t->state.step,
-             result->loss, result->gradient_norm);
-    if (++t->skipped_in_a_row < SKIPPED_STEPS_MAX)
-        return STATUS_OK;
+static struct guard_settings guard_settings_from(const struct run_config *c) {
+    return (struct guard_settings){c->train.spikes, c->train.rollback_limit};
+}
+
+static struct step_input next_input(const struct trainer *t) {
+    return (struct step_input){t->tokens, t->state.step + 1, t->config->train.steps,
+                               guard_limits(&t->state.guard, guard_settings_from(t->config))};
+}
+
+/* Back to the newest good checkpoint, which a save that is under way becomes. The cursor stays: the data between there and
+ * here is passed over. */
+static enum status roll_back(struct trainer *t, const struct step_result *result) {
+    const struct train_state before = t->state;
+    const char *reason = step_skip_reason(result->skipped);
+    char path[CHECKPOINT_PATH_BYTES];
+    TRY(saver_finish(t->saver));
+    TRY(restore(t, path));
+    guard_roll_back(&t->state.guard, &before.guard, before.step);
+    t->state.sequences = before.sequences;
+    loader_close(t->loader);
+    t->loader = NULL;
+    TRY(comm_agree(t->world.comm, open_loader(t, t->state.sequences, &t->loader)));
+    log_warn("step %lld: %s; back to step %lld (%s), the data between is passed over", (long long)before.step, reason,
+             (long long)t->state.step, *path ? path : "the start: there is no checkpoint");
+    return comm_agree(t->world.comm, is_first(t) ? train_report_rollback(&t->report, before.step, t->state.step, reason)
+                                                 : STATUS_OK);
+}
+
+static enum status give_up(const struct trainer *t, const struct step_result *result) {
+    const struct guard *guard = &t->state.guard;
     return status_fail(STATUS_NUMERIC,
-                       "%d steps in a row were not finite; lower --optim.lr and start from the last checkpoint in %s",
-                       SKIPPED_STEPS_MAX, t->checkpoints);
+                       "step %lld: %s, %lld steps in a row, after %lld returns to a checkpoint that did not get past it; "
+                       "lower --optim.lr, look at the data, or allow more by --train.rollback_limit or --train.spikes "
+                       "ignore; what was learnt is in %s",
+                       (long long)t->state.step, step_skip_reason(result->skipped), (long long)guard->skipped_in_a_row,
+                       (long long)guard->rollbacks, t->checkpoints);
+}
+
+static enum status report_step(struct trainer *t, const struct step_result *result, double seconds) {
+    if (result->skipped)
+        log_warn("step %lld: loss %g, gradient norm %g: %s, the update is skipped", (long long)t->state.step,
+                 result->loss, result->gradient_norm, step_skip_reason(result->skipped));
+    return comm_agree(t->world.comm, is_first(t) ? train_report_step(&t->report, t->workspace, &t->state, result, seconds)
+                                                 : STATUS_OK);
 }
 
 static enum status run_step(struct trainer *t, struct train_summary *summary) {
@@ -483,32 +544,30 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     double begin = clock_seconds();
     TRY(comm_agree(t->world.comm, loader_next(t->loader, t->tokens)));
     profile_note(&t->profile, SPAN_DATA, begin);
-    TRY(step_run(&t->runner, (struct step_input){t->tokens, t->state.step + 1, c->train.steps}, &result));
+    TRY(step_run(&t->runner, next_input(t), &result));
     double seconds = clock_seconds() - begin;
     profile_note(&t->profile, SPAN_STEP, begin);
+    int64_t sequences = c->train.batch_sequences, tokens = sequences * c->train.sequence_length;
     t->state.step++;
-    t->state.sequences += c->train.batch_sequences;
-    t->state.tokens += c->train.batch_sequences * c->train.sequence_length;
-    if (result.skipped)
-        TRY(note_skipped(t, &result));
-    else
-        t->skipped_in_a_row = 0;
-    begin = clock_seconds();
-    enum status status = STATUS_OK;
-    if (is_first(t))
-        status = train_report_step(&t->report, t->workspace, &t->state, &result, seconds);
+    t->state.sequences += sequences;
+    t->state.tokens += tokens;
+    t->processed_tokens += tokens;
     t->step_seconds += seconds;
-    TRY(comm_agree(t->world.comm, status));
+    enum guard_verdict verdict = guard_note(&t->state.guard, guard_settings_from(c), t->state.step, &result);
+    begin = clock_seconds();
+    TRY(report_step(t, &result, seconds));
     profile_note(&t->profile, SPAN_REPORT, begin);
-    return after_step(t, summary);
+    if (verdict == GUARD_GIVE_UP)
+        return give_up(t, &result);
+    return verdict == GUARD_ROLL_BACK ? roll_back(t, &result) : after_step(t, summary);
 }
 
-static void finish_summary(const struct trainer *t, double seconds, int64_t first_token, struct train_summary *summary) {
+static void finish_summary(const struct trainer *t, double seconds, struct train_summary *summary) {
     summary->step = t->state.step;
     summary->step_count = t->config->train.steps;
     summary->tokens = t->state.tokens;
     summary->seconds = seconds;
-    summary->tokens_per_s = t->step_seconds > 0 ? (double)(t->state.tokens - first_token) / t->step_seconds : 0;
+    summary->tokens_per_s = t->step_seconds > 0 ? (double)t->processed_tokens / t->step_seconds : 0;
     summary->roof_share = summary->tokens_per_s *
                           model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
                           t->roof_operations_per_s;
@@ -550,14 +609,13 @@ static enum status finish_profile(const struct trainer *t) {
 static enum status run_all(struct trainer *t, struct train_summary *summary) {
     TRY(set_up(t, summary));
     watch_signals();
-    int64_t first_token = t->state.tokens;
     double begin = clock_seconds();
     enum status status = STATUS_OK;
     while (status == STATUS_OK && t->state.step < t->config->train.steps && !t->stopping)
         status = run_step(t, summary);
     if (status == STATUS_OK)
         status = saver_finish(t->saver);
-    finish_summary(t, clock_seconds() - begin, first_token, summary);
+    finish_summary(t, clock_seconds() - begin, summary);
     if (t->hooks.profile && status == STATUS_OK)
         status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);
     return status;
@@ -565,7 +623,7 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
 
 enum status train_run(struct run_config *config, struct train_world world, struct train_hooks hooks,
                       struct train_summary *summary) {
-    struct trainer trainer = {.config = config, .world = world, .hooks = hooks};
+    struct trainer trainer = {.config = config, .world = world, .hooks = hooks, .begin_s = clock_seconds()};
     *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
     enum status status = run_all(&trainer, summary);
     tear_down(&trainer);

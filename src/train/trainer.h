@@ -16,6 +16,8 @@ struct train_hooks {
     bool profile;
     /* The run can go on from this checkpoint: called on every rank when it was resumed from or published. */
     void (*checkpoint_is_good)(const char *path);
+    /* Save and leave, as after a signal, when rank 0 has been at it for so long since the call; 0: no limit. */
+    double max_seconds;
 };
 
 /* What a training process takes beside its tensors: libraries, the code that they generate, working memory of the

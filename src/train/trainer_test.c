@@ -92,7 +92,7 @@ static enum status train(struct call call, struct train_summary *summary) {
     struct train_world world = {&self, 1, 0};
     enum status status = run_config_resolve(&config, NULL, pairs, call.more_key ? 11 : 10);
     if (status == STATUS_OK)
-        status = train_run(&config, world, (struct train_hooks){interrupt, &interruption, call.profile, NULL},
+        status = train_run(&config, world, (struct train_hooks){interrupt, &interruption, call.profile, NULL, 0},
                            summary ? summary : &unused);
     free(directory);
     return status;

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #ifdef CADRE_MPI
 #include "comm/mpi/comm_mpi.h"
+#include "comm/mpi/watch.h"
 #endif
 
 /* What the environment says of how many were started. */
@@ -45,6 +46,21 @@ enum status comm_launch_open(struct comm_launch *out, void (*lost)(const char *l
     (void)lost;
     return status_fail(STATUS_USAGE, "%s started several processes, but this program is built without MPI; install it, "
                        "configure with -DCADRE_MPI=ON and build again, or start a single process", starter.name);
+#endif
+}
+
+void comm_launch_set_timeout(struct comm_launch *launch, double limit_s) {
+    (void)limit_s;
+#ifdef CADRE_MPI
+    if (launch->state)
+        comm_mpi_set_timeout(launch, limit_s);
+#endif
+    (void)launch;
+}
+
+void comm_launch_note_termination(void) {
+#ifdef CADRE_MPI
+    watch_note_termination();
 #endif
 }
 

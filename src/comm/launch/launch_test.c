@@ -96,6 +96,80 @@ static enum status part_death_computing(struct comm_launch *launch) {
     return case_helpers(comm);
 }
 
+/* The last rank is stopped in the midst of it. */
+static enum status part_stopped(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    comm_launch_set_timeout(launch, 2);
+    for (int round = 0;; round++) {
+        if (comm->rank == comm->size - 1 && round == 3)
+            raise(SIGSTOP);
+        TRY(case_out_of_order(comm));
+    }
+}
+
+/* It is stopped while all others compute and none waits for it. */
+static enum status part_stopped_computing(struct comm_launch *launch) {
+    comm_launch_set_timeout(launch, 2);
+    if (launch->world.rank == launch->world.size - 1)
+        raise(SIGSTOP);
+    compute_until(clock_seconds() + 20);
+    return case_helpers(&launch->world);
+}
+
+/* Others wait much longer than the limit for one that computes, then for one that sleeps in a system call, then for one that
+ * is stopped for less than the limit. */
+static enum status part_slow(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    bool is_slow = comm->rank == comm->size - 1;
+    comm_launch_set_timeout(launch, 2);
+    if (is_slow)
+        compute_until(clock_seconds() + 5);
+    TRY(case_helpers(comm));
+    if (is_slow)
+        usleep(5000000);
+    TRY(case_helpers(comm));
+    pid_t self = getpid(), waker = is_slow ? fork() : 1;
+    if (waker == 0) {
+        usleep(1500000);
+        _exit(kill(self, SIGCONT));
+    }
+    if (is_slow) {
+        raise(SIGSTOP);
+        EXPECT(waitpid(waker, NULL, 0) == waker);
+    }
+    return case_helpers(comm);
+}
+
+/* All are stopped for longer than the limit, as by a batch system that lets others have the machine, and go on. */
+static enum status part_suspended(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    comm_launch_set_timeout(launch, 1);
+    for (int round = 0; round < 2; round++) {
+        pid_t self = getpid(), waker = round == 0 ? fork() : 1;
+        if (waker == 0) {
+            usleep(2500000);
+            _exit(kill(self, SIGCONT));
+        }
+        TRY(case_helpers(comm));
+        if (round == 0) {
+            raise(SIGSTOP);
+            EXPECT(waitpid(waker, NULL, 0) == waker);
+        }
+        TRY(case_helpers(comm));
+    }
+    return STATUS_OK;
+}
+
+/* It answers, but sits in a system call that does not end. */
+static enum status part_hanging(struct comm_launch *launch) {
+    struct comm *comm = &launch->world;
+    comm_launch_set_timeout(launch, 1);
+    if (comm->rank == comm->size - 1)
+        for (;;)
+            sleep(100);
+    return case_helpers(comm);
+}
+
 /* One rank fails alone and ends; the others wait for it. */
 static enum status part_failure(struct comm_launch *launch) {
     if (launch->world.rank == 1)
@@ -138,6 +212,8 @@ static const struct {
 } parts[] = {{"cases", part_cases},     {"place", part_place},
              {"progress", part_progress}, {"death", part_death},
              {"death-computing", part_death_computing}, {"failure", part_failure},
+             {"stopped", part_stopped}, {"stopped-computing", part_stopped_computing},
+             {"slow", part_slow}, {"suspended", part_suspended}, {"hanging", part_hanging},
              {"accord", part_accord},
              {"huge", part_huge}};
 
@@ -250,6 +326,26 @@ static void test_death(void **state) {
         expect_told("death-computing", 3);
 }
 
+/* One line, from the lowest rank, and an end three seconds later at most; the stopped one does not stay. */
+static void test_silence(void **state) {
+    (void)state;
+    if (is_mpich())
+        skip();
+    expect_told("stopped", 3);
+    assert_int_equal(count_in_output("has not answered for 2 s"), 1);
+    assert_int_equal(count_in_output("failed: "), 0);
+    expect_told("stopped-computing", 3);
+    assert_int_equal(count_in_output("has not answered for 2 s"), 1);
+    expect_told("hanging", 3);
+    assert_int_equal(count_in_output("answers, but has done nothing for 10 s while others wait"), 1);
+}
+
+static void test_no_false_alarm(void **state) {
+    (void)state;
+    expect_well(4, "slow");
+    expect_well(3, "suspended");
+}
+
 /* The failed rank says why, then it is gone for the others. */
 static void test_failure(void **state) {
     (void)state;
@@ -338,6 +434,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_place),
         cmocka_unit_test(test_progress),
         cmocka_unit_test(test_death),
+        cmocka_unit_test(test_silence),
+        cmocka_unit_test(test_no_false_alarm),
         cmocka_unit_test(test_failure),
         cmocka_unit_test(test_accord),
         cmocka_unit_test(test_foreign_starter),

@@ -8,13 +8,18 @@
 #include "comm/mpi/engine.h"
 #include "comm/mpi/watch.h"
 #include <limits.h>
+#include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 static const double FAREWELL_S = 5; /* how long a rank that failed waits for the others to fail too */
 enum { FAREWELLS = 2 };            /* after the first one of them says how all failed, after the second they may exit */
+enum { START_S = 600 };             /* how long ranks may take to find each other */
+static const double AFTER_KILL_S = 0.1;
 static const double LINGER_S = 0.5; /* how long one that lost another stays, so that the others see that one gone, not this */
 
 /* This process among the others. */
@@ -23,6 +28,7 @@ struct site {
     struct watch watch;
     struct peer *peers;
     bool watched;
+    double limit_s; /* without a sign of life; 0: none */
     int farewell_count; /* of FAREWELLS; more than those after one to which the others did not come */
     struct comm farewell; /* of all ranks, with a tag of its own: who leaves alone must not meet what others still wait for */
 };
@@ -216,6 +222,38 @@ static void describe_peer(void *context, int rank, char *text, size_t bytes) {
         snprintf(text, bytes, "rank %d", rank);
 }
 
+static void give_up_silent(void *context, const bool *ranks, const char *line) {
+    watch_give_up(&((struct site *)context)->watch, ranks, line);
+}
+
+static void note_gone(void *context) {
+    ((struct site *)context)->watch.told = true;
+}
+
+/* ---- where nobody watches: while the ranks find each other, and while they leave ---------------------------------------- */
+
+static const char *alarm_line; /* NULL: another rank says it */
+
+static void end_by_alarm(int signal_number) {
+    (void)signal_number;
+    if (alarm_line && write(2, alarm_line, strlen(alarm_line)) < 0)
+        _exit(1);
+    _exit(1);
+}
+
+/* The process ends unless that is called again within so many seconds; 0: it does not. */
+static void set_alarm(double seconds, const char *line) {
+    struct sigaction action = {.sa_handler = seconds > 0 ? end_by_alarm : SIG_DFL};
+    alarm_line = line;
+    sigaction(SIGALRM, &action, NULL);
+    alarm((unsigned)ceil(seconds));
+}
+
+static void set_limit(struct site *site, double limit_s) {
+    site->limit_s = limit_s;
+    engine_set_limit(&site->engine, limit_s);
+}
+
 static void count_processors(const struct peer *peers, int size, struct comm_launch *out) {
     const struct peer *self = &peers[out->world.rank];
     double share = 0;
@@ -261,7 +299,10 @@ static enum status join(struct site *site, int expected_size, const char *starte
     struct peer self, *peers;
     struct end *end;
     engine->describe = describe_peer;
+    engine->silent = give_up_silent;
+    engine->gone = note_gone;
     engine->context = site;
+    set_alarm(START_S, "cadre: the ranks did not all find each other within 600 s\n");
     TRY(open_mpi(expected_size, starter, engine));
     TRY(end_create(engine, engine->next_tag++, NULL, engine->size, &end));
     out->world = (struct comm){.ops = &mpi_ops, .rank = engine->rank, .size = engine->size, .state = end};
@@ -275,6 +316,8 @@ static enum status join(struct site *site, int expected_size, const char *starte
     count_processors(peers, engine->size, out);
     TRY(watch_open(&site->watch, engine, peers, lost));
     site->watched = true;
+    set_alarm(0, NULL);
+    set_limit(site, COMM_LAUNCH_TIMEOUT_S);
     return STATUS_OK;
 }
 
@@ -284,6 +327,10 @@ enum status comm_mpi_open(int expected_size, const char *starter, void (*lost)(c
     enum status status = join(site, expected_size, starter, lost, out);
     out->state = site; /* also after a failure: a process that leaves without a word is what the others then see */
     return status;
+}
+
+void comm_mpi_set_timeout(struct comm_launch *launch, double limit_s) {
+    set_limit(launch->state, limit_s);
 }
 
 /* One round of all: nobody goes on before all are here. */
@@ -308,15 +355,27 @@ static enum status meet(struct comm *world, enum status status) {
 }
 
 static void sleep_s(double seconds) {
-    struct timespec time = {.tv_nsec = (long)(1e9 * seconds)};
+    double whole = floor(seconds);
+    struct timespec time = {.tv_sec = (time_t)whole, .tv_nsec = (long)(1e9 * (seconds - whole))};
     nanosleep(&time, NULL);
+}
+
+/* All have come: from now on nobody gives signs of life, and what is left takes no time. */
+static void stop_watching_for_silence(struct site *site) {
+    if (site->limit_s <= 0)
+        return;
+    engine_set_limit(&site->engine, 0);
+    set_alarm(site->limit_s, site->engine.rank == 0 ? "cadre: another rank does not come to the end of the run\n" : NULL);
 }
 
 /* Take leave of all, so that nobody enters MPI_Finalize, which waits for all, before all can. */
 static bool take_leave(struct site *site, int rounds, enum status status) {
     site->watch.leaving = true;
-    while (site->farewell_count < rounds)
+    while (site->farewell_count < rounds) {
         site->farewell_count = meet(&site->farewell, status) == STATUS_OK ? site->farewell_count + 1 : FAREWELLS + 1;
+        if (site->farewell_count == 1)
+            stop_watching_for_silence(site);
+    }
     return site->farewell_count <= FAREWELLS;
 }
 
@@ -327,7 +386,7 @@ bool comm_mpi_speaks(struct comm_launch *launch, enum status status) {
     if (status == STATUS_PEER) { /* an error of MPI may show before the watch sees why */
         if (!site->watch.told)
             sleep_s(LINGER_S);
-        return !site->watch.told;
+        return !site->watch.told && !pulse_was_stopped(&site->engine.pulse);
     }
     char line[1024];
     snprintf(line, sizeof line, "%s", status_text());
@@ -343,7 +402,7 @@ void comm_mpi_close(struct comm_launch *launch, enum status status) {
         return;
     if (!take_leave(site, FAREWELLS, status)) {
         if (site->watch.told)
-            sleep_s(LINGER_S);
+            sleep_s(site->watch.silent ? WATCH_KILL_S + AFTER_KILL_S : LINGER_S);
         engine_break(&site->engine, "this rank has left");
         return; /* MPI_Finalize would wait for ranks that do not come: the process ends without */
     }
@@ -353,6 +412,7 @@ void comm_mpi_close(struct comm_launch *launch, enum status status) {
     comm_release(&site->farewell);
     MPI_Comm_free(&site->engine.world);
     MPI_Finalize();
+    set_alarm(0, NULL);
     free(site->peers);
     free(site);
 }

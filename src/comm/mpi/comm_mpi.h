@@ -5,6 +5,7 @@
 
 enum status comm_mpi_open(int expected_size, const char *starter, void (*lost)(const char *line), struct comm_launch *out)
     MUST_USE;
+void comm_mpi_set_timeout(struct comm_launch *launch, double limit_s);
 void comm_mpi_close(struct comm_launch *launch, enum status status);
 bool comm_mpi_speaks(struct comm_launch *launch, enum status status);
 void comm_mpi_library(char *buffer, size_t bytes);

@@ -5,18 +5,20 @@
  * woken, but looks of its own accord, until nothing was under way for some time. Then it sleeps for good.
  *
  * Invariants:
- *  1. MPI is called only with `drive` held, so that MPI_THREAD_SERIALIZED suffices. `drive` is only tried, never waited
- *     for: who does not get it leaves its transfer in the queue, which the holder looks at again before it sleeps.
+ *  1. MPI is called only with `drive` held, so that MPI_THREAD_SERIALIZED suffices. No transfer waits for `drive`, it is
+ *     only tried: who does not get it leaves its transfer in the queue, which the holder looks at again before it sleeps.
  *  2. `lock` is held for moments only and never while MPI is called. Order: drive before lock.
  *  3. Pieces are at most PIECE_BYTES, and about WINDOW_BYTES of a link are posted: one look moves a bounded amount, an
  *     MPI that counts in int is enough, and a starter need not wait long for `drive`.
  *  4. Once broken, MPI is not called again: after a failure it may hang or write where it should not.
+ *  5. Signs of life are looked after by whoever drives; the thread wakes up for them where nobody else does.
  */
 #include "comm/mpi/engine.h"
 
 #include "base/clock.h"
 #include "base/memory.h"
 #include <errno.h>
+#include <math.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,6 +28,7 @@
 
 enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 64 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
+static const double TELL_S = 0.1;             /* for telling the other hosts that a rank is gone */
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
 static const double PAUSE_MOST_S = 8e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
 static const double REST_S = 2e-3;           /* while others drive, or nothing is under way */
@@ -151,6 +154,55 @@ static void check_bytes(const struct engine *engine, const struct piece *piece, 
     }
 }
 
+/* ---- signs of life; with `drive` held -------------------------------------------------------------------------------------- */
+
+enum { NAMES_MOST = 2 };
+
+/* "rank 2 (pid 77 on host a), rank 3 (pid 78 on host a) and 2 more have not answered for 60 s" */
+static void describe_silence(struct engine *engine, double now_s, char line[512]) {
+    int count = 0, hanging = 0;
+    size_t used = 0;
+    for (int r = 0; r < engine->size; r++) {
+        bool silent = pulse_is_silent(&engine->pulse, r, now_s), hangs = !silent && pulse_hangs(&engine->pulse, r);
+        engine->silent_ranks[r] = silent || hangs;
+        count += silent || hangs;
+        hanging += hangs;
+        if ((silent || hangs) && count <= NAMES_MOST) {
+            char who[160];
+            engine->describe(engine->context, r, who, sizeof who);
+            used += (size_t)snprintf(line + used, 512 - used, "%s%s", count > 1 ? ", " : "", who);
+        }
+    }
+    if (count > NAMES_MOST)
+        used += (size_t)snprintf(line + used, 512 - used, " and %d more", count - NAMES_MOST);
+    double limit_s = engine->pulse.limit_s;
+    if (hanging == count)
+        snprintf(line + used, 512 - used, " %s, but %s done nothing for %.0f s while others wait (a disk that hangs?)",
+                 count > 1 ? "answer" : "answers", count > 1 ? "have" : "has", PULSE_HANG_FACTOR * limit_s);
+    else
+        snprintf(line + used, 512 - used, " %s not answered for %g s", count > 1 ? "have" : "has", limit_s);
+}
+
+static void look_for_life(struct engine *engine, double now_s) {
+    pthread_mutex_lock(&engine->lock);
+    bool waits = engine->inside_count > 0;
+    pthread_mutex_unlock(&engine->lock);
+    bool lost = pulse_look(&engine->pulse, now_s, waits);
+    char line[512];
+    if (engine->pulse.told_gone >= 0) {
+        engine->describe(engine->context, engine->pulse.told_gone, line, sizeof line);
+        engine->gone(engine->context);
+        engine_break(engine, line);
+    }
+    if (!lost || engine->broken)
+        return;
+    describe_silence(engine, now_s, line);
+    engine->silent(engine->context, engine->silent_ranks, line);
+    engine_break(engine, line);
+}
+
+/* ---- looking; with `drive` held ---------------------------------------------------------------------------------------------- */
+
 /* Account for a piece that MPI has ended; its place in the list becomes free. */
 static void piece_finish(struct engine *engine, int index, int code, MPI_Status *status) {
     struct piece piece = engine->pieces[index];
@@ -163,6 +215,7 @@ static void piece_finish(struct engine *engine, int index, int code, MPI_Status 
         fail_link(engine, code, link);
         return;
     }
+    pulse_note(&engine->pulse, link->world_rank, engine->moved_s);
     link->posted_bytes -= piece.bytes;
     stream->done += piece.bytes;
     link_post(engine, link);
@@ -184,9 +237,13 @@ static void close_gaps(struct engine *engine) {
 static enum moved look(struct engine *engine) {
     enum moved moved = post_queue(engine) ? SURELY : NOTHING;
     int count = 0;
+    double begin = clock_seconds();
+    if (begin >= engine->pulse.due_s && !engine->broken) {
+        look_for_life(engine, begin);
+        begin = clock_seconds();
+    }
     if (engine->active == 0 || engine->broken)
         return moved;
-    double begin = clock_seconds();
     int code = MPI_Testsome(engine->active, engine->requests, &count, engine->indices, engine->statuses);
     if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
         fail_link(engine, code, engine->pieces[0].stream->link);
@@ -204,11 +261,25 @@ static enum moved look(struct engine *engine) {
 
 /* ---- the thread ---------------------------------------------------------------------------------------------------------- */
 
-static void sleep_for(struct engine *engine, pthread_cond_t *until, double seconds) {
+/* Returns whether it was woken before. */
+static bool sleep_for(struct engine *engine, pthread_cond_t *until, double seconds) {
     double due = clock_seconds() + seconds;
     time_t whole = (time_t)due;
     struct timespec time = {.tv_sec = whole, .tv_nsec = (long)(1e9 * (due - (double)whole))};
-    pthread_cond_timedwait(until, &engine->lock, &time);
+    return pthread_cond_timedwait(until, &engine->lock, &time) == 0;
+}
+
+/* Until there is something to move, or a look at signs of life is due. Returns whether there is something to move. */
+static bool rest(struct engine *engine) {
+    double due_s = engine->broken ? HUGE_VAL : engine->pulse.due_s, wait_s = due_s - clock_seconds();
+    bool woken = true;
+    engine->idle = true;
+    if (due_s < HUGE_VAL)
+        woken = sleep_for(engine, &engine->work, wait_s > REST_S ? wait_s : REST_S);
+    else
+        pthread_cond_wait(&engine->work, &engine->lock);
+    engine->idle = false;
+    return woken;
 }
 
 /* With `lock` held, released meanwhile. */
@@ -226,7 +297,10 @@ static enum moved try_look(struct engine *engine) {
 /* What the thread does next, with `lock` held; returns how long it sleeps afterwards. *pause_s: of the next look at which
  * nothing moves. */
 static double take_turn(struct engine *engine, double *pause_s) {
-    bool alone = engine->under_way > 0 && engine->inside_count == 0 && clock_seconds() - engine->left_s > ALONE_S;
+    double now = clock_seconds();
+    bool alone = engine->under_way > 0 && engine->inside_count == 0 && now - engine->left_s > ALONE_S;
+    if (!alone && now >= engine->pulse.due_s)
+        (void)try_look(engine);
     if (!alone) {
         *pause_s = PAUSE_LEAST_S;
         return REST_S;
@@ -255,12 +329,8 @@ static void *thread_main(void *context) {
     while (!engine->closing) {
         double now = clock_seconds();
         busy_s = engine->under_way > 0 || engine->inside_count > 0 ? now : busy_s;
-        if (engine->broken || now - busy_s > LINGER_S) {
-            engine->idle = true;
-            pthread_cond_wait(&engine->work, &engine->lock);
-            engine->idle = false;
+        if ((engine->broken || now - busy_s > LINGER_S) && rest(engine))
             busy_s = clock_seconds();
-        }
         double sleep_s = take_turn(engine, &pause_s);
         if (sleep_s > 0 && !engine->closing)
             sleep_for(engine, &engine->work, sleep_s);
@@ -361,6 +431,28 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
     return status;
 }
 
+void engine_tell_gone(struct engine *engine, const bool *ranks, int gone) {
+    double end_s = clock_seconds() + TELL_S;
+    while (pthread_mutex_trylock(&engine->drive) != 0) { /* who has it may hang in MPI */
+        if (clock_seconds() > end_s)
+            return;
+        sched_yield();
+    }
+    for (int r = 0; r < engine->size && !engine->broken; r++)
+        if (ranks[r] && r != engine->rank)
+            pulse_tell_gone(&engine->pulse, r, gone);
+    pthread_mutex_unlock(&engine->drive);
+}
+
+void engine_set_limit(struct engine *engine, double limit_s) {
+    pthread_mutex_lock(&engine->drive);
+    pulse_set_limit(&engine->pulse, limit_s);
+    pthread_mutex_unlock(&engine->drive);
+    pthread_mutex_lock(&engine->lock);
+    pthread_cond_signal(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+}
+
 void engine_break(struct engine *engine, const char *line) {
     pthread_mutex_lock(&engine->lock);
     if (!engine->broken) {
@@ -379,6 +471,8 @@ enum status engine_open(struct engine *engine, MPI_Comm world) {
     MPI_Comm_size(world, &engine->size);
     MPI_Comm_get_attr(world, MPI_TAG_UB, &limit, &found);
     engine->tag_limit = found ? *limit : 32767;
+    TRY(memory_alloc(&engine->silent_ranks, (size_t)engine->size, sizeof *engine->silent_ranks));
+    TRY(pulse_open(&engine->pulse, world));
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->drive, NULL);
     pthread_condattr_init(&monotonic);
@@ -400,6 +494,8 @@ void engine_close(struct engine *engine) {
     if (broken)
         return;
     pthread_join(engine->thread, NULL);
+    pulse_close(&engine->pulse);
+    free(engine->silent_ranks);
     free(engine->requests);
     free(engine->pieces);
     free(engine->indices);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "base/status.h"
+#include "comm/mpi/pulse.h"
 #include <mpi.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -42,6 +43,8 @@ struct engine {
     MPI_Comm world;
     int rank, size;
     void (*describe)(void *context, int world_rank, char *text, size_t bytes); /* a rank, for a message */
+    void (*silent)(void *context, const bool *ranks, const char *line); /* some do not answer: once, before the engine breaks */
+    void (*gone)(void *context); /* another rank has told that one is gone: before the engine breaks */
     void *context;
 
     pthread_mutex_t lock; /* everything below up to `drive` */
@@ -61,14 +64,16 @@ struct engine {
     MPI_Status *statuses;
     int active, capacity;
     double moved_s; /* when the last piece was done */
+    struct pulse pulse;
+    bool *silent_ranks; /* [size] */
     pthread_t thread;
 };
 
-/* MPI is initialised, MPI_THREAD_SERIALIZED at least; `world` returns errors. Starts the thread. */
+/* Collective. MPI is initialised, MPI_THREAD_SERIALIZED at least; `world` returns errors. Starts the thread. */
 enum status engine_open(struct engine *engine, MPI_Comm world) MUST_USE;
 
-/* Ends the thread; nothing is under way. After a failure it leaves the thread and the memory alone: the thread may hang
- * in MPI, and the process is about to end. */
+/* Collective, unless broken. Ends the thread; nothing is under way, and no limit is set. After a failure it leaves the thread
+ * and the memory alone: the thread may hang in MPI, and the process is about to end. */
 void engine_close(struct engine *engine);
 
 /* Begin to move the streams of a transfer, of which stream_count and each stream's link, transfer, data and bytes > 0 are
@@ -81,6 +86,13 @@ void engine_started(struct engine *engine);
 
 /* Until the transfer is done, or all is lost (STATUS_PEER), or until deadline_s of clock_seconds (0: none) has passed. */
 enum status engine_wait(struct engine *engine, struct transfer *transfer, double deadline_s) MUST_USE;
+
+/* From now on a rank that gives no sign of life for so long is a failure (pulse.h): all is lost, as after engine_break, with
+ * a line that names it. 0: none is; as from the start. Not collective, but all ranks should. */
+void engine_set_limit(struct engine *engine, double limit_s);
+
+/* Let the ranks[size] that are true know that this rank has told that `gone` is gone. Tries for a moment only. */
+void engine_tell_gone(struct engine *engine, const bool *ranks, int gone);
 
 /* All is lost: whoever waits now or later fails with STATUS_PEER and this line. The first line stays. */
 void engine_break(struct engine *engine, const char *line);

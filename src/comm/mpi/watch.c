@@ -1,8 +1,10 @@
 /* A thread sleeps on handles of the other processes of this host, which the system wakes at the moment one ends: no polling,
  * and sooner than any starter reacts. Where the system has no such handles it asks for the pids a few times a second.
- * Ranks on other hosts show as errors of MPI, and to their own host's ranks. */
+ * Ranks on other hosts show as errors of MPI, and to their own host's ranks. Ranks that are there and do not answer are found
+ * by the engine (pulse.h) on every rank at about the same time. */
 #include "comm/mpi/watch.h"
 
+#include "base/clock.h"
 #include "base/hash.h"
 #include "base/memory.h"
 #include <errno.h>
@@ -17,6 +19,10 @@
 #include <unistd.h>
 
 enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
+static const double STARTER_S = 0.25; /* who is gone so long after SIGTERM was perhaps ended by the starter; who before, was not */
+static const double STARTER_MOST_S = 10; /* and so long after it, it was somebody else who asked to save and leave */
+enum { STARTER_MS = 2500 }; /* after that a starter that should have ended is killed */
+const double WATCH_KILL_S = 1, WATCH_SILENCE_S = 2.5;
 
 /* ---- who is who -------------------------------------------------------------------------------------------------------- */
 
@@ -45,6 +51,10 @@ void peer_describe_self(struct peer *self) {
 void peer_print(const struct peer *peers, int rank, char *text, size_t bytes) {
     snprintf(text, bytes, "rank %d (pid %d on host %s)", rank, (int)peers[rank].pid, peers[rank].host);
 }
+
+static atomic_int wake_fd; /* of the one watch of the process, for its signal handler */
+static volatile sig_atomic_t terminated;
+static _Atomic double asked_to_end_s; /* the first SIGTERM; 0: none */
 
 /* ---- the thread ---------------------------------------------------------------------------------------------------------- */
 
@@ -88,23 +98,111 @@ static bool is_speaker(const struct watch *watch) {
     return true;
 }
 
+/* Not one that the starter is ending, nor one that the others have given up: somebody has told already. */
+static bool may_tell(const struct watch *watch) {
+    double since_s = clock_seconds() - asked_to_end_s;
+    bool is_ended = asked_to_end_s > 0 && since_s > STARTER_S && since_s < STARTER_MOST_S;
+    return !is_ended && !pulse_was_stopped(&watch->engine->pulse);
+}
+
+static void tell_other_hosts(struct watch *watch, int gone) {
+    int size = watch->engine->size;
+    bool *elsewhere = memory_must((size_t)size, sizeof *elsewhere);
+    for (int r = 0; r < size; r++)
+        elsewhere[r] = r != watch->engine->rank && !can_watch(watch, r);
+    engine_tell_gone(watch->engine, elsewhere, gone);
+    free(elsewhere);
+}
+
 static void tell(struct watch *watch, int rank) {
     char who[192], line[256];
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
-    watch->told = true;
-    if (watch->lost && is_speaker(watch))
+    bool first = !atomic_exchange(&watch->told, true);
+    if (first && watch->lost && may_tell(watch) && is_speaker(watch)) {
         watch->lost(line);
+        tell_other_hosts(watch, rank);
+    }
     engine_break(watch->engine, line);
 }
 
-static atomic_int wake_fd; /* of the one watch of the process, for its signal handler */
-static volatile sig_atomic_t terminated;
+static void kill_rank(const struct watch *watch, int rank) {
+#ifdef SYS_pidfd_send_signal
+    if (watch->polled[rank].fd >= 0) { /* by its pid it might be another process by now */
+        (void)syscall(SYS_pidfd_send_signal, watch->polled[rank].fd, SIGKILL, NULL, 0);
+        return;
+    }
+#endif
+    kill(watch->peers[rank].pid, SIGKILL);
+}
+
+/* Whether the watch is closed within that time. */
+static bool is_over_within(const struct watch *watch, double seconds) {
+    struct pollfd wake = watch->polled[watch->engine->size];
+    double end_s = clock_seconds() + seconds;
+    while (!watch->over && !terminated && clock_seconds() < end_s)
+        if (poll(&wake, 1, (int)(1e3 * (end_s - clock_seconds())) + 1) > 0) {
+            char byte;
+            if (read(wake.fd, &byte, 1) < 0)
+                break;
+        }
+    return watch->over;
+}
+
+static bool is_starter(pid_t pid) {
+    static const char *const names[] = {"mpirun", "mpiexec",       "orterun",         "prterun",
+                                        "orted",  "mpiexec.hydra", "hydra_pmi_proxy", "prted"};
+    char path[64], name[64];
+    snprintf(path, sizeof path, "/proc/%d/comm", (int)pid);
+    read_line(path, name, sizeof name);
+    name[strcspn(name, "\n")] = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0)
+            return true;
+    return false;
+}
+
+/* A starter asks its helper on the other machine to end the ranks there, and waits for the answer, which a dead link keeps from
+ * it for a quarter of an hour. A process of its own outlives this rank, and kills the starter unless it has ended by then. */
+static void end_starter_later(void) {
+    pid_t starter = getppid();
+    int handle = is_starter(starter) ? open_process(starter) : -1;
+    if (handle < 0 || getppid() != starter || fork() != 0) {
+        if (handle >= 0)
+            close(handle);
+        return;
+    }
+    setsid();
+    for (int fd = 0; fd < 1024; fd++) /* a starter waits for the end of what its ranks write */
+        if (fd != handle)
+            close(fd);
+    struct pollfd one = {.fd = handle, .events = POLLIN};
+    if (poll(&one, 1, STARTER_MS) == 0)
+        kill(starter, SIGKILL);
+    _exit(0);
+}
+
+/* Some do not answer, and one of us has said so. */
+static void end_silence(const struct watch *watch) {
+    bool some_are_elsewhere = false;
+    for (int r = 0; r < watch->engine->size; r++)
+        some_are_elsewhere = some_are_elsewhere || (watch->silent[r] && !can_watch(watch, r));
+    if (some_are_elsewhere)
+        end_starter_later();
+    if (is_over_within(watch, WATCH_KILL_S))
+        return;
+    for (int r = 0; r < watch->engine->size; r++)
+        if (watch->silent[r] && can_watch(watch, r))
+            kill_rank(watch, r);
+    if (!is_over_within(watch, WATCH_SILENCE_S - WATCH_KILL_S))
+        _exit(1);
+}
 
 static void handle_termination(int signal_number) {
     int saved = errno;
     (void)signal_number;
     terminated = 1;
+    watch_note_termination();
     if (write(wake_fd, "t", 1) < 0) {
         /* nothing can be done here */
     }
@@ -133,6 +231,10 @@ static void *watch_main(void *context) {
                 break;
             if (watch->over)
                 break;
+            if (watch->silent) {
+                end_silence(watch);
+                break;
+            }
         }
         int gone = find_gone(watch);
         if (gone >= 0 && watch->leaving) { /* it may have gone because all was done; what it sent is still coming in */
@@ -148,6 +250,27 @@ static void *watch_main(void *context) {
             break;
     }
     return NULL;
+}
+
+void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
+    size_t size = (size_t)watch->engine->size;
+    int speaker = 0;
+    if (atomic_exchange(&watch->told, true))
+        return;
+    while (ranks[speaker])
+        speaker++;
+    if (watch->lost && may_tell(watch) && speaker == watch->engine->rank)
+        watch->lost(line);
+    bool *copy = memory_must(size, sizeof *copy);
+    memcpy(copy, ranks, size * sizeof *copy);
+    watch->silent = copy;
+    if (write(wake_fd, "s", 1) < 0)
+        _exit(1);
+}
+
+void watch_note_termination(void) {
+    if (asked_to_end_s == 0)
+        asked_to_end_s = clock_seconds();
 }
 
 static enum status fail_watch(struct watch *watch) {

@@ -1,4 +1,4 @@
-/* Who the ranks are, and noticing at once that one on this host is gone. */
+/* Who the ranks are, noticing at once that one on this host is gone, and ending those that do not answer. */
 #pragma once
 
 #include "comm/mpi/engine.h"
@@ -20,6 +20,7 @@ struct watch {
     atomic_bool told;    /* a rank was lost, and one of the remaining ranks says so */
     atomic_bool leaving; /* the ranks take leave: one that is gone has perhaps but gone first */
     atomic_bool over;
+    bool *_Atomic silent; /* [size] ranks that do not answer; NULL while all do */
     bool handles_termination;
     pthread_t thread;
 };
@@ -34,3 +35,12 @@ void peer_print(const struct peer *peers, int rank, char *text, size_t bytes);
  * but a starter that ends the others because one is gone leaves them the time to say which. One watch a process. */
 enum status watch_open(struct watch *watch, struct engine *engine, struct peer *peers, void (*lost)(const char *line)) MUST_USE;
 void watch_close(struct watch *watch);
+
+/* SIGTERM came, and another handler than the watch's has it. Whoever is gone from now on was perhaps ended by the starter, which
+ * knows the cause: this process does not tell of it. From a signal handler, too. */
+void watch_note_termination(void);
+
+/* The ranks[size] that are true do not answer, as `line` says: the lowest of the others tells. A moment later, when all others
+ * have seen it, too, those on this host are killed, and after WATCH_SILENCE_S at most this process ends, whatever it computes. */
+void watch_give_up(struct watch *watch, const bool *ranks, const char *line);
+extern const double WATCH_SILENCE_S, WATCH_KILL_S;
