@@ -52,6 +52,9 @@ function(cadre_isa_kernels)
     endif()
     target_compile_definitions(cadre_kernels PRIVATE ${isa_definitions})
   endif()
+  # The outer step is the same to the last bit on every processor: replicas may have different ones.
+  set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/kernels/cpu/isa/outer.c PROPERTIES
+    COMPILE_OPTIONS -ffp-contract=off)
   foreach(isa ${isas})
     set(model_definition "")
     if(isa STREQUAL amxmodel)

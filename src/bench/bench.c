@@ -53,6 +53,8 @@ static void print_json(const struct bench *bench, const struct bench_figure *f, 
                                counts_bytes ? "roof_gb_per_s" : "roof_gflops", 1e-9 * f->roof, "share",
                                f->roof > 0 ? rate / f->roof : 0);
     CHECK(object != NULL);
+    if (f->wire_bytes > 0)
+        CHECK_OP(json_object_set_new(object, "wire_gbit_per_s", json_real(8e-9 * f->wire_bytes / f->time.median)), ==, 0);
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
     putchar('\n');
     json_decref(object);
@@ -66,6 +68,8 @@ void bench_print(const struct bench *bench, const struct bench_figure *f) {
         printf("%-10s %-44s %-5s %9.3f ms (%.3f to %.3f) %8.1f %s", f->name, f->label,
                bench_precision_name(f->precision), 1e3 * f->time.median, 1e3 * f->time.least, 1e3 * f->time.most,
                1e-9 * rate, f->operations > 0 ? "GFLOP/s" : "GB/s");
+        if (f->wire_bytes > 0)
+            printf("  wire %6.1f Gbit/s", 8e-9 * f->wire_bytes / f->time.median);
         if (f->roof > 0)
             printf("  %5.1f%% of %.0f", 100 * rate / f->roof, 1e-9 * f->roof);
         putchar('\n');

@@ -42,6 +42,7 @@ struct bench_figure {
     enum dtype precision;
     struct bench_time time;
     double operations, bytes; /* one of them is 0 */
+    double wire_bytes;        /* of a message among them; 0: none */
     double roof;
 };
 
@@ -59,6 +60,7 @@ enum status bench_roof(const struct bench *bench) MUST_USE;      /* multiply and
 enum status bench_gemm(const struct bench *bench) MUST_USE;      /* dense products, packed weights */
 enum status bench_moe(const struct bench *bench) MUST_USE;       /* grouped products */
 enum status bench_attention(const struct bench *bench) MUST_USE; /* causal */
+enum status bench_outer(const struct bench *bench) MUST_USE;     /* codec and update of the outer step, 1 and all threads */
 enum status bench_comm(const struct bench *bench) MUST_USE;      /* transfers; Collective, rank 0 prints */
 /* Saves, loads and asynchronous saves beside steps of a preset, against the disk of bench->directory; Collective, rank 0
  * prints. In the first of the precisions. */

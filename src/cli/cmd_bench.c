@@ -18,6 +18,7 @@ static const struct bench_verb verbs[] = {
     {"gemm", "dense products over packed weights, forward and both gradients", bench_gemm},
     {"moe", "grouped products over ragged groups, gathered", bench_moe},
     {"attention", "causal attention, forward and backward, sequence 512 to 8192", bench_attention},
+    {"outer", "bytes of an outer step and back, and the update; on 1 and on all threads", bench_outer},
     {"comm", "transfers between the ranks that mpirun started, beside MPI's own", bench_comm},
     {"checkpoint", "saving and loading beside the disk's own speed, and saves beside training steps", bench_checkpoint},
     {"train", "whole training steps of a preset on random tokens", bench_train},
@@ -51,16 +52,16 @@ static enum status find_verb(const char *word, const struct bench_verb **verb) {
     }
     if (!word)
         return status_fail(STATUS_USAGE,
-                           "what to measure is missing: roof, gemm, moe, attention, comm, checkpoint or train");
+                           "what to measure is missing: roof, gemm, moe, attention, outer, comm, checkpoint or train");
     int nearest = text_nearest(word, names, VERB_COUNT);
     if (nearest >= 0)
         return status_fail(STATUS_USAGE, "cannot measure \"%s\"; the nearest known word is %s", word, names[nearest]);
-    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, comm, checkpoint or train",
+    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, outer, comm, checkpoint or train",
                        word);
 }
 
 static void print_help(const struct argument *known, int count) {
-    arguments_print_help("bench", "roof | gemm | moe | attention | comm | checkpoint | train", known, count);
+    arguments_print_help("bench", "roof | gemm | moe | attention | outer | comm | checkpoint | train", known, count);
     printf("\n");
     for (int i = 0; i < VERB_COUNT; i++)
         printf("  %-10s %s\n", verbs[i].name, verbs[i].help);

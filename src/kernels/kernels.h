@@ -18,6 +18,7 @@
  */
 #pragma once
 
+#include "kernels/outer_wire.h"
 #include "tensor/tensor.h"
 
 /* One attention problem: B sequences, each of query_count queries against key_count >= query_count keys; query i sees
@@ -81,6 +82,20 @@ struct arrivals {
     struct tensor wire_row; /* out [N]: the inverse */
     struct tensor row_pair; /* out [N]: the place of row r's pair */
     struct tensor pair_row; /* out [P,C]: rows of each pair in the order of arrival, then -1 */
+};
+
+/* What outer_encode counts. */
+enum {
+    OUTER_SQUARES, /* sum of the squares of the differences that were not refused */
+    OUTER_FLUSHED, /* differences that are not 0 and became 0 */
+    OUTER_REFUSED, /* differences that no message may carry */
+    OUTER_STATS
+};
+
+struct outer_settings {
+    int replica_count; /* whose differences were summed */
+    double lr, momentum;
+    double keep; /* share of the local weights in the mixture, 0 .. 1 */
 };
 
 struct kernel_ops {
@@ -221,6 +236,31 @@ struct kernel_ops {
      * gets the new parameters as `pack` would. Source: arXiv 1711.05101. */
     void (*adamw)(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
                   struct adamw_settings settings, struct packed packed);
+
+    /* ---- outer step ---------------------------------------------------------------------------------------------- */
+
+    /* Tensors of n elements, f32; messages of outer_wire_bytes(format, n) bytes at any address, as kernels/outer_wire.h
+     * has them. The same bits from every backend, but for the f64 sums, which differ in the order of their terms.
+     *
+     * encode: the differences global - local (old minus new), rounded to f32, into `wire`; stats f64 [OUTER_STATS] += . A
+     * difference that is NaN or of magnitude 2^127 or more is refused, in every format: it is counted and encoded as 0. A
+     * message with refused ones is not to be sent. */
+    void (*outer_encode)(struct tensor global, struct tensor local, enum outer_format format, void *wire,
+                         struct tensor stats);
+    /* sum [n] = the differences of a message, or += with accumulate: one addition in f32 for each. Who adds the messages of
+     * all replicas in the order of their ranks gets the same bits everywhere. */
+    void (*outer_decode_add)(const void *wire, enum outer_format format, struct tensor sum, bool accumulate);
+    /* SGD with Nesterov momentum, then the mixture; every operation rounded to f32, nothing fused:
+     *     delta = sum / replica_count;  momentum = mu momentum + delta;  global = global - lr (delta + mu momentum)
+     *     local = keep local + (1 - keep) global, for keep = 0 a copy
+     * sum in, the others inout. With lr 1, mu 0 and one replica's difference in f32, local and global end as the old local
+     * wherever global - local was exact (always within a factor of 2 of each other); elsewhere it is off by at most half a
+     * unit in the last place of the difference and half a one of the result. Source: arXiv 2501.18512, algorithm 2. */
+    void (*outer_update)(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum,
+                         struct tensor local);
+    /* sums f64 [3] += a.b, a.a, b.b of the n differences of two messages: the cosine between replicas is
+     * a.b / sqrt(a.a b.b). */
+    void (*outer_dot)(const void *a, const void *b, enum outer_format format, int64_t n, struct tensor sums);
 
     /* ---- roof ---------------------------------------------------------------------------------------------------- */
 

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-enum { FILLER_COUNT = 9 };
+enum { FILLER_COUNT = 10 };
 
 struct backend {
     const char *name;
@@ -54,35 +54,35 @@ static const struct backend backends[] = {
      portable_runs,
      {product_fill_portable, attention_fill_portable, norm_fill_portable, pointwise_fill_portable,
       router_fill_portable, loss_fill_portable, adamw_fill_portable,
-      roof_fill_portable, box_fill_portable}},
+      roof_fill_portable, box_fill_portable, outer_fill_portable}},
 #ifdef CADRE_AMX_MODEL
     {"amxmodel", /* right, not fast */
      avx512bf16_runs,
      {product_fill_amxmodel, attention_fill_amxmodel, norm_fill_amxmodel, pointwise_fill_amxmodel,
       router_fill_amxmodel, loss_fill_amxmodel, adamw_fill_amxmodel,
-      roof_fill_amxmodel, box_fill_amxmodel}},
+      roof_fill_amxmodel, box_fill_amxmodel, outer_fill_amxmodel}},
 #endif
 #ifdef CADRE_X86
     {"avx2",
      avx2_runs,
      {product_fill_avx2, attention_fill_avx2, norm_fill_avx2, pointwise_fill_avx2, router_fill_avx2,
       loss_fill_avx2, adamw_fill_avx2,
-      roof_fill_avx2, box_fill_avx2}},
+      roof_fill_avx2, box_fill_avx2, outer_fill_avx2}},
     {"avx512",
      avx512_runs,
      {product_fill_avx512, attention_fill_avx512, norm_fill_avx512, pointwise_fill_avx512,
       router_fill_avx512, loss_fill_avx512, adamw_fill_avx512,
-      roof_fill_avx512, box_fill_avx512}},
+      roof_fill_avx512, box_fill_avx512, outer_fill_avx512}},
     {"avx512bf16",
      avx512bf16_runs,
      {product_fill_avx512bf16, attention_fill_avx512bf16, norm_fill_avx512bf16,
       pointwise_fill_avx512bf16, router_fill_avx512bf16, loss_fill_avx512bf16, adamw_fill_avx512bf16,
-      roof_fill_avx512bf16, box_fill_avx512bf16}},
+      roof_fill_avx512bf16, box_fill_avx512bf16, outer_fill_avx512bf16}},
     {"amx",
      amx_runs,
      {product_fill_amx, attention_fill_amx, norm_fill_amx, pointwise_fill_amx, router_fill_amx, loss_fill_amx,
       adamw_fill_amx,
-      roof_fill_amx, box_fill_amx}},
+      roof_fill_amx, box_fill_amx, outer_fill_amx}},
 #endif
 };
 enum { BACKEND_COUNT = sizeof backends / sizeof *backends };

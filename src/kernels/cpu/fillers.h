@@ -15,6 +15,7 @@ void loss_fill_portable(struct kernel_ops *ops);
 void box_fill_portable(struct kernel_ops *ops);
 void adamw_fill_portable(struct kernel_ops *ops);
 void roof_fill_portable(struct kernel_ops *ops);
+void outer_fill_portable(struct kernel_ops *ops);
 
 #ifdef CADRE_X86
 void product_fill_avx2(struct kernel_ops *ops);
@@ -26,6 +27,7 @@ void loss_fill_avx2(struct kernel_ops *ops);
 void box_fill_avx2(struct kernel_ops *ops);
 void adamw_fill_avx2(struct kernel_ops *ops);
 void roof_fill_avx2(struct kernel_ops *ops);
+void outer_fill_avx2(struct kernel_ops *ops);
 
 void product_fill_avx512(struct kernel_ops *ops);
 void attention_fill_avx512(struct kernel_ops *ops);
@@ -36,6 +38,7 @@ void loss_fill_avx512(struct kernel_ops *ops);
 void box_fill_avx512(struct kernel_ops *ops);
 void adamw_fill_avx512(struct kernel_ops *ops);
 void roof_fill_avx512(struct kernel_ops *ops);
+void outer_fill_avx512(struct kernel_ops *ops);
 
 void product_fill_avx512bf16(struct kernel_ops *ops);
 void attention_fill_avx512bf16(struct kernel_ops *ops);
@@ -46,6 +49,7 @@ void loss_fill_avx512bf16(struct kernel_ops *ops);
 void box_fill_avx512bf16(struct kernel_ops *ops);
 void adamw_fill_avx512bf16(struct kernel_ops *ops);
 void roof_fill_avx512bf16(struct kernel_ops *ops);
+void outer_fill_avx512bf16(struct kernel_ops *ops);
 
 void product_fill_amx(struct kernel_ops *ops);
 void attention_fill_amx(struct kernel_ops *ops);
@@ -56,6 +60,7 @@ void loss_fill_amx(struct kernel_ops *ops);
 void box_fill_amx(struct kernel_ops *ops);
 void adamw_fill_amx(struct kernel_ops *ops);
 void roof_fill_amx(struct kernel_ops *ops);
+void outer_fill_amx(struct kernel_ops *ops);
 
 #ifdef CADRE_AMX_MODEL /* amx with the tiles in software, for tests */
 void product_fill_amxmodel(struct kernel_ops *ops);
@@ -67,5 +72,6 @@ void loss_fill_amxmodel(struct kernel_ops *ops);
 void box_fill_amxmodel(struct kernel_ops *ops);
 void adamw_fill_amxmodel(struct kernel_ops *ops);
 void roof_fill_amxmodel(struct kernel_ops *ops);
+void outer_fill_amxmodel(struct kernel_ops *ops);
 #endif
 #endif

@@ -134,6 +134,10 @@ const struct kernel_ops *kernels_ref(void) {
         .embedding_backward = ref_embedding_backward,
         .cross_entropy = ref_cross_entropy,
         .adamw = ref_adamw,
+        .outer_encode = ref_outer_encode,
+        .outer_decode_add = ref_outer_decode_add,
+        .outer_update = ref_outer_update,
+        .outer_dot = ref_outer_dot,
         .multiply_registers = ref_multiply_registers,
         .multiply_unit = ref_multiply_unit,
     };

@@ -117,27 +117,15 @@ static void add(struct tensor x, struct tensor y) {
 }
 
 /* Squares are summed in double: no overflow, and a gradient norm that is exact enough to compare. */
-typedef double vector_f64 __attribute__((vector_size(4 * VECTOR_LANES)));
-typedef float half_vector __attribute__((vector_size(2 * VECTOR_LANES)));
-
 struct squares {
     vector_f64 low, high; /* of either half of the lanes */
 };
 
-ALWAYS_INLINE vector_f64 half_to_f64(half_vector half) {
-#ifdef __AVX512F__
-    return (vector_f64)_mm512_cvtps_pd((__m256)half); /* the compiler makes two instructions and a merge of it */
-#else
-    return __builtin_convertvector(half, vector_f64);
-#endif
-}
-
 ALWAYS_INLINE void add_squares(vector_f32 x, struct squares *sum) {
-    half_vector halves[2];
-    memcpy(halves, &x, sizeof x);
-    vector_f64 low = half_to_f64(halves[0]), high = half_to_f64(halves[1]);
-    sum->low += low * low;
-    sum->high += high * high;
+    vector_f64 halves[2];
+    vector_to_f64(x, halves);
+    sum->low = vector_multiply_add_f64(halves[0], halves[0], sum->low);
+    sum->high = vector_multiply_add_f64(halves[1], halves[1], sum->high);
 }
 
 /* Several sums, so that an addition need not wait for the one before. */

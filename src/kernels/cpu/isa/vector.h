@@ -42,6 +42,9 @@ typedef float vector_f32 __attribute__((vector_size(4 * VECTOR_LANES)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * VECTOR_LANES)));
 typedef int32_t vector_i32 __attribute__((vector_size(4 * VECTOR_LANES))); /* comparisons give 0 or -1 a lane */
 typedef uint16_t vector_u16 __attribute__((vector_size(2 * VECTOR_LANES)));
+typedef uint8_t vector_u8 __attribute__((vector_size(VECTOR_LANES)));
+typedef double vector_f64 __attribute__((vector_size(4 * VECTOR_LANES))); /* half as many lanes */
+typedef float half_vector __attribute__((vector_size(2 * VECTOR_LANES)));
 
 ALWAYS_INLINE vector_f32 vector_load(const void *from) {
     vector_f32 v;
@@ -80,6 +83,46 @@ ALWAYS_INLINE vector_u32 vector_load_u16(const uint16_t *from) {
 /* VECTOR_LANES bf16 as floats. */
 ALWAYS_INLINE vector_f32 vector_load_bf16(const uint16_t *from) {
     return (vector_f32)(vector_load_u16(from) << 16);
+}
+
+/* VECTOR_LANES bytes, one a lane. */
+ALWAYS_INLINE vector_u32 vector_load_u8(const uint8_t *from) {
+#if defined(__AVX512F__)
+    return (vector_u32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    return (vector_u32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    vector_u8 v;
+    memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, vector_u32);
+#endif
+}
+
+/* The lower and the upper half of the lanes in double. */
+ALWAYS_INLINE void vector_to_f64(vector_f32 v, vector_f64 to[2]) {
+    half_vector halves[2];
+    memcpy(halves, &v, sizeof v);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+#if defined(__AVX512F__) /* the compiler makes two instructions and a merge of it */
+        to[i] = (vector_f64)_mm512_cvtps_pd((__m256)halves[i]);
+#elif defined(__AVX2__)
+        to[i] = (vector_f64)_mm256_cvtps_pd((__m128)halves[i]);
+#else
+        to[i] = __builtin_convertvector(halves[i], vector_f64);
+#endif
+    }
+}
+
+/* sum += a * b in one rounding, or in two: the same for a and b that were floats, their product is exact. */
+ALWAYS_INLINE vector_f64 vector_multiply_add_f64(vector_f64 a, vector_f64 b, vector_f64 sum) {
+#if defined(__AVX512F__)
+    return (vector_f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(__AVX2__)
+    return (vector_f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    return a * b + sum;
+#endif
 }
 
 /* Rounded to nearest even as float_to_bf16 does it; the instruction for it takes denormals for 0. */
@@ -186,6 +229,34 @@ ALWAYS_INLINE vector_f32 vector_max(vector_f32 a, vector_f32 b) {
     return _mm256_max_ps(a, b);
 #else
     return vector_select(a > b, a, b);
+#endif
+}
+
+ALWAYS_INLINE vector_i32 vector_max_i32(vector_i32 a, vector_i32 b) {
+#if defined(__AVX512F__)
+    return (vector_i32)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vector_i32)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    vector_i32 larger = a > b;
+    return (larger & a) | (~larger & b);
+#endif
+}
+
+/* The largest of all lanes, in every lane: halves, then quarters and so on change places. */
+ALWAYS_INLINE vector_i32 vector_largest_i32(vector_i32 v) {
+#if defined(__AVX512F__)
+    v = vector_max_i32(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = vector_max_i32(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = vector_max_i32(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return vector_max_i32(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif defined(__AVX2__)
+    v = vector_max_i32(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = vector_max_i32(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    return vector_max_i32(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+    v = vector_max_i32(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return vector_max_i32(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
 #endif
 }
 
