@@ -122,6 +122,16 @@ begin() {
     done
 }
 
+await_checkpoint() { # DIRECTORY: a save is done when it is done, however many steps that takes
+    tries=0
+    until [ -n "$(find "$work/$1/checkpoints" -maxdepth 1 -name 'step-[0-9]*' ! -name '*.*' 2>/dev/null)" ]; do
+        sleep 0.03
+        tries=$((tries + 1))
+        [ $tries -lt 1000 ] || { complain "$1: no checkpoint came"; break; }
+    done
+    sleep 0.2 # and all ranks know of it
+}
+
 is_running() { # PID: and not ended without its parent having taken note
     case $(ps -o stat= -p "$1" 2>/dev/null) in '' | Z*) return 1 ;; esac
 }
@@ -256,6 +266,7 @@ rm -rf "$work/killed"
 part killed
 # shellcheck disable=SC2086
 begin killed 18 $long --layout.shard 2 --layout.expert 2
+await_checkpoint killed
 kill -9 "$(cat "$work/pids/2")"
 end_of "kill -9 of rank 2"
 expect_told 2

@@ -11,17 +11,14 @@
 #include "base/threads.h"
 #include "checkpoint/publish.h"
 #include "train/shares.h"
-#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-enum { COPY_TASK_BYTES = 1 << 20, MESSAGE_BYTES = 1024, NICE_MOST = 19 };
+enum { COPY_TASK_BYTES = 1 << 20, MESSAGE_BYTES = 1024 };
 
 enum stage { STAGE_NONE, STAGE_WRITE, STAGE_COMMIT };
 
@@ -162,13 +159,6 @@ static enum status commit(struct saver *s) {
     return STATUS_OK;
 }
 
-/* Training uses all cores: a save takes the moments in which it leaves one idle. Where everything waits for the
- * save, it has all of them. */
-static void give_way(void) {
-    if (setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), NICE_MOST) != 0)
-        log_verbose("a save cannot give way to training: %s", strerror(errno));
-}
-
 static void *run_work(void *context) {
     struct saver *s = context;
     s->result = s->work(s);
@@ -178,16 +168,11 @@ static void *run_work(void *context) {
     return NULL;
 }
 
-static void *run_beside(void *context) {
-    give_way();
-    return run_work(context);
-}
-
 /* Without a thread to be had it works in this one. */
 static void start_work(struct saver *s, enum status (*work)(struct saver *saver)) {
     s->work = work;
     atomic_store(&s->busy, true);
-    s->has_thread = s->settings.asynchronous && pthread_create(&s->thread, NULL, run_beside, s) == 0;
+    s->has_thread = s->settings.asynchronous && pthread_create(&s->thread, NULL, run_work, s) == 0;
     if (!s->has_thread)
         run_work(s);
 }
