@@ -306,19 +306,19 @@ static bool is_mpich(void) {
 }
 
 /* One line that names the rank, and an end within so many seconds. MPICH's starter may kill all others before they can tell. */
-static void expect_told_within(double seconds, const char *part, int gone) {
+static void expect_told_within(double seconds, int lines_most, const char *part, int gone) {
     char expected[64];
     double begin = clock_seconds();
     int status = run_ranks(4, part);
     snprintf(expected, sizeof expected, "told: rank %d (pid ", gone);
     int told = count_in_output(expected), lines = count_in_output("told: ");
     bool killed = is_mpich() && lines == 0;
-    if (status == 0 || clock_seconds() - begin > seconds || (!killed && (told != 1 || lines != 1)))
+    if (status == 0 || clock_seconds() - begin > seconds || (!killed && (told != 1 || lines > lines_most)))
         fail_msg("%s: exit status %d after %.1f s: %s", part, status, clock_seconds() - begin, output);
 }
 
 static void expect_told(const char *part, int gone) {
-    expect_told_within(15, part, gone);
+    expect_told_within(15, 1, part, gone);
 }
 
 static void test_death(void **state) {
@@ -340,7 +340,9 @@ static void test_silence(void **state) {
     assert_int_equal(count_in_output("failed: "), 0);
     expect_told("stopped-computing", 3);
     assert_int_equal(count_in_output("has not answered for 2 s"), 1);
-    expect_told_within(60, "hanging", 3); /* 10 s without work of the processor, which a crowded machine stretches */
+    /* 10 s without work of the processor, which a crowded machine stretches; with a limit of 1 s the one that hangs, whose
+     * other threads live, may find the others silent before it is ended */
+    expect_told_within(60, 2, "hanging", 3);
     assert_int_equal(count_in_output("answers, but has done nothing for 10 s while others wait"), 1);
 }
 
