@@ -134,6 +134,23 @@ static void test_newest_and_retention(void **state) {
     assert_names("step-000400 step-000500");
 }
 
+/* The newest, every step that a number divides, and the best; what is known to be good need not be read. */
+static void test_which_stay(void **state) {
+    (void)state;
+    empty_directory();
+    for (int64_t step = 10; step <= 80; step += 10)
+        assert_int_equal(save(step), STATUS_OK);
+    assert_int_equal(checkpoint_keep(directory, (struct checkpoint_retention){2, 30, 50, -1}), STATUS_OK);
+    assert_names("step-000030 step-000050 step-000060 step-000070 step-000080");
+    damage_model(80); /* and with it the one that is kept for being good */
+    assert_int_equal(checkpoint_keep(directory, (struct checkpoint_retention){1, 0, -1, 80}), STATUS_OK);
+    assert_names("step-000080");
+    assert_int_equal(save(90), STATUS_OK);
+    damage_model(90);
+    assert_int_equal(checkpoint_keep(directory, (struct checkpoint_retention){1, 0, -1, -1}), STATUS_OK);
+    assert_names("step-000080 step-000090"); /* none is good: nothing goes */
+}
+
 /* However few are kept, and however many damaged ones are newer: the newest good one stays. */
 static void test_the_last_good_one_is_kept(void **state) {
     (void)state;
@@ -455,6 +472,7 @@ static void test_killed_while_saving(void **state) {
 int main(void) {
     log_set_level(LOG_SILENT);
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_newest_and_retention),
+                                       cmocka_unit_test(test_which_stay),
                                        cmocka_unit_test(test_the_last_good_one_is_kept),
                                        cmocka_unit_test(test_cut_short_between_two_renames),
                                        cmocka_unit_test(test_leftovers),

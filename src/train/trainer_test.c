@@ -318,6 +318,21 @@ static void test_damaged_checkpoint_falls_back_to_the_one_before(void **state) {
     assert_same_run("undamaged", "damaged");
 }
 
+/* What a save that was cut short left behind goes when the run goes on, also where nothing is left to save. */
+static void test_leftovers_are_tidied(void **state) {
+    (void)state;
+    struct train_summary summary;
+    assert_int_equal(train((struct call){.directory = "tidy"}, NULL), STATUS_OK);
+    char *draft = text_format("%s/tidy/checkpoints/step-000010.tmp-1/training", root);
+    char *left = text_format("%s/tidy/checkpoints/step-000010.tmp-1", root);
+    assert_int_equal(directory_make(draft), STATUS_OK);
+    assert_int_equal(train((struct call){.directory = "tidy"}, &summary), STATUS_OK);
+    assert_true(summary.resumed && summary.step == STEPS);
+    assert_false(directory_exists(left));
+    free(draft);
+    free(left);
+}
+
 static int disk_is_full(void *context, enum file_operation operation, const char *path) {
     (void)context;
     return operation == FILE_WRITE && strstr(path, "step-000008") ? ENOSPC : 0;
@@ -360,6 +375,7 @@ int main(void) {
         cmocka_unit_test(test_profile_changes_no_number),
         cmocka_unit_test(test_trace_on_a_full_disk),
         cmocka_unit_test(test_damaged_checkpoint_falls_back_to_the_one_before),
+        cmocka_unit_test(test_leftovers_are_tidied),
         cmocka_unit_test(test_full_disk_keeps_the_last_checkpoint),
         cmocka_unit_test(test_refusals),
     };
