@@ -1,7 +1,6 @@
 #include "checkpoint/safetensors.h"
 
 #include "base/json.h"
-#include "base/log.h"
 #include "base/memory.h"
 #include <stdlib.h>
 #include <string.h>
@@ -425,71 +424,41 @@ void safetensors_plan_release(struct safetensors_plan *plan) {
     *plan = (struct safetensors_plan){0};
 }
 
-enum status safetensors_writer_open(struct safetensors_writer *writer, const char *path,
-                                    const struct named_tensor *items, int count,
-                                    const struct safetensors_metadata *metadata, int metadata_count) {
-    *writer = (struct safetensors_writer){.file.descriptor = -1};
-    enum status status = safetensors_plan_init(&writer->plan, items, count, metadata, metadata_count);
-    if (status == STATUS_OK)
-        status = file_writer_open(&writer->file, path, false);
-    if (status == STATUS_OK)
-        status = file_writer_add(&writer->file, writer->plan.header, writer->plan.header_bytes);
-    if (status != STATUS_OK)
-        safetensors_writer_close(writer);
-    return status;
-}
-
-const struct named_tensor *safetensors_writer_next(struct safetensors_writer *writer) {
-    const struct safetensors_plan *plan = &writer->plan;
-    while (writer->position < plan->count &&
-           writer->added_bytes == tensor_bytes(plan->order[writer->position]->tensor)) {
-        writer->position++;
-        writer->added_bytes = 0;
+static enum status write_tensor(struct file_writer *file, const struct tensor *tensor, const struct device *device,
+                                char *buffer) {
+    size_t bytes = tensor_bytes(*tensor);
+    for (size_t done = 0; done < bytes;) {
+        size_t part = bytes - done < WRITE_CHUNK_BYTES ? bytes - done : WRITE_CHUNK_BYTES;
+        device->copy_to_host(buffer, (const char *)tensor->data + done, part);
+        TRY(file_writer_add(file, buffer, part));
+        done += part;
     }
-    return writer->position < plan->count ? plan->order[writer->position] : NULL;
-}
-
-enum status safetensors_writer_add(struct safetensors_writer *writer, const void *host, size_t bytes) {
-    const struct named_tensor *item = safetensors_writer_next(writer);
-    CHECK(item != NULL);
-    CHECK_OP(bytes, <=, tensor_bytes(item->tensor) - writer->added_bytes);
-    TRY(file_writer_add(&writer->file, host, bytes));
-    writer->added_bytes += bytes;
     return STATUS_OK;
 }
 
-enum status safetensors_writer_finish(struct safetensors_writer *writer) {
-    CHECK(safetensors_writer_next(writer) == NULL);
-    return file_writer_flush(&writer->file);
-}
-
-void safetensors_writer_close(struct safetensors_writer *writer) {
-    if (writer->file.path && file_writer_close(&writer->file) != STATUS_OK)
-        log_verbose("%s", status_text()); /* what was flushed is on the disk, what was not is an error already */
-    safetensors_plan_release(&writer->plan);
-    *writer = (struct safetensors_writer){.file.descriptor = -1};
-}
-
-static enum status write_all(struct safetensors_writer *writer, const struct device *device, char *buffer) {
-    for (const struct named_tensor *item; (item = safetensors_writer_next(writer));) {
-        size_t left = tensor_bytes(item->tensor) - writer->added_bytes;
-        size_t part = left < WRITE_CHUNK_BYTES ? left : WRITE_CHUNK_BYTES;
-        device->copy_to_host(buffer, (const char *)item->tensor.data + writer->added_bytes, part);
-        TRY(safetensors_writer_add(writer, buffer, part));
-    }
-    return safetensors_writer_finish(writer);
+static enum status write_planned(const char *path, const struct safetensors_plan *plan, const struct device *device,
+                                 char *buffer) {
+    struct file_writer file;
+    TRY(file_writer_open(&file, path, false));
+    enum status status = file_writer_add(&file, plan->header, plan->header_bytes);
+    for (int i = 0; i < plan->count && status == STATUS_OK; i++)
+        status = write_tensor(&file, &plan->order[i]->tensor, device, buffer);
+    if (status == STATUS_OK)
+        status = file_writer_flush(&file);
+    enum status closed = file_writer_close(&file);
+    return status == STATUS_OK ? closed : status;
 }
 
 enum status safetensors_write(const char *path, const struct named_tensor *items, int count,
                               const struct device *device) {
-    struct safetensors_writer writer;
-    char *buffer;
-    TRY(memory_alloc(&buffer, WRITE_CHUNK_BYTES, 1));
-    enum status status = safetensors_writer_open(&writer, path, items, count, NULL, 0);
-    if (status == STATUS_OK) {
-        status = write_all(&writer, device, buffer);
-        safetensors_writer_close(&writer);
-    }
+    struct safetensors_plan plan;
+    char *buffer = NULL;
+    enum status status = safetensors_plan_init(&plan, items, count, NULL, 0);
+    if (status == STATUS_OK)
+        status = memory_alloc(&buffer, WRITE_CHUNK_BYTES, 1);
+    if (status == STATUS_OK)
+        status = write_planned(path, &plan, device, buffer);
     free(buffer);
+    safetensors_plan_release(&plan);
     return status;
 }

@@ -87,36 +87,6 @@ enum status safetensors_plan_init(struct safetensors_plan *plan, const struct na
                                   const struct safetensors_metadata *metadata, int metadata_count) MUST_USE;
 void safetensors_plan_release(struct safetensors_plan *plan);
 
-/* A file being written: declared whole, then filled front to back in the order of its plan. Holds no data. Not atomic:
- * write into a checkpoint draft.
- *
- *     TRY(safetensors_writer_open(&writer, path, items, count, NULL, 0));
- *     while (status == STATUS_OK && (item = safetensors_writer_next(&writer)))
- *         status = safetensors_writer_add(&writer, ...some of the bytes of *item that are missing...);
- *     if (status == STATUS_OK)
- *         status = safetensors_writer_finish(&writer);
- *     safetensors_writer_close(&writer);
- */
-struct safetensors_writer {
-    struct file_writer file;
-    struct safetensors_plan plan;
-    int position;       /* plan.order[position] is being filled */
-    size_t added_bytes; /* of it */
-};
-
-/* Plan the file (see safetensors_plan_init) and write its header. Items are borrowed until close. After a failure nothing is
- * to be closed. */
-enum status safetensors_writer_open(struct safetensors_writer *writer, const char *path,
-                                    const struct named_tensor *items, int count,
-                                    const struct safetensors_metadata *metadata, int metadata_count) MUST_USE;
-/* The item that the next bytes belong to; NULL when all are there. Items without bytes are passed over. */
-const struct named_tensor *safetensors_writer_next(struct safetensors_writer *writer);
-/* The next bytes of that item, and not more than it has left. */
-enum status safetensors_writer_add(struct safetensors_writer *writer, const void *host, size_t bytes) MUST_USE;
-/* Flush to the disk. All bytes must be there. */
-enum status safetensors_writer_finish(struct safetensors_writer *writer) MUST_USE;
-void safetensors_writer_close(struct safetensors_writer *writer); /* also after an error, or to give up */
-
 /* Write tensors of a device (f32, bf16, f64, i32) into a new file and flush it to the disk. Names must differ. Copies
  * through a buffer of at most 4 MiB. Not atomic: write into a checkpoint draft. Read back by safetensors_fill. */
 enum status safetensors_write(const char *path, const struct named_tensor *items, int count,

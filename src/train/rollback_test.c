@@ -12,6 +12,7 @@
 #include "data/loader.h"
 #include "train/guard.h"
 #include <math.h>
+#include "metrics/metrics_testing.h"
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -187,35 +188,29 @@ struct trace {
     struct text numbers; /* step and loss of each line, and events */
 };
 
+static void add_line(void *context, json_t *object) {
+    struct trace *trace = context;
+    int step = (int)json_integer_value(json_object_get(object, "step"));
+    if (json_object_get(object, "event")) {
+        assert_string_equal(json_string_value(json_object_get(object, "event")), "rollback");
+        assert_non_null(json_string_value(json_object_get(object, "reason")));
+        trace->from[trace->events] = step;
+        trace->to[trace->events++] = (int)json_integer_value(json_object_get(object, "to_step"));
+        text_printf(&trace->numbers, "%d event\n", step);
+    } else if (json_object_get(object, "lr")) {
+        trace->steps++;
+        if (json_is_true(json_object_get(object, "skipped"))) {
+            trace->skipped++;
+            assert_non_null(json_string_value(json_object_get(object, "reason")));
+        }
+        text_printf(&trace->numbers, "%d %a\n", step, json_real_value(json_object_get(object, "loss")));
+    }
+}
+
 static struct trace read_trace(const char *directory) {
     struct trace trace = {0};
-    char *path = text_format("%s/%s/metrics.jsonl", root, directory), *data, *line;
-    size_t size;
-    assert_int_equal(file_read(path, 1 << 24, &data, &size), STATUS_OK);
-    char *rest = data;
-    while ((line = strsep(&rest, "\n"))) {
-        json_t *object;
-        if (!*line)
-            continue;
-        assert_int_equal(json_parse(path, line, strlen(line), &object), STATUS_OK);
-        int step = (int)json_integer_value(json_object_get(object, "step"));
-        if (json_object_get(object, "event")) {
-            assert_string_equal(json_string_value(json_object_get(object, "event")), "rollback");
-            assert_non_null(json_string_value(json_object_get(object, "reason")));
-            trace.from[trace.events] = step;
-            trace.to[trace.events++] = (int)json_integer_value(json_object_get(object, "to_step"));
-            text_printf(&trace.numbers, "%d event\n", step);
-        } else if (json_object_get(object, "lr")) {
-            trace.steps++;
-            if (json_is_true(json_object_get(object, "skipped"))) {
-                trace.skipped++;
-                assert_non_null(json_string_value(json_object_get(object, "reason")));
-            }
-            text_printf(&trace.numbers, "%d %a\n", step, json_real_value(json_object_get(object, "loss")));
-        }
-        json_decref(object);
-    }
-    free(data);
+    char *path = text_format("%s/%s/metrics.jsonl", root, directory);
+    metrics_each_line(path, add_line, &trace);
     free(path);
     return trace;
 }

@@ -7,6 +7,7 @@
 #include "base/random.h"
 #include "base/text.h"
 #include "base/threads.h"
+#include "metrics/metrics_testing.h"
 #include <errno.h>
 #include <math.h>
 #include <setjmp.h>
@@ -98,27 +99,25 @@ static enum status train(struct call call, struct train_summary *summary) {
     return status;
 }
 
+struct losses {
+    double *values; /* [STEPS] */
+    int count;
+};
+
+static void add_loss(void *context, json_t *object) {
+    struct losses *losses = context;
+    json_t *loss = json_object_get(object, "loss");
+    if (loss && losses->count < STEPS)
+        losses->values[losses->count++] = json_real_value(loss);
+}
+
 /* Losses of a run, one a step; returns how many. */
-static int read_losses(const char *directory, double losses[STEPS]) {
-    char *run = path_join(root, directory), *path = path_join(run, "metrics.jsonl"), *data, *line;
-    size_t size;
-    int count = 0;
-    assert_int_equal(file_read(path, 1 << 24, &data, &size), STATUS_OK);
-    char *rest = data;
-    while ((line = strsep(&rest, "\n"))) {
-        json_t *object;
-        if (!*line)
-            continue;
-        assert_int_equal(json_parse(path, line, strlen(line), &object), STATUS_OK);
-        json_t *loss = json_object_get(object, "loss");
-        if (loss && count < STEPS)
-            losses[count++] = json_real_value(loss);
-        json_decref(object);
-    }
-    free(data);
+static int read_losses(const char *directory, double values[STEPS]) {
+    char *path = text_format("%s/%s/metrics.jsonl", root, directory);
+    struct losses losses = {values, 0};
+    metrics_each_line(path, add_loss, &losses);
     free(path);
-    free(run);
-    return count;
+    return losses.count;
 }
 
 static void assert_same_file(const char *a, const char *b, const char *name) {
@@ -201,26 +200,20 @@ static void test_resumed_is_uninterrupted(void **state) {
     }
 }
 
+static void add_without_timings(void *context, json_t *object) {
+    static const char *const timings[] = {"step_time_ms", "tokens_per_s", "flops_share"};
+    for (int i = 0; i < 3; i++)
+        json_object_del(object, timings[i]);
+    char *text = json_dumps(object, JSON_COMPACT | JSON_PRESERVE_ORDER);
+    text_printf(context, "%s\n", text);
+    free(text);
+}
+
 /* metrics.jsonl without what time decides. */
 static char *read_metrics(const char *directory) {
-    static const char *const timings[] = {"step_time_ms", "tokens_per_s", "flops_share"};
-    char *path = text_format("%s/%s/metrics.jsonl", root, directory), *data, *line;
+    char *path = text_format("%s/%s/metrics.jsonl", root, directory);
     struct text out = {0};
-    size_t size;
-    assert_int_equal(file_read(path, 1 << 24, &data, &size), STATUS_OK);
-    for (char *rest = data; (line = strsep(&rest, "\n"));) {
-        json_t *object;
-        if (!*line)
-            continue;
-        assert_int_equal(json_parse(path, line, strlen(line), &object), STATUS_OK);
-        for (int i = 0; i < 3; i++)
-            json_object_del(object, timings[i]);
-        char *text = json_dumps(object, JSON_COMPACT | JSON_PRESERVE_ORDER);
-        text_printf(&out, "%s\n", text);
-        free(text);
-        json_decref(object);
-    }
-    free(data);
+    metrics_each_line(path, add_without_timings, &out);
     free(path);
     return out.data;
 }
