@@ -198,6 +198,9 @@ static enum status measure_steps(struct saving *s, struct saving_times *t, int r
 static enum status make_places(struct saving *s, const struct bench *bench) {
     struct comm *world = s->training.world;
     struct text_view text = {"the river", 9};
+    if (world->rank == 0 && !directory_exists(bench->directory))
+        return comm_agree(world, status_fail(STATUS_NOT_FOUND, "%s: no such directory", bench->directory));
+    TRY(comm_agree(world, STATUS_OK));
     if (world->rank == 0)
         snprintf(s->directory, sizeof s->directory, "%s/cadre-bench-%d", bench->directory, (int)getpid());
     TRY(comm_broadcast(world, s->directory, sizeof s->directory));
