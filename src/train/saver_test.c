@@ -144,10 +144,10 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
 }
 
 static enum status start(struct rank *r, const struct job *job, int64_t step) {
-    struct checkpoint_sources sources = {tokenizer_path, config_path, NULL, &r->model->config,
-                                         r->tokenizer,
-                                         {.step = step, .sequences = 8 * step, .tokens = 128 * step, .best_step = -1},
-                                         {9, 0, -1, -1}};
+    struct checkpoint_sources sources = {
+        tokenizer_path,    config_path,  NULL,
+        &r->model->config, r->tokenizer, {.step = step, .sequences = 8 * step, .tokens = 128 * step, .best_step = -1},
+        {9, 0, -1, -1}};
     TRY(saver_start(r->saver, &sources));
     if (job->mutates)
         fill(r->model, 99);
@@ -531,6 +531,21 @@ static void test_allocations_failing(void **state) {
 /* ---- damage
  * ---------------------------------------------------------------------------------------------------------- */
 
+/* A checkpoint of another model is whole: not to be passed over as if it were damaged, and then written over. */
+static void test_another_model(void **state) {
+    (void)state;
+    char *directory = directory_of("other", 0);
+    struct job save_dense = {single, .to = directory, .step = 1, .file_bytes = 1 << 30, .dense = true};
+    run_well(&save_dense);
+    for (int ranks = 1; ranks <= 2; ranks++) {
+        struct job load = {{1, ranks, 1, 3}, .from = directory};
+        assert_int_equal(run(&load), STATUS_FORMAT);
+        assert_non_null(strstr(status_text(), "does not fit this run"));
+    }
+    remove_all(directory);
+    free(directory);
+}
+
 static void flip(const char *path, uint64_t bit) {
     FILE *file = fopen(path, "r+b");
     assert_non_null(file);
@@ -613,6 +628,7 @@ int main(void) {
         cmocka_unit_test(test_asynchronous),
         cmocka_unit_test(test_every_operation_failing),
         cmocka_unit_test(test_allocations_failing),
+        cmocka_unit_test(test_another_model),
         cmocka_unit_test(test_damage_is_found),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

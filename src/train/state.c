@@ -288,6 +288,27 @@ static bool is_damage(enum status status) {
     return status != STATUS_OK && status != STATUS_MEMORY && status != STATUS_PEER;
 }
 
+/* Collective. Whether every byte of it is as it was written: then what is wrong with it is no damage, and an older one would
+ * not do either. */
+static enum status is_whole(const char *path, struct comm *world, bool *whole) {
+    int32_t verifies = world->rank == 0 && checkpoint_verify(path) == STATUS_OK;
+    TRY(comm_broadcast(world, &verifies, sizeof verifies));
+    *whole = verifies != 0;
+    return STATUS_OK;
+}
+
+/* Goes on to an older one after damage only. */
+static enum status pass_over(const char *path, struct comm *world, enum status failure) {
+    bool whole;
+    char line[1024];
+    snprintf(line, sizeof line, "%s", status_text());
+    TRY(is_whole(path, world, &whole));
+    if (whole)
+        return status_fail(failure, "%s: does not fit this run: %s", path, line);
+    log_warn("%s; this checkpoint is passed over", line);
+    return STATUS_OK;
+}
+
 static enum status read_newest(const struct text_list *paths, int64_t count, struct model *model, struct ranks *ranks,
                                enum checkpoint_read read, struct train_state *state, char path[PATH_BYTES]) {
     for (int64_t i = 0; i < count; i++) {
@@ -297,7 +318,7 @@ static enum status read_newest(const struct text_list *paths, int64_t count, str
         enum status status = read_all(path, model, ranks, read, state);
         if (!is_damage(status))
             return status;
-        log_warn("%s; this checkpoint is passed over", status_text());
+        TRY(pass_over(path, ranks->world, status));
         memset(path, 0, PATH_BYTES);
     }
     return STATUS_OK;

@@ -43,8 +43,9 @@ enum checkpoint_read {
 };
 
 /* Collective. Fill model and state from the newest good checkpoint, whatever layout wrote it: each rank reads the rows that it
- * owns, in one pass, and checks them; together that is all of it. path is empty where there is none; the model may then be
- * filled with parts of a bad one. What ranks compute with is to be refreshed by the caller. */
+ * owns, in one pass, and checks them; together that is all of it. A damaged one is passed over with a warning; one that is
+ * whole and does not fit the model is an error. path is empty where there is none; the model may then be filled with parts of
+ * a bad one. What ranks compute with is to be refreshed by the caller. */
 enum { CHECKPOINT_PATH_BYTES = 4096 };
 enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
                               enum checkpoint_read read, struct train_state *state,
