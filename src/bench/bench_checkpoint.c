@@ -123,12 +123,12 @@ static enum status work_read_direct(struct saving *s) {
 }
 
 static enum status start(struct saving *s, struct saver *saver) {
-    struct checkpoint_sources sources = {s->tokenizer_path,
-                                         s->config_path, NULL,
-                                         &s->training.config.model,
-                                         s->tokenizer,
-                                         {.step = ++s->step, .best_step = -1},
-                                         {1000000, 0, -1, -1}};
+    struct checkpoint_sources sources = {.tokenizer_path = s->tokenizer_path,
+                                         .config_path = s->config_path,
+                                         .model = &s->training.config.model,
+                                         .tokenizer = s->tokenizer,
+                                         .state = {.step = ++s->step, .best_step = -1},
+                                         .keep = {1000000, 0, -1, -1}};
     return saver_start(saver, &sources);
 }
 

@@ -95,7 +95,6 @@ enum {
 struct outer_settings {
     int replica_count; /* whose differences were summed */
     double lr, momentum;
-    double keep; /* share of the local weights in the mixture, 0 .. 1 */
 };
 
 struct kernel_ops {
@@ -250,14 +249,14 @@ struct kernel_ops {
     /* sum [n] = the differences of a message, or += with accumulate: one addition in f32 for each. Who adds the messages of
      * all replicas in the order of their ranks gets the same bits everywhere. */
     void (*outer_decode_add)(const void *wire, enum outer_format format, struct tensor sum, bool accumulate);
-    /* SGD with Nesterov momentum, then the mixture; every operation rounded to f32, nothing fused:
+    /* SGD with Nesterov momentum; every operation rounded to f32, nothing fused:
      *     delta = sum / replica_count;  momentum = mu momentum + delta;  global = global - lr (delta + mu momentum)
-     *     local = keep local + (1 - keep) global, for keep = 0 a copy
-     * sum in, the others inout. With lr 1, mu 0 and one replica's difference in f32, local and global end as the old local
-     * wherever global - local was exact (always within a factor of 2 of each other); elsewhere it is off by at most half a
-     * unit in the last place of the difference and half a one of the result. Source: arXiv 2501.18512, algorithm 2. */
-    void (*outer_update)(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum,
-                         struct tensor local);
+     * sum in, the others inout. With lr 1, mu 0 and one replica's difference in f32, global ends as the old local wherever
+     * global - local was exact (always within a factor of 2 of each other); elsewhere it is off by at most half a unit in the
+     * last place of the difference and half a one of the result. Source: arXiv 2501.18512, algorithm 2. */
+    void (*outer_update)(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum);
+    /* local = keep local + (1 - keep) global, 0 <= keep <= 1; for keep = 0 a copy. As above: rounded, not fused. */
+    void (*outer_mix)(struct tensor global, double keep, struct tensor local);
     /* sums f64 [3] += a.b, a.a, b.b of the n differences of two messages: the cosine between replicas is
      * a.b / sqrt(a.a b.b). */
     void (*outer_dot)(const void *a, const void *b, enum outer_format format, int64_t n, struct tensor sums);

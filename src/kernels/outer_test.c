@@ -1,8 +1,8 @@
 /* The outer step's codec and update.
  *
  * The format is checked against the words of kernels/outer_wire.h with the reference; every backend is then held to the
- * reference bit by bit, whole messages included, for sizes around blocks and tasks, for numbers of every kind and for 1 to
- * 4 threads.
+ * reference bit by bit, whole messages included, for sizes around blocks and tasks, for numbers of every kind and for 1
+ * to 4 threads.
  */
 #include "base/threads.h"
 #include "kernels/kernels_testing.h"
@@ -70,8 +70,13 @@ static void test_wire_bytes(void **state) {
     static const struct {
         int64_t n;
         size_t bytes[OUTER_FORMATS];
-    } cases[] = {{0, {0, 0, 0, 0}},        {1, {4, 2, 33, 17}},     {31, {124, 62, 33, 17}}, {32, {128, 64, 33, 17}},
-                 {33, {132, 66, 66, 34}}, {64, {256, 128, 66, 34}}, {1 << 20, {4 << 20, 2 << 20, 33 << 15, 17 << 15}}};
+    } cases[] = {{0, {0, 0, 0, 0}},
+                 {1, {4, 2, 33, 17}},
+                 {31, {124, 62, 33, 17}},
+                 {32, {128, 64, 33, 17}},
+                 {33, {132, 66, 66, 34}},
+                 {64, {256, 128, 66, 34}},
+                 {1 << 20, {4 << 20, 2 << 20, 33 << 15, 17 << 15}}};
     for (size_t i = 0; i < COUNT(cases); i++)
         for (int format = 0; format < OUTER_FORMATS; format++)
             assert_int_equal(outer_wire_bytes((enum outer_format)format, cases[i].n), cases[i].bytes[format]);
@@ -85,12 +90,13 @@ static void test_layout(void **state) {
     struct tensor d = zeros(DTYPE_F32, 40);
     float *x = d.data;
     x[0] = 1, x[2] = -0.5f, x[16] = 0.25f, x[31] = -1, x[33] = 8;
-    uint8_t *wire = take_wire(OUTER_FP4, 40), expected[34] = {[0] = 7 | 5 << 4, [2] = 8 | 6, [15] = (8 | 7) << 4,
-                                                              [17] = 7, [32] = 127, [33] = 130};
+    uint8_t *wire = take_wire(OUTER_FP4, 40),
+            expected[34] = {[0] = 7 | 5 << 4, [2] = 8 | 6, [15] = (8 | 7) << 4, [17] = 7, [32] = 127, [33] = 130};
     kernels_ref()->outer_encode(d, zeros(DTYPE_F32, 40), OUTER_FP4, wire, zeros(DTYPE_F64, OUTER_STATS));
     assert_memory_equal(wire, expected, sizeof expected);
-    uint8_t *wide = take_wire(OUTER_FP8, 40), wider[66] = {[0] = 0x78, [2] = 0x80 | 0x70, [16] = 0x68, [31] = 0x80 | 0x78,
-                                                           [33] = 0x78, [64] = 127, [65] = 130};
+    uint8_t *wide = take_wire(OUTER_FP8, 40),
+            wider[66] = {
+                [0] = 0x78, [2] = 0x80 | 0x70, [16] = 0x68, [31] = 0x80 | 0x78, [33] = 0x78, [64] = 127, [65] = 130};
     kernels_ref()->outer_encode(d, zeros(DTYPE_F32, 40), OUTER_FP8, wide, zeros(DTYPE_F64, OUTER_STATS));
     assert_memory_equal(wide, wider, sizeof wider);
     test_release();
@@ -232,12 +238,13 @@ static void test_error_bounds(void **state) {
 /* ---- hard numbers ---- */
 
 /* `count` numbers of which `refused` may not travel: they are counted, and nothing else suffers. */
-static void check_refused_numbers(const struct kernel_ops *ops, enum outer_format format, const float *g, const float *l,
-                                  int64_t count, int refused) {
+static void check_refused_numbers(const struct kernel_ops *ops, enum outer_format format, const float *g,
+                                  const float *l, int64_t count, int refused) {
     float back[OUTER_BLOCK];
     uint8_t *wire = take_wire(format, count);
     struct tensor stats = zeros(DTYPE_F64, OUTER_STATS), to = tensor_1d(back, DTYPE_F32, count);
-    ops->outer_encode(tensor_1d((void *)g, DTYPE_F32, count), tensor_1d((void *)l, DTYPE_F32, count), format, wire, stats);
+    ops->outer_encode(tensor_1d((void *)g, DTYPE_F32, count), tensor_1d((void *)l, DTYPE_F32, count), format, wire,
+                      stats);
     ops->outer_decode_add(wire, format, to, false);
     assert_true(stat(stats, OUTER_REFUSED) == refused && isfinite(stat(stats, OUTER_SQUARES)));
     for (int64_t i = 0; i < count; i++) {
@@ -269,8 +276,8 @@ static void test_rare_experts(void **state) {
     for (int format = OUTER_BF16; format < OUTER_FORMATS; format++) {
         struct tensor d = test_random(tensor_1d(NULL, DTYPE_F32, N), 1);
         for (int64_t i = 0; i < N; i++)
-            ((float *)d.data)[i] = copysignf(1 + fabsf(((float *)d.data)[i]), ((float *)d.data)[i]) *
-                                   (i / OUTER_BLOCK % 2 ? 1e-9f : 1);
+            ((float *)d.data)[i] =
+                copysignf(1 + fabsf(((float *)d.data)[i]), ((float *)d.data)[i]) * (i / OUTER_BLOCK % 2 ? 1e-9f : 1);
         struct tensor exact = test_copy(d, DTYPE_F32), stats = through_ref((enum outer_format)format, d);
         assert_true(stat(stats, OUTER_FLUSHED) == 0);
         for (int64_t i = 0; i < N; i++)
@@ -290,8 +297,9 @@ enum kind { NORMAL, WIDE, ZEROS, EQUAL, TINY_BESIDE_HUGE, DENORMALS, SPECIAL, AN
 static float number(enum kind kind, int64_t i, bool local) {
     uint32_t bits = (uint32_t)(random_bits(11, test_seed, (uint64_t)i) >> 32);
     double normal = random_normal(7, test_seed, (uint64_t)i);
-    static const float special[] = {0.0f, -0.0f, NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0x1p127f, 0x1.fffffep126f,
-                                    FLT_MIN, 1e-45f, -1e-45f, 1, 0x1.715476p0f, 0x1.715474p0f, -0x1p-125f};
+    static const float special[] = {
+        0.0f,    -0.0f,  NAN,     INFINITY, -INFINITY,     FLT_MAX,       -FLT_MAX,  0x1p127f, 0x1.fffffep126f,
+        FLT_MIN, 1e-45f, -1e-45f, 1,        0x1.715476p0f, 0x1.715474p0f, -0x1p-125f};
     float f;
     switch (kind) {
     case NORMAL:
@@ -378,11 +386,11 @@ static void check_codec(const struct kernel_ops *ops, enum outer_format format, 
 }
 
 static void check_every_codec(const struct kernel_ops *ops) {
-    static const int64_t sizes[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 1000, TASK - 1, TASK, TASK + 1,
-                                    3 * TASK + 45};
+    static const int64_t sizes[] = {0,  1,  2,  15, 16,   17,       31,   32,       33,
+                                    63, 64, 65, 95, 1000, TASK - 1, TASK, TASK + 1, 3 * TASK + 45};
     for (size_t s = 0; s < COUNT(sizes); s++)
         for (int format = 0; format < OUTER_FORMATS; format++)
-            for (int kind = 0; kind < KINDS; kind += sizes[s] > 1000 ? ANY_BITS : 1) /* many: the first and the last */
+            for (int kind = 0; kind<KINDS; kind += sizes[s]> 1000 ? ANY_BITS : 1) /* many: the first and the last */
                 check_codec(ops, (enum outer_format)format, (enum kind)kind, sizes[s]);
 }
 
@@ -391,8 +399,8 @@ static void test_codec_of_every_backend(void **state) {
     for_every_backend(check_every_codec);
 }
 
-/* Messages of three replicas, encoded in the order of arrival and added in that of the ranks: each addition is the one of
- * fp32. In f32, since sums of so few bits as the other formats have are mostly exact. */
+/* Messages of three replicas, encoded in the order of arrival and added in that of the ranks: each addition is the one
+ * of fp32. In f32, since sums of so few bits as the other formats have are mostly exact. */
 static void check_rank_order(const struct kernel_ops *ops) {
     enum { N = 1000, M = 3 };
     uint8_t *wire[M];
@@ -414,7 +422,7 @@ static void check_rank_order(const struct kernel_ops *ops) {
     for (int64_t i = 0; i < N; i++)
         assert_true(found[i] == x[i] + y[i] + z[i]);
     assert_memory_not_equal(sum.data, arrived.data, tensor_bytes(sum)); /* why there is an order */
-    ops->outer_decode_add(wire[0], OUTER_F32, sum, false); /* of two there is none */
+    ops->outer_decode_add(wire[0], OUTER_F32, sum, false);              /* of two there is none */
     ops->outer_decode_add(wire[1], OUTER_F32, sum, true);
     ops->outer_decode_add(wire[1], OUTER_F32, arrived, false);
     ops->outer_decode_add(wire[0], OUTER_F32, arrived, true);
@@ -428,12 +436,13 @@ static void test_rank_order(void **state) {
 
 /* ---- the update ---- */
 
-/* A few numbers by hand, exact in f32: M 2, lr 0.5, mu 0.5, keep 0.25. */
+/* A few numbers by hand, exact in f32: M 2, lr 0.5, mu 0.5; then a quarter kept. */
 static void check_update_by_hand(const struct kernel_ops *ops) {
     float sum[] = {4, -8}, global[] = {1, 2}, momentum[] = {2, 0}, local[] = {4, 0};
-    struct outer_settings settings = {2, 0.5, 0.5, 0.25};
+    struct outer_settings settings = {2, 0.5, 0.5};
     ops->outer_update(tensor_1d(sum, DTYPE_F32, 2), settings, tensor_1d(global, DTYPE_F32, 2),
-                      tensor_1d(momentum, DTYPE_F32, 2), tensor_1d(local, DTYPE_F32, 2));
+                      tensor_1d(momentum, DTYPE_F32, 2));
+    ops->outer_mix(tensor_1d(global, DTYPE_F32, 2), 0.25, tensor_1d(local, DTYPE_F32, 2));
     assert_true(momentum[0] == 3 && momentum[1] == -4);
     assert_true(global[0] == 1 - 0.5f * (2 + 1.5f) && global[1] == 2 + 0.5f * (4 + 2));
     assert_true(local[0] == 1 + 0.75f * global[0] && local[1] == 0.75f * global[1]);
@@ -450,7 +459,8 @@ static void check_identity(const struct kernel_ops *ops) {
     uint8_t *wire = take_wire(OUTER_F32, N);
     ops->outer_encode(global, local, OUTER_F32, wire, zeros(DTYPE_F64, OUTER_STATS));
     ops->outer_decode_add(wire, OUTER_F32, sum, false);
-    ops->outer_update(sum, (struct outer_settings){1, 1, 0, 0}, global, momentum, local);
+    ops->outer_update(sum, (struct outer_settings){1, 1, 0}, global, momentum);
+    ops->outer_mix(global, 0, local);
     assert_memory_equal(global.data, local.data, tensor_bytes(global));
     for (int64_t i = 0; i < N; i++) {
         double before = test_get(old, i), d = test_get(old_global, i) - before;
@@ -472,23 +482,25 @@ static void check_mean(const struct kernel_ops *ops) {
     struct tensor mean = f32s(N);
     for (int64_t i = 0; i < N; i++)
         test_set(mean, i, 0.5 * (test_get(local[0], i) + test_get(local[1], i)));
-    ops->outer_update(sum, (struct outer_settings){2, 1, 0, 0}, global, momentum, local[0]);
+    ops->outer_update(sum, (struct outer_settings){2, 1, 0}, global, momentum);
     for (int64_t i = 0; i < N; i++)
         assert_true(fabs(test_get(global, i) - test_get(mean, i)) < 1e-9);
 }
 
-static void check_update(const struct kernel_ops *ops, int64_t n, struct outer_settings settings) {
+static void check_update(const struct kernel_ops *ops, int64_t n, struct outer_settings settings, double keep) {
     struct tensor sum = numbers(NORMAL, n, false), start[3], expected[3], found[3];
     for (int i = 0; i < 3; i++) {
         start[i] = numbers(NORMAL, n, i % 2);
         expected[i] = test_copy(start[i], DTYPE_F32);
     }
-    kernels_ref()->outer_update(sum, settings, expected[0], expected[1], expected[2]);
+    kernels_ref()->outer_update(sum, settings, expected[0], expected[1]);
+    kernels_ref()->outer_mix(expected[0], keep, expected[2]);
     for (int threads = 1; threads <= THREADS_MAX; threads++) {
         threads_set_count(threads);
         for (int i = 0; i < 3; i++)
             found[i] = test_copy(start[i], DTYPE_F32);
-        ops->outer_update(sum, settings, found[0], found[1], found[2]);
+        ops->outer_update(sum, settings, found[0], found[1]);
+        ops->outer_mix(found[0], keep, found[2]);
         for (int i = 0; i < 3; i++)
             assert_memory_equal(found[i].data, expected[i].data, tensor_bytes(expected[i]));
         assert_true(test_guards_hold());
@@ -499,10 +511,11 @@ static void check_update(const struct kernel_ops *ops, int64_t n, struct outer_s
 static void check_every_update(const struct kernel_ops *ops) {
     static const int64_t sizes[] = {0, 1, 7, 33, 1000, TASK + 5, 2 * TASK + 1};
     static const struct outer_settings settings[] = {
-        {1, 1, 0, 0}, {2, 0.4, 0.9, 0.5}, {3, 0.7, 0.9, 0}, {8, 0.8, 0.5, 1}, {7, 0.4, 0.9, 0.3}};
+        {1, 1, 0}, {2, 0.4, 0.9}, {3, 0.7, 0.9}, {8, 0.8, 0.5}, {7, 0.4, 0.9}};
+    static const double keep[] = {0, 0.5, 0, 1, 0.3};
     for (size_t s = 0; s < COUNT(sizes); s++)
         for (size_t i = 0; i < COUNT(settings); i++)
-            check_update(ops, sizes[s], settings[i]);
+            check_update(ops, sizes[s], settings[i], keep[i]);
 }
 
 static void test_update(void **state) {
@@ -515,11 +528,16 @@ static void test_update(void **state) {
 
 int main(void) {
     static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_wire_bytes),      cmocka_unit_test(test_layout),
-        cmocka_unit_test(test_every_code_goes_round), cmocka_unit_test(test_values),
-        cmocka_unit_test(test_boundaries),      cmocka_unit_test(test_error_bounds),
-        cmocka_unit_test(test_refused),         cmocka_unit_test(test_rare_experts),
-        cmocka_unit_test(test_codec_of_every_backend), cmocka_unit_test(test_rank_order),
+        cmocka_unit_test(test_wire_bytes),
+        cmocka_unit_test(test_layout),
+        cmocka_unit_test(test_every_code_goes_round),
+        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_boundaries),
+        cmocka_unit_test(test_error_bounds),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_rare_experts),
+        cmocka_unit_test(test_codec_of_every_backend),
+        cmocka_unit_test(test_rank_order),
         cmocka_unit_test(test_update),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

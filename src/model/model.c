@@ -322,16 +322,23 @@ enum status model_initialize(struct model *model, uint64_t seed) {
     return STATUS_OK;
 }
 
-void model_repack(struct model *model) {
+static void pack_group(struct model *model, int group, bool whole) {
     for (int i = 0; i < model->table.count; i++)
-        if (model->packed[i].data && model_row_is_whole(model, i))
+        if (parameter_group(&model->table.rows[i]) == group && model->packed[i].data && model_row_is_whole(model, i) == whole)
             model->context.ops->pack(model->weight[i], model->packed[i]);
 }
 
+void model_pack_whole(struct model *model, int group) {
+    pack_group(model, group, true);
+}
+
 void model_pack_gathered(struct model *model, int group) {
-    for (int i = 0; i < model->table.count; i++)
-        if (parameter_group(&model->table.rows[i]) == group && model->packed[i].data && !model_row_is_whole(model, i))
-            model->context.ops->pack(model->weight[i], model->packed[i]);
+    pack_group(model, group, false);
+}
+
+void model_repack(struct model *model) {
+    for (int group = GROUP_FIRST; group < model->table.block_count; group++)
+        model_pack_whole(model, group);
 }
 
 void model_clear_slot(struct model *model, int block) {

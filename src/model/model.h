@@ -65,7 +65,8 @@ enum status model_initialize(struct model *model, uint64_t seed) MUST_USE;
 /* Pack the weights again after they were written by anything but the optimizer: of the rows that are whole here. */
 void model_repack(struct model *model);
 
-/* The same for the gathered rows of a group (parameter_group). */
+/* The same for those of a group (parameter_group): for the rows that are whole here, and for those that were gathered. */
+void model_pack_whole(struct model *model, int group);
 void model_pack_gathered(struct model *model, int group);
 
 /* True where what this rank owns of a row is all that it computes with. */

@@ -24,10 +24,12 @@ void layout_facts_of_model(struct layout_facts *facts, const struct parameter_ta
         return;
     int64_t rows = config->num_experts_per_tok * config->num_hidden_layers;
     facts->token_row_bytes = rows * config->hidden_size * facts->weight_bytes;
-    facts->token_expert_operations = 3 * model_forward_operations(config, 1).experts * (double)config->num_hidden_layers;
+    facts->token_expert_operations =
+        3 * model_forward_operations(config, 1).experts * (double)config->num_hidden_layers;
 }
 
-/* ---- what a layout costs -------------------------------------------------------------------------------------------- */
+/* ---- what a layout costs --------------------------------------------------------------------------------------------
+ */
 
 double layout_state_bytes(const struct sharding *sharding, const struct layout_facts *facts) {
     const int *size = sharding->mesh.size;
@@ -70,7 +72,8 @@ static double traffic_cost(const struct sharding *sharding, const struct layout_
     return cost + WAIT_SHARE * facts->token_expert_operations * tokens / OPERATIONS_PER_BYTE * from_others(expert);
 }
 
-/* ---- which layouts there are ---------------------------------------------------------------------------------------- */
+/* ---- which layouts there are ----------------------------------------------------------------------------------------
+ */
 
 struct candidate {
     int replicate, shard, expert;
@@ -111,7 +114,8 @@ static struct sharding sharding_of(const struct candidate *c, int zero, int rank
     return (struct sharding){mesh_make(size, rank), zero};
 }
 
-/* What is compared: fitting beats not fitting; then the cost, and where nothing fits or costs are the same, the state. */
+/* What is compared: fitting beats not fitting; then the cost, and where nothing fits or costs are the same, the state.
+ */
 struct rating {
     bool fits;
     double cost, state;
@@ -140,7 +144,8 @@ static bool choose_best(const struct layout_wishes *wishes, const struct layout_
     bool found = false;
     while (next_candidate(&c, facts->ranks)) {
         bool divides = c.expert == 1 || facts->experts % c.expert == 0;
-        if (!is_wished(wishes, &c) || !divides_as_asked(wishes, &c) || !has_experts_for(facts, c.expert) || (even && !divides))
+        if (!is_wished(wishes, &c) || !divides_as_asked(wishes, &c) || !has_experts_for(facts, c.expert) ||
+            (even && !divides))
             continue;
         for (int zero = 3; zero >= 0; zero--) {
             if (wishes->zero != LAYOUT_ZERO_CHOOSE && zero != wishes->zero)
@@ -157,7 +162,8 @@ static bool choose_best(const struct layout_wishes *wishes, const struct layout_
     return found;
 }
 
-/* ---- what does not fit ---------------------------------------------------------------------------------------------- */
+/* ---- what does not fit ----------------------------------------------------------------------------------------------
+ */
 
 /* From a wish in factors; what was not wished should be small, shard before expert before replicate. */
 static double distance_one(int64_t wish, int have, double unwished) {
@@ -243,10 +249,10 @@ enum status layout_choose(const struct layout_wishes *wishes, const struct layou
     CHECK(wishes->replicate >= 0 && wishes->shard >= 0 && wishes->expert >= 0);
     CHECK(wishes->zero >= LAYOUT_ZERO_CHOOSE && wishes->zero <= 3);
     if (facts->batch_sequences > 0 && facts->batch_sequences < facts->ranks)
-        return status_fail(STATUS_USAGE,
-                           "train.batch_sequences %lld leaves some of %d ranks without work; raise it to %d, or start %lld",
-                           (long long)facts->batch_sequences, facts->ranks, facts->ranks,
-                           (long long)facts->batch_sequences);
+        return status_fail(
+            STATUS_USAGE,
+            "train.batch_sequences %lld leaves some of %d ranks without work; raise it to %d, or start %lld",
+            (long long)facts->batch_sequences, facts->ranks, facts->ranks, (long long)facts->batch_sequences);
     if (!choose_best(wishes, facts, true, rank, out) && !choose_best(wishes, facts, false, rank, out))
         return fail_wishes(wishes, facts);
     return STATUS_OK;
@@ -255,10 +261,14 @@ enum status layout_choose(const struct layout_wishes *wishes, const struct layou
 char *layout_describe(const struct sharding *sharding, char line[LAYOUT_LINE_BYTES]) {
     const int *size = sharding->mesh.size;
     int ranks = mesh_rank_count(&sharding->mesh);
-    if (ranks == 1)
-        snprintf(line, LAYOUT_LINE_BYTES, "1 rank");
+    int islands = size[MESH_ISLAND], used = 0;
+    if (islands > 1)
+        used = snprintf(line, LAYOUT_LINE_BYTES, "%d islands of ", islands);
+    if (ranks == islands)
+        snprintf(line + used, LAYOUT_LINE_BYTES - (size_t)used, "1 rank");
     else
-        snprintf(line, LAYOUT_LINE_BYTES, "%d ranks: replicate %d x shard %d x expert %d, ZeRO %d", ranks,
-                 size[MESH_REPLICATE], size[MESH_SHARD], size[MESH_EXPERT], sharding->zero);
+        snprintf(line + used, LAYOUT_LINE_BYTES - (size_t)used,
+                 "%d ranks: replicate %d x shard %d x expert %d, ZeRO %d", ranks / islands, size[MESH_REPLICATE],
+                 size[MESH_SHARD], size[MESH_EXPERT], sharding->zero);
     return line;
 }

@@ -1,14 +1,14 @@
 /* When which part of a model meets the other islands: the arithmetic of DiLoCo's schedule. Sends nothing.
  *
- * Parameters are cut into fragments. With one fragment it is the whole model (DiLoCo, arXiv 2311.08105). With P of them the
- * last is what stands outside the blocks (embedding, final norm, head), and the blocks are dealt over the other P-1: strided
- * (block l to fragment l mod (P-1)), which spreads fresh blocks over the depth, or sequential, in P-1 stretches (Streaming
- * DiLoCo, arXiv 2501.18512).
+ * Parameters are cut into fragments. With one fragment it is the whole model (DiLoCo, arXiv 2311.08105). With P of them
+ * the last is what stands outside the blocks (embedding, final norm, head), and the blocks are dealt over the other
+ * P-1: strided (block l to fragment l mod (P-1)), which spreads fresh blocks over the depth, or sequential, in P-1
+ * stretches (Streaming DiLoCo, arXiv 2501.18512).
  *
- * Fragment p has the offset t_p = floor(p H / P). It is sent after the inner steps t_p + H, t_p + 2H, ..., so that every
- * sending has H steps behind it, and applied `overlap` steps later. For H = 100 and P = 2 something is sent after steps 100, 150,
- * 200, 250. All of it follows from the number of the step, which all islands count alike. At most one fragment is under way,
- * for overlap is less than the least distance of two sendings, floor(H / P).
+ * Fragment p has the offset t_p = floor(p H / P). It is sent after the inner steps t_p + H, t_p + 2H, ..., so that
+ * every sending has H steps behind it, and applied `overlap` steps later. For H = 100 and P = 2 something is sent after
+ * steps 100, 150, 200, 250. All of it follows from the number of the step, which all islands count alike. At most one
+ * fragment is under way, for overlap is less than the least distance of two sendings, floor(H / P).
  */
 #pragma once
 
@@ -24,7 +24,10 @@ struct outer_plan {
     int block_count;       /* L */
     int order;             /* enum outer_order */
     int64_t overlap_steps; /* 0: applied in the step that it was sent in */
+    int64_t experts_every; /* experts meet in every so many-th round of their fragment; 1: in each */
 };
+
+bool outer_plan_equal(const struct outer_plan *a, const struct outer_plan *b);
 
 /* STATUS_USAGE with a line that names the settings diloco.* and says what to change. */
 enum status outer_plan_check(const struct outer_plan *plan) MUST_USE;

@@ -12,6 +12,7 @@ enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm
         {&ranks->shards, RANKS_SHARD_AXES},
         {&ranks->replicas, MESH_BIT(MESH_REPLICATE)},
         {&ranks->experts, MESH_BIT(MESH_EXPERT)},
+        {&ranks->islands, MESH_BIT(MESH_ISLAND)},
     };
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
         enum status status = world->ops->split(world, mesh_group_color(mesh, groups[i].axes), groups[i].comm);
@@ -25,6 +26,7 @@ enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm
 }
 
 void ranks_close(struct ranks *ranks) {
+    comm_release(&ranks->islands);
     comm_release(&ranks->experts);
     comm_release(&ranks->replicas);
     comm_release(&ranks->shards);
@@ -32,8 +34,12 @@ void ranks_close(struct ranks *ranks) {
     *ranks = (struct ranks){0};
 }
 
+void ranks_leave_islands(struct ranks *ranks) {
+    ranks->islands = (struct comm){0};
+}
+
 struct ranks ranks_single(struct comm *world) {
-    return (struct ranks){mesh_single(), world, comm_self(), comm_self(), comm_self(), comm_self()};
+    return (struct ranks){mesh_single(), world, comm_self(), comm_self(), comm_self(), comm_self(), comm_self()};
 }
 
 int64_t ranks_sent_bytes(const struct ranks *ranks) {

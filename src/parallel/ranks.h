@@ -1,7 +1,8 @@
 /* The ranks of a run: its mesh, and a communicator for every group of ranks that exchange something.
  *
  * A transfer runs in the smallest group that needs it: pieces of dense parameters between the ranks of shard and expert
- * together, rows of tokens along the expert axis, sums between replicas along replicate. Nothing here crosses islands.
+ * together, rows of tokens along the expert axis, sums between replicas along replicate. What crosses islands is
+ * parallel/outer.h's, and goes between ranks that have the same place in theirs.
  */
 #pragma once
 
@@ -20,14 +21,19 @@ struct ranks {
     struct comm shards;   /* those that a replica's parameters are divided over */
     struct comm replicas; /* those that own the same part */
     struct comm experts;  /* those that a block's experts are divided over */
+    struct comm islands;  /* those of the same place in all islands */
 };
 
 /* Collective. The world must have as many ranks as the mesh, and stay until ranks_close. */
 enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world) MUST_USE;
 void ranks_close(struct ranks *ranks);
 
+/* After a failure of this island alone: what is under way to the others is left to itself, for they will not end it.
+ * The communicator's memory is not given back. */
+void ranks_leave_islands(struct ranks *ranks);
+
 /* One process; nothing to close. `world` is a comm_self that the caller keeps. */
 struct ranks ranks_single(struct comm *world);
 
-/* Sent by this rank so far, through all of its communicators but the world's. */
+/* Sent by this rank so far within its island, through all of its communicators but the world's. */
 int64_t ranks_sent_bytes(const struct ranks *ranks);

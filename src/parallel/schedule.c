@@ -191,11 +191,19 @@ static void add_updates(struct builder *b) {
         chain(b, EVENT_GATHERED, gathering, -1, started);
 }
 
+/* What islands send or mix in when it is due: what goes out before what comes in, for both may be of the same step. */
+static void add_outer(struct builder *b) {
+    for (int fragment = 0; fragment < b->options.fragment_count; fragment++)
+        chain(b, EVENT_OUTER_SEND, fragment, -1, NO_EVENT);
+    for (int fragment = 0; fragment < b->options.fragment_count; fragment++)
+        chain(b, EVENT_OUTER_APPLY, fragment, -1, NO_EVENT);
+}
+
 enum status schedule_build(struct schedule *s, struct schedule_options options) {
     CHECK(options.block_count >= 1 && options.micro_batch_count >= 1);
     size_t blocks = (size_t)options.block_count, micros = (size_t)options.micro_batch_count;
     size_t capacity = (blocks * EVENTS_PER_BLOCK_AND_MICRO + EVENTS_PER_MICRO) * micros + blocks * EVENTS_PER_BLOCK +
-                      EVENTS_PER_STEP;
+                      EVENTS_PER_STEP + 2 * (size_t)options.fragment_count;
     *s = (struct schedule){.capacity = (int)capacity};
     TRY(memory_alloc(&s->events, capacity, sizeof *s->events));
     struct builder b = {s, options, NO_EVENT, {NO_BLOCK, NO_BLOCK}, {NO_EVENT, NO_EVENT}, NO_EVENT,
@@ -205,6 +213,7 @@ enum status schedule_build(struct schedule *s, struct schedule_options options) 
         add_micro_batch(&b, micro);
     chain(&b, EVENT_GRADIENT_NORM, BLOCK_OUTSIDE, -1, NO_EVENT);
     add_updates(&b);
+    add_outer(&b);
     return STATUS_OK;
 }
 
@@ -241,6 +250,8 @@ const char *event_kind_name(enum event_kind kind) {
         [EVENT_REPLICATED] = "replicated",
         [EVENT_GRADIENT_NORM] = "gradient norm",
         [EVENT_OPTIMIZER] = "optimizer",
+        [EVENT_OUTER_SEND] = "outer send",
+        [EVENT_OUTER_APPLY] = "outer apply",
     };
     CHECK(kind < EVENT_KIND_COUNT);
     return names[kind];
@@ -258,7 +269,9 @@ static void print_block(struct text *out, const struct event *event) {
     bool of_parameters = event->kind == EVENT_GATHER || event->kind == EVENT_GATHERED || event->kind == EVENT_REDUCE ||
                          event->kind == EVENT_REDUCED || event->kind == EVENT_REPLICATE ||
                          event->kind == EVENT_REPLICATED || event->kind == EVENT_OPTIMIZER;
-    if (event->block < 0 && of_parameters)
+    if (event->kind == EVENT_OUTER_SEND || event->kind == EVENT_OUTER_APPLY)
+        text_printf(out, "  fragment %d", event->block);
+    else if (event->block < 0 && of_parameters)
         text_printf(out, "  %-10s", event->block == BLOCK_END ? "head" : "embedding");
     else
         print_number(out, "block", event->block);

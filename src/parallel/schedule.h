@@ -48,11 +48,13 @@ enum event_kind {
     EVENT_REPLICATED,         /* wait, and sum */
     EVENT_GRADIENT_NORM,      /* of all gradients together; here the step is refused if it is not finite */
     EVENT_OPTIMIZER,          /* update the parameters of a block */
+    EVENT_OUTER_SEND,         /* start: a fragment to the other islands; in the steps of parallel/outer_plan.h only */
+    EVENT_OUTER_APPLY,        /* wait for a fragment, and mix it in; likewise */
     EVENT_KIND_COUNT,
 };
 
 /* Events outside the blocks; of a transfer or an optimizer event: the embedding, and the end of the model (as the groups of
- * model/parameter.h). */
+ * model/parameter.h). An outer event has the number of its fragment. */
 enum { EVENT_WAITS_MAX = 3, BLOCK_OUTSIDE = -1, BLOCK_END = -2 };
 
 struct event {
@@ -69,6 +71,7 @@ struct schedule_options {
     int zero;      /* stage, see model/sharding.h */
     bool divided;  /* some rows are divided over several ranks */
     bool replicas; /* some gradients are summed between replicas */
+    int fragment_count; /* that islands exchange; 0: they do not */
 };
 
 struct schedule {

@@ -50,8 +50,7 @@ enum status step_workspace_create(const struct model *model, struct ranks *ranks
         .limit_bytes = limit_bytes,
     };
     TRY(expert_parallel_create(&wanted, exchange));
-    enum status status =
-        workspace_create_exchanging(model, options, expert_parallel_ops(), *exchange, workspace);
+    enum status status = workspace_create_exchanging(model, options, expert_parallel_ops(), *exchange, workspace);
     if (status != STATUS_OK) {
         expert_parallel_destroy(*exchange);
         *exchange = NULL;
@@ -60,13 +59,10 @@ enum status step_workspace_create(const struct model *model, struct ranks *ranks
 }
 
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
-                                              int micro_batch_count, bool recompute) {
-    return (struct schedule_options){model->table.block_count,
-                                     micro_batch_count,
-                                     recompute,
-                                     model->sharding.zero,
-                                     traffic_gathers(traffic),
-                                     traffic_replicates(traffic)};
+                                              const struct step_settings *settings, bool recompute) {
+    return (struct schedule_options){model->table.block_count, settings->micro_batch_count, recompute,
+                                     model->sharding.zero,     traffic_gathers(traffic),    traffic_replicates(traffic),
+                                     settings->fragment_count};
 }
 
 int64_t step_sum_count(const struct model_config *c) {
@@ -93,16 +89,12 @@ enum status step_runner_init(struct step_runner *runner, struct model *model, st
     if (settings.micro_batch_sequences == 0)
         settings.micro_batch_sequences = workspace->options.batch;
     CHECK_OP(workspace->options.batch, >=, range_count(step_sequences(&ranks->mesh, settings.micro_batch_sequences)));
-    *runner = (struct step_runner){.model = model,
-                                   .workspace = workspace,
-                                   .ranks = ranks,
-                                   .optimizer = optimizer,
-                                   .settings = settings};
+    *runner = (struct step_runner){
+        .model = model, .workspace = workspace, .ranks = ranks, .optimizer = optimizer, .settings = settings};
     enum status status = traffic_create(model, ranks, settings.gradient_wire, &runner->traffic);
     if (status == STATUS_OK)
         status = schedule_build(&runner->schedule,
-                                step_schedule_options(model, runner->traffic, settings.micro_batch_count,
-                                                      workspace->options.recompute));
+                                step_schedule_options(model, runner->traffic, &settings, workspace->options.recompute));
     if (status == STATUS_OK)
         status = balance_init(&runner->balance, model, workspace, &ranks->batch);
     if (status == STATUS_OK)
@@ -209,8 +201,8 @@ static void collect_sums(struct step_runner *runner) {
         runner->model->device->copy_to_host(runner->sums + SUM_STATS, w->all_stats.data, tensor_bytes(w->all_stats));
 }
 
-/* Every rank shows a hash of the sums that it arrived at, with its complement: one whose sums came damaged shows another
- * hash than the rest, and all see it; a seal that itself came damaged is none, and is passed over. */
+/* Every rank shows a hash of the sums that it arrived at, with its complement: one whose sums came damaged shows
+ * another hash than the rest, and all see it; a seal that itself came damaged is none, and is passed over. */
 static enum status compare_sums(struct step_runner *runner, bool *same) {
     struct comm *comm = &runner->ranks->batch;
     uint64_t *mine = runner->seals, *all = mine + 2;
@@ -280,11 +272,27 @@ static void run_optimizer(struct step_runner *runner, const struct step_state *s
         if (parameter_group(row) != group)
             continue;
         struct adamw_settings settings = optimizer_update_settings(
-            runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm,
-            row->is_matrix);
+            runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm, row->is_matrix);
         model->context.ops->adamw(model->own_weight[i], model->own_gradient[i], model->moment1[i], model->moment2[i],
                                   settings, model_row_is_whole(model, i) ? model->packed[i] : none);
     }
+}
+
+static enum status run_outer_send(struct step_runner *runner, struct step_state *state, int fragment) {
+    struct outer *outer = runner->outer;
+    int64_t step = state->input.step;
+    if (!outer || outer_plan_sends(&outer->options.plan, step) != fragment)
+        return STATUS_OK;
+    state->result.outer_bytes = outer_island_bytes(runner->model, &outer->options, step);
+    return outer_send(outer, step, state->result.loss);
+}
+
+static enum status run_outer_apply(struct step_runner *runner, struct step_state *state, int fragment) {
+    struct outer *outer = runner->outer;
+    if (!outer || outer_plan_applies(&outer->options.plan, state->input.step) != fragment || outer->mixing < 0)
+        return STATUS_OK;
+    state->result.applied = true;
+    return outer_apply(outer);
 }
 
 /* Events that move parameters or gradients. */
@@ -370,6 +378,10 @@ static enum status run_event(struct step_runner *runner, struct step_state *stat
     case EVENT_OPTIMIZER:
         run_optimizer(runner, state, event->block);
         return STATUS_OK;
+    case EVENT_OUTER_SEND:
+        return run_outer_send(runner, state, event->block);
+    case EVENT_OUTER_APPLY:
+        return run_outer_apply(runner, state, event->block);
     case EVENT_KIND_COUNT:
         break;
     }

@@ -5,6 +5,8 @@
  * over the ranks by sequences, in rank order, as evenly as it goes; with more ranks than sequences some have none and
  * take part in all that is collective. So a layout changes who computes, not what: losses, gradients and the router's
  * statistics are those of the whole batch.
+ *
+ * With islands the batch is the island's own; what it shares with the others are the outer events after the update.
  */
 #pragma once
 
@@ -12,6 +14,7 @@
 #include "optim/optimizer.h"
 #include "parallel/balance.h"
 #include "parallel/expert_parallel.h"
+#include "parallel/outer.h"
 #include "parallel/ranks.h"
 #include "parallel/schedule.h"
 #include "parallel/traffic.h"
@@ -42,13 +45,16 @@ struct step_result {
     double gradient_norm; /* before clipping */
     double lr;
     enum step_skip skipped; /* but for STEP_UPDATED: weights and moments untouched */
-    int64_t comm_bytes;   /* sent by all ranks: in this step up to its norm, and in the step before after its norm */
+    int64_t comm_bytes;   /* sent by all ranks of the island: in this step up to its norm, and in the step before after it */
+    int64_t outer_bytes;  /* by all ranks of the island to others, of what this step began to send */
+    bool applied;         /* a fragment was applied, outer->report is of it */
 };
 
 struct step_settings {
     int micro_batch_count;
     int64_t micro_batch_sequences; /* over all ranks; 0: as many as the workspace holds */
     enum dtype gradient_wire;      /* f32 or bf16 */
+    int fragment_count;            /* that islands exchange; 0: they do not */
 };
 
 /* Called after every event with the seconds it took; for profiles. */
@@ -66,6 +72,7 @@ struct step_runner {
     struct workspace *workspace;
     struct ranks *ranks;
     struct traffic *traffic;
+    struct outer *outer; /* borrowed, set by the caller; NULL: outer events do nothing */
     struct balance balance;
     struct schedule schedule;
     const struct optimizer_settings *optimizer;
@@ -102,7 +109,7 @@ enum status step_workspace_create(const struct model *model, struct ranks *ranks
 
 /* How the list of a model on a mesh is written. */
 struct schedule_options step_schedule_options(const struct model *model, const struct traffic *traffic,
-                                              int micro_batch_count, bool recompute);
+                                              const struct step_settings *settings, bool recompute);
 
 /* Numbers that the ranks add up at a step's norm, and what each rank then shows of them. */
 int64_t step_sum_count(const struct model_config *config);

@@ -231,12 +231,17 @@ enum status traffic_replicate_finish(struct traffic *t, int group) {
     return finish(t, KIND_REPLICATE, group, false);
 }
 
-enum status traffic_refresh(struct traffic *t) {
+/* At stage 3 divided rows are gathered when they are needed. */
+enum status traffic_refresh_group(struct traffic *t, int group) {
+    model_pack_whole(t->model, group);
     if (t->model->sharding.zero == 3)
         return STATUS_OK;
-    for (int group = GROUP_FIRST; group < block_count(t); group++) {
-        TRY(traffic_gather_start(t, group));
-        TRY(traffic_gather_finish(t, group));
-    }
+    TRY(traffic_gather_start(t, group));
+    return traffic_gather_finish(t, group);
+}
+
+enum status traffic_refresh(struct traffic *t) {
+    for (int group = GROUP_FIRST; group < block_count(t); group++)
+        TRY(traffic_refresh_group(t, group));
     return STATUS_OK;
 }

@@ -45,5 +45,6 @@ enum status traffic_reduce_finish(struct traffic *traffic, int group) MUST_USE;
 enum status traffic_replicate_start(struct traffic *traffic, int group) MUST_USE;
 enum status traffic_replicate_finish(struct traffic *traffic, int group) MUST_USE;
 
-/* Below stage 3: every row whole, after own_weight was written by anything but the optimizer. */
+/* After own_weight was written by anything but the optimizer: what this rank computes with follows, in a group, or in all. */
+enum status traffic_refresh_group(struct traffic *traffic, int group) MUST_USE;
 enum status traffic_refresh(struct traffic *traffic) MUST_USE;

@@ -17,28 +17,36 @@ struct plan {
     struct workspace_options workspace;
     struct workspace_memory memory;
     struct event_sending sending;
+    struct outer_options outer;     /* plan.sync_steps 0: none */
+    double outer_bytes;             /* of memory */
     double share_bytes, copy_bytes; /* of a checkpoint, that rank 0 writes; of its copy */
 };
 
 static enum status plan_open(struct plan *p, const struct run_config *c, int rank_count) {
     const struct kernel_ops *ops;
-    struct placement_world world = {.rank_count = rank_count, .rank_memory_bytes = placement_machine_bytes() / rank_count};
+    struct placement_world world = {.rank_count = rank_count,
+                                    .rank_memory_bytes = placement_machine_bytes() / rank_count};
     p->config = c;
     TRY(placement_choose(c, world, &p->sharding));
     TRY(kernels_choose(c->run.kernels, &ops));
     struct model_options options = {ops,  device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length,
                                     true, p->sharding};
     TRY(model_create_shapes(&c->model, options, &p->model));
-    TRY(traffic_create(p->model, NULL, c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32, &p->traffic));
-    int micros = (int)(c->train.batch_sequences / c->train.micro_batch_sequences);
+    TRY(traffic_create(p->model, NULL, c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
+                       &p->traffic));
+    p->outer = run_config_outer(c);
+    struct step_settings settings = {(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
+                                     c->train.micro_batch_sequences / c->diloco.replicas, DTYPE_F32,
+                                     p->outer.plan.fragment_count};
     bool recompute = c->train.recompute == RECOMPUTE_BLOCK;
-    TRY(schedule_build(&p->schedule, step_schedule_options(p->model, p->traffic, micros, recompute)));
-    p->workspace = (struct workspace_options){
-        step_sequences_most(&p->sharding.mesh, c->train.micro_batch_sequences), c->train.sequence_length, true, recompute};
+    TRY(schedule_build(&p->schedule, step_schedule_options(p->model, p->traffic, &settings, recompute)));
+    p->workspace = (struct workspace_options){step_sequences_most(&p->sharding.mesh, settings.micro_batch_sequences),
+                                              c->train.sequence_length, true, recompute};
     const struct expert_exchange_ops *exchange = p->sharding.mesh.size[MESH_EXPERT] > 1 ? expert_parallel_ops() : NULL;
     TRY(workspace_plan(p->model, p->workspace, exchange, &p->memory));
-    int64_t sequences = range_count(step_sequences(&p->sharding.mesh, c->train.micro_batch_sequences));
+    int64_t sequences = range_count(step_sequences(&p->sharding.mesh, settings.micro_batch_sequences));
     p->sending = (struct event_sending){p->model, p->traffic, sequences * c->train.sequence_length};
+    p->outer_bytes = p->outer.plan.sync_steps > 0 ? (double)outer_memory_bytes(p->model, &p->outer) : 0;
     return STATUS_OK;
 }
 
@@ -82,7 +90,8 @@ static char *print_shape(int dim_count, const int64_t *shape, char line[LINE_BYT
 }
 
 static void print_parameters(const struct plan *p, struct text *out) {
-    text_add_string(out, "\nparameters: layouts over [replicate shard expert], S0 is divided by dimension 0, R replicated\n");
+    text_add_string(
+        out, "\nparameters: layouts over [replicate shard expert], S0 is divided by dimension 0, R replicated\n");
     text_printf(out, "  %-48s %-15s  %-23s %s\n", "name", "shape", "owned by rank 0", "computed with");
     for (int i = 0; i < p->model->table.count; i++) {
         const struct parameter *row = &p->model->table.rows[i];
@@ -90,8 +99,7 @@ static void print_parameters(const struct plan *p, struct text *out) {
         char whole[LINE_BYTES], mine[LINE_BYTES], here[LINE_BYTES], own_line[LINE_BYTES], compute_line[LINE_BYTES];
         text_printf(out, "  %-48s %-15s  %s %-13s  %s %s\n", row->name, print_shape(row->dim_count, row->shape, whole),
                     print_layout(&own, own_line), print_shape(row->dim_count, p->model->own_weight[i].shape, mine),
-                    print_layout(&compute, compute_line),
-                    print_shape(row->dim_count, p->model->weight[i].shape, here));
+                    print_layout(&compute, compute_line), print_shape(row->dim_count, p->model->weight[i].shape, here));
     }
 }
 
@@ -118,6 +126,28 @@ static void print_schedule(const struct plan *p, struct text *out) {
     schedule_print(&p->schedule, alone ? NULL : &remarks, out);
 }
 
+/* What goes out in one round, fragment by fragment, and in which steps. */
+static void print_meetings(const struct plan *p, struct text *out) {
+    const struct outer_plan *plan = &p->outer.plan;
+    char line[LINE_BYTES];
+    if (plan->sync_steps == 0)
+        return;
+    text_printf(out,
+                "\nmeetings of %d island%s: every %lld steps each of %d fragment%s, %s, applied %lld step%s after it "
+                "was sent\n",
+                p->sharding.mesh.size[MESH_ISLAND], p->sharding.mesh.size[MESH_ISLAND] > 1 ? "s" : "",
+                (long long)plan->sync_steps, plan->fragment_count, plan->fragment_count > 1 ? "s" : "",
+                outer_format_name(p->outer.wire), (long long)plan->overlap_steps, plan->overlap_steps == 1 ? "" : "s");
+    for (int64_t step = plan->sync_steps; step < 2 * plan->sync_steps; step++) {
+        int fragment = outer_plan_sends(plan, step);
+        if (fragment >= 0)
+            text_printf(out, "  fragment %-3d sent after step %lld, %lld, ...; rank 0 sends %s, its island %s\n",
+                        fragment, (long long)step, (long long)(step + plan->sync_steps),
+                        text_bytes(line, (double)outer_rank_bytes(p->model, &p->outer, step)),
+                        text_bytes((char[LINE_BYTES]){0}, (double)outer_island_bytes(p->model, &p->outer, step)));
+    }
+}
+
 static void print_line(struct text *out, const char *name, double bytes, const char *remark) {
     char line[LINE_BYTES];
     if (bytes > 0)
@@ -136,9 +166,13 @@ static void print_memory(const struct plan *p, struct text *out) {
     print_line(out, "staging", staging, "what is under way between ranks");
     print_line(out, "activations", (double)p->memory.activations, "");
     print_line(out, "scratch", (double)p->memory.scratch, "");
+    print_line(out, "outer", p->outer_bytes,
+               "weights that islands share, their momentum, and what is under way to them");
     print_line(out, "saving", p->copy_bytes, "a copy to write checkpoints from while training goes on");
     print_line(out, "process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
-    print_line(out, "total", (double)m->total + staging + (double)p->memory.total + p->copy_bytes + TRAIN_PROCESS_BYTES,
+    print_line(out, "total",
+               (double)m->total + staging + (double)p->memory.total + p->outer_bytes + p->copy_bytes +
+                   TRAIN_PROCESS_BYTES,
                p->sharding.mesh.size[MESH_EXPERT] > 1 ? "and the rows that routing sends here" : "");
 }
 
@@ -154,6 +188,7 @@ enum status train_dry_run(struct run_config *config, int rank_count, struct text
         text_printf(out, "mesh: %s\n", layout_describe(&plan.sharding, line));
         print_parameters(&plan, out);
         print_schedule(&plan, out);
+        print_meetings(&plan, out);
         print_memory(&plan, out);
         text_printf(out, "\ncheckpoint: rank 0 writes %s of it\n", text_bytes(line, plan.share_bytes));
     }

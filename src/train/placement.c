@@ -4,27 +4,59 @@
 #include <stdio.h>
 #include <unistd.h>
 
+/* The mesh of an island, and the islands around it. */
+static enum status choose_island(const struct layout_wishes *wishes, const struct layout_facts *facts, int islands,
+                                 int rank, struct sharding *out) {
+    TRY(layout_choose(wishes, facts, rank % facts->ranks, out));
+    if (out->zero == 0 && islands > 1 && facts->ranks > 1) { /* each rank would send all of it to the other islands */
+        struct layout_wishes divided = *wishes;
+        if (wishes->zero == 0)
+            return status_fail(STATUS_USAGE,
+                               "layout.zero 0 has every rank of an island send the whole model to the other "
+                               "islands; 1 divides that, or leave it out");
+        divided.zero = 1;
+        TRY(layout_choose(&divided, facts, rank % facts->ranks, out));
+    }
+    int size[MESH_AXIS_COUNT];
+    for (int axis = 0; axis < MESH_AXIS_COUNT; axis++)
+        size[axis] = out->mesh.size[axis];
+    size[MESH_ISLAND] = islands;
+    out->mesh = mesh_make(size, rank);
+    return STATUS_OK;
+}
+
+static enum status check_rank_count(int ranks, int islands) {
+    if (ranks % islands == 0)
+        return STATUS_OK;
+    int fewer = ranks / islands * islands;
+    return status_fail(STATUS_USAGE, "%d rank%s cannot make diloco.replicas %d islands of the same size; start %d",
+                       ranks, ranks == 1 ? "" : "s", islands, fewer > 0 ? fewer : islands);
+}
+
 enum status placement_choose(const struct run_config *c, struct placement_world world, struct sharding *out) {
     struct parameter_table table;
+    int islands = (int)c->diloco.replicas;
+    TRY(check_rank_count(world.rank_count, islands));
     struct layout_wishes wishes = {c->layout.replicate, c->layout.shard, c->layout.expert,
                                    c->layout.zero == LAYOUT_ZERO_AUTO ? LAYOUT_ZERO_CHOOSE
                                                                       : c->layout.zero - LAYOUT_ZERO_0};
     struct layout_facts facts = {
-        .ranks = world.rank_count,
+        .ranks = world.rank_count / islands,
         .ranks_per_machine = world.ranks_per_machine,
         .rank_memory_bytes = world.rank_memory_bytes,
         .batch_sequences = 0, /* fewer sequences than ranks is a waste, not a mistake: the run says so */
         .micro_batch_count = c->train.batch_sequences / c->train.micro_batch_sequences,
-        .tokens = c->train.batch_sequences * c->train.sequence_length,
+        .tokens = c->train.batch_sequences / islands * c->train.sequence_length,
     };
     TRY(parameter_table_init(&table, &c->model));
     layout_facts_of_model(&facts, &table, &c->model, run_config_compute(c));
     facts.gradient_bytes = c->layout.grad_wire == GRADIENT_WIRE_BF16 ? 2 : 4;
     parameter_table_release(&table);
-    return layout_choose(&wishes, &facts, world.rank, out);
+    return choose_island(&wishes, &facts, islands, world.rank, out);
 }
 
-/* What the group of processes that this one belongs to may use, where the system limits it: a batch job, a container. */
+/* What the group of processes that this one belongs to may use, where the system limits it: a batch job, a container.
+ */
 static int64_t group_limit_bytes(void) {
     long long bytes = 0;
     FILE *file = fopen("/sys/fs/cgroup/memory.max", "r"); /* "max": no limit */

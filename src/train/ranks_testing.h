@@ -20,12 +20,15 @@ struct test_layout {
 };
 
 struct test_rank {
+    const struct outer_options *meetings; /* NULL: no islands; set before it is opened */
+    int islands;                          /* with meetings */
     struct ranks ranks;
     struct model *model;
     struct workspace *workspace;
     struct expert_parallel *exchange;
     struct optimizer_settings optimizer;
     struct step_runner runner;
+    struct outer *outer;
     int32_t tokens[SEQUENCES * (LENGTH + 1)];
 };
 
@@ -51,7 +54,7 @@ static inline struct model_config test_model_config(void) {
 
 /* Collective. Close with test_rank_close, also after a failure. */
 static inline enum status test_rank_open(struct test_rank *r, const struct test_layout *l, struct comm *world) {
-    const int size[MESH_AXIS_COUNT] = {1, l->replicate, l->shard, l->expert};
+    const int size[MESH_AXIS_COUNT] = {r->meetings ? r->islands : 1, l->replicate, l->shard, l->expert};
     struct mesh mesh = mesh_make(size, world->rank);
     struct model_config config = test_model_config();
     const struct kernel_ops *ops;
@@ -64,13 +67,19 @@ static inline enum status test_rank_open(struct test_rank *r, const struct test_
     optimizer_settings_init(&r->optimizer);
     r->optimizer.warmup_steps = 2;
     r->optimizer.lr = 2e-3;
-    struct step_settings settings = {1, SEQUENCES, l->wire};
+    struct step_settings settings = {1, SEQUENCES, l->wire, r->meetings ? r->meetings->plan.fragment_count : 0};
     TRY(step_runner_init(&r->runner, r->model, r->workspace, &r->ranks, &r->optimizer, settings));
     TRY(model_initialize(r->model, 17));
+    if (r->meetings) {
+        TRY(outer_create(r->model, &r->ranks, r->runner.traffic, r->meetings, &r->outer));
+        outer_reset(r->outer);
+        r->runner.outer = r->outer;
+    }
     return step_refresh(&r->runner);
 }
 
 static inline void test_rank_close(struct test_rank *r) {
+    outer_destroy(r->outer);
     step_runner_release(&r->runner);
     workspace_destroy(r->workspace);
     expert_parallel_destroy(r->exchange);
@@ -78,16 +87,21 @@ static inline void test_rank_close(struct test_rank *r) {
     ranks_close(&r->ranks);
 }
 
-/* Text with something to learn: each token mostly follows from the one before. */
-static inline enum status test_rank_step(struct test_rank *r, int64_t step, struct step_limits limits,
-                                         struct step_result *result) {
+/* Text with something to learn: each token mostly follows from the one before. Another one for each `key`. */
+static inline void test_text(int32_t tokens[SEQUENCES * (LENGTH + 1)], int64_t key) {
     for (int64_t s = 0; s < SEQUENCES; s++) {
-        int32_t token = (int32_t)(random_bits(9, (uint64_t)step, (uint64_t)s) % VOCAB);
+        int32_t token = (int32_t)(random_bits(9, (uint64_t)key, (uint64_t)s) % VOCAB);
         for (int64_t t = 0; t <= LENGTH; t++) {
-            uint64_t noise = random_bits(8, (uint64_t)(step * SEQUENCES + s), (uint64_t)t);
-            r->tokens[s * (LENGTH + 1) + t] = token;
+            uint64_t noise = random_bits(8, (uint64_t)(key * SEQUENCES + s), (uint64_t)t);
+            tokens[s * (LENGTH + 1) + t] = token;
             token = noise % 5 == 0 ? (int32_t)(noise / 8 % VOCAB) : (token * 7 + 3) % VOCAB;
         }
     }
+}
+
+/* Islands have texts of their own. */
+static inline enum status test_rank_step(struct test_rank *r, int64_t step, struct step_limits limits,
+                                         struct step_result *result) {
+    test_text(r->tokens, step + STEP_COUNT * r->ranks.mesh.coordinate[MESH_ISLAND]);
     return step_run(&r->runner, (struct step_input){r->tokens, step, STEP_COUNT, limits}, result);
 }

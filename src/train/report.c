@@ -40,14 +40,15 @@ static enum status read_health(const struct train_report *report, const struct w
     if (!tensor_exists(workspace->all_stats))
         return STATUS_OK;
     int64_t stat_count = 2 + 2 * c->num_experts;
-    int64_t tokens = report->config->train.batch_sequences * report->config->train.sequence_length;
+    int64_t island_sequences = report->config->train.batch_sequences / report->config->diloco.replicas;
+    int64_t tokens = island_sequences * report->config->train.sequence_length;
     double *stats;
     TRY(memory_alloc(&stats, (size_t)(c->num_hidden_layers * stat_count), sizeof *stats));
     report->model->device->copy_to_host(stats, workspace->all_stats.data, tensor_bytes(workspace->all_stats));
     enum status status = memory_alloc(&summary->blocks, (size_t)c->num_hidden_layers, sizeof *summary->blocks);
     for (int64_t l = 0; l < c->num_hidden_layers && status == STATUS_OK; l++) {
-        struct router_health health = router_health_from_stats(stats + l * stat_count, c->num_experts,
-                                                               c->num_experts_per_tok, tokens);
+        struct router_health health =
+            router_health_from_stats(stats + l * stat_count, c->num_experts, c->num_experts_per_tok, tokens);
         summary->blocks[l] = health;
         summary->worst_load = fmax(summary->worst_load, health.load_max_over_mean);
         summary->dead_experts += health.dead_experts;
@@ -95,7 +96,7 @@ static enum status write_metrics(struct train_report *report, const struct train
     if (health->blocks)
         add_health(object, report, health);
     json_object_set_new(object, "comm_bytes", json_integer(result->comm_bytes));
-    json_object_set_new(object, "outer_bytes", json_integer(0));
+    json_object_set_new(object, "outer_bytes", json_integer(result->outer_bytes));
     return metrics_file_add(&report->metrics, object);
 }
 
@@ -120,8 +121,7 @@ enum status train_report_step(struct train_report *report, const struct workspac
     TRY(read_health(report, workspace, &health));
     double tokens = (double)(c->train.batch_sequences * c->train.sequence_length);
     struct step_figures figures = {.tokens_per_s = tokens / seconds, .seconds = seconds};
-    figures.roof_share = figures.tokens_per_s *
-                         model_train_operations_per_token(&c->model, c->train.sequence_length) /
+    figures.roof_share = figures.tokens_per_s * model_train_operations_per_token(&c->model, c->train.sequence_length) /
                          report->roof_operations_per_s;
     enum status status = write_metrics(report, state, result, &figures, &health);
     if (status == STATUS_OK)
@@ -133,9 +133,24 @@ enum status train_report_step(struct train_report *report, const struct workspac
     return status;
 }
 
+enum status train_report_outer(struct train_report *report, int64_t step, const struct outer_report *outer) {
+    double now = clock_wall_seconds();
+    json_t *object = json_pack("{s:I,s:s,s:i,s:I}", "step", (json_int_t)step, "event", "outer", "fragment",
+                               outer->fragment, "sent_step", (json_int_t)outer->sent_step);
+    json_object_set_new(object, "outer_grad_norm", metrics_number(outer->gradient_norm));
+    json_object_set_new(object, "cosine", metrics_number(outer->cosine));
+    json_object_set_new(object, "flushed", metrics_number(outer->flushed));
+    json_object_set_new(object, "outer_bytes", json_integer(outer->sent_bytes));
+    json_object_set_new(object, "waited_ms", metrics_number(1e3 * outer->waited_s));
+    json_object_set_new(object, "loss", metrics_number(outer->loss));
+    TRY(metrics_file_add(&report->metrics, object));
+    TRY(tensorboard_add(&report->tensorboard, "outer/grad_norm", outer->gradient_norm, step, now));
+    return tensorboard_add(&report->tensorboard, "outer/loss", outer->loss, step, now);
+}
+
 enum status train_report_rollback(struct train_report *report, int64_t step, int64_t to_step, const char *reason) {
-    return metrics_file_add(&report->metrics, json_pack("{s:I,s:s,s:I,s:s}", "step", (json_int_t)step, "event", "rollback",
-                                                        "to_step", (json_int_t)to_step, "reason", reason));
+    return metrics_file_add(&report->metrics, json_pack("{s:I,s:s,s:I,s:s}", "step", (json_int_t)step, "event",
+                                                        "rollback", "to_step", (json_int_t)to_step, "reason", reason));
 }
 
 enum status train_report_evaluation(struct train_report *report, int64_t step, double loss, double bits_per_byte) {

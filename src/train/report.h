@@ -31,5 +31,8 @@ enum status train_report_step(struct train_report *report, const struct workspac
 /* The run went back from state step `step`; the line is {"step", "event": "rollback", "to_step", "reason"}. */
 enum status train_report_rollback(struct train_report *report, int64_t step, int64_t to_step,
                                   const char *reason) MUST_USE;
+/* A fragment was applied after `step`: {"step", "event": "outer", "fragment", "sent_step", "outer_grad_norm", "cosine",
+ * "flushed", "outer_bytes", "waited_ms", "loss"}. */
+enum status train_report_outer(struct train_report *report, int64_t step, const struct outer_report *outer) MUST_USE;
 enum status train_report_evaluation(struct train_report *report, int64_t step, double loss,
                                     double bits_per_byte) MUST_USE;

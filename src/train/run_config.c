@@ -9,6 +9,8 @@ static const char *const recompute_names[] = {"none", "block", NULL};
 static const char *const spike_names[] = {"skip", "roll_back", "ignore", NULL};
 static const char *const zero_names[] = {"auto", "0", "1", "2", "3", NULL};
 static const char *const wire_names[] = {"fp32", "bf16", NULL};
+static const char *const order_names[] = {"strided", "sequential", NULL};
+static const char *const outer_wire_names[] = {"fp32", "bf16", "fp8", "fp4", NULL}; /* as enum outer_format */
 static const char *const mode_names[] = {"async", "sync", NULL};
 static const char *const overlap_names[] = {"wait", "replace", NULL};
 static const char *const read_names[] = {"each", "broadcast", NULL};
@@ -69,6 +71,27 @@ static const struct setting layout_settings[] = {
      "rows of tokens that may arrive at a rank at once, bytes; more come in rounds; 0: no limit"},
 };
 
+static const struct setting diloco_settings[] = {
+    {"diloco", "replicas", SETTING_INTEGER, AT(diloco.replicas), 1, 1 << 16, NULL,
+     "islands of ranks that train on their own and meet every diloco.sync_steps"},
+    {"diloco", "sync_steps", SETTING_INTEGER, AT(diloco.sync_steps), 0, 1e9, NULL,
+     "steps between two meetings of a fragment; 0: no islands"},
+    {"diloco", "fragments", SETTING_INTEGER, AT(diloco.fragments), 0, 1 << 20, NULL,
+     "parts of the model that meet one after the other; 1: all at once; 0: one for 3 blocks, and one for the rest"},
+    {"diloco", "order", SETTING_CHOICE, AT(diloco.order), 0, 1, order_names,
+     "of blocks in fragments: every so many-th one, or neighbours"},
+    {"diloco", "overlap_steps", SETTING_INTEGER, AT(diloco.overlap_steps), 0, 1e9, NULL,
+     "steps that go on while a fragment travels"},
+    {"diloco", "mix", SETTING_NUMBER, AT(diloco.mix), DILOCO_MIX_AUTO, 1, NULL,
+     "share of an island's own weights that a meeting leaves; -1: 0.5, without overlap 0"},
+    {"diloco", "outer_lr", SETTING_NUMBER, AT(diloco.outer_lr), 0, 10, NULL, "learning rate of the outer optimizer"},
+    {"diloco", "outer_momentum", SETTING_NUMBER, AT(diloco.outer_momentum), 0, 1, NULL, "its momentum, Nesterov's"},
+    {"diloco", "wire", SETTING_CHOICE, AT(diloco.wire), 0, OUTER_FORMATS - 1, outer_wire_names,
+     "of differences that travel: fp32, bf16, fp8 or fp4"},
+    {"diloco", "experts_every", SETTING_INTEGER, AT(diloco.experts_every), 1, 1e6, NULL,
+     "experts meet in every so many-th meeting of their fragment"},
+};
+
 static const struct setting place_settings[] = {
     {"checkpoint", "every_steps", SETTING_INTEGER, AT(checkpoint.every_steps), 0, 1e9, NULL,
      "steps between checkpoints; 0: only at the end"},
@@ -98,11 +121,9 @@ static const struct setting place_settings[] = {
 
 struct setting_group run_config_group(void) {
     static struct setting_table tables[] = {
-        {preset_setting, COUNT(preset_setting), 0},
-        {model_settings, 0, offsetof(struct run_config, model)},
-        {run_settings, COUNT(run_settings), 0},
-        {optimizer_setting_list, 0, offsetof(struct run_config, optim)},
-        {layout_settings, COUNT(layout_settings), 0},
+        {preset_setting, COUNT(preset_setting), 0},   {model_settings, 0, offsetof(struct run_config, model)},
+        {run_settings, COUNT(run_settings), 0},       {optimizer_setting_list, 0, offsetof(struct run_config, optim)},
+        {layout_settings, COUNT(layout_settings), 0}, {diloco_settings, COUNT(diloco_settings), 0},
         {place_settings, COUNT(place_settings), 0},
     };
     tables[1].count = model_setting_count;
@@ -124,6 +145,13 @@ void run_config_init(struct run_config *config) {
     config->train.sample_every_steps = 0;
     config->train.rollback_limit = 3;
     config->train.verify_steps = 100;
+    config->diloco.replicas = 1;
+    config->diloco.overlap_steps = 1;
+    config->diloco.mix = DILOCO_MIX_AUTO;
+    config->diloco.outer_lr = 0.4;
+    config->diloco.outer_momentum = 0.9;
+    config->diloco.wire = OUTER_FP4;
+    config->diloco.experts_every = 1;
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
     config->run.timeout_seconds = 60;
@@ -159,6 +187,53 @@ enum status run_config_resolve(struct run_config *config, const char *ini_path, 
     return run_config_check(config);
 }
 
+struct outer_options run_config_outer(const struct run_config *c) {
+    struct outer_plan plan = {.sync_steps = c->diloco.sync_steps,
+                              .fragment_count = (int)c->diloco.fragments,
+                              .block_count = (int)c->model.num_hidden_layers,
+                              .order = c->diloco.order,
+                              .overlap_steps = c->diloco.overlap_steps,
+                              .experts_every = c->diloco.experts_every};
+    if (plan.fragment_count == 0 && plan.sync_steps > 0)
+        plan.fragment_count = outer_plan_fragments(plan.block_count, plan.sync_steps, plan.overlap_steps);
+    double mix = c->diloco.mix == DILOCO_MIX_AUTO ? (plan.overlap_steps > 0 ? 0.5 : 0) : c->diloco.mix;
+    return (struct outer_options){plan, c->diloco.outer_lr, c->diloco.outer_momentum, mix,
+                                  (enum outer_format)c->diloco.wire};
+}
+
+static enum status check_islands(const struct run_config *c) {
+    long long islands = c->diloco.replicas, batch = c->train.batch_sequences, micro = c->train.micro_batch_sequences;
+    if (islands > 1 && c->diloco.sync_steps == 0)
+        return status_fail(STATUS_USAGE,
+                           "diloco.replicas %lld, but they never meet: set --diloco.sync_steps, 100 for example",
+                           islands);
+    if (c->diloco.sync_steps == 0)
+        return STATUS_OK;
+    if (batch % islands != 0)
+        return status_fail(
+            STATUS_USAGE,
+            "train.batch_sequences %lld is not a multiple of diloco.replicas %lld: each island takes as many; "
+            "%lld or %lld would do",
+            batch, islands, batch < islands ? islands : batch / islands * islands, (batch / islands + 1) * islands);
+    if (micro % islands != 0)
+        return status_fail(
+            STATUS_USAGE,
+            "train.micro_batch_sequences %lld is not a multiple of diloco.replicas %lld: it counts the sequences "
+            "of all islands",
+            micro, islands);
+    if (c->diloco.mix != DILOCO_MIX_AUTO && c->diloco.mix < 0)
+        return status_fail(STATUS_USAGE, "diloco.mix is -1 or from 0 to 1, not %g", c->diloco.mix);
+    if (c->diloco.outer_lr <= 0)
+        return status_fail(STATUS_USAGE,
+                           "diloco.outer_lr %g would never move the weights that islands share; 0.4 is usual",
+                           c->diloco.outer_lr);
+    if (c->diloco.outer_momentum >= 1)
+        return status_fail(STATUS_USAGE, "diloco.outer_momentum is less than 1, not %g; 0.9 is usual",
+                           c->diloco.outer_momentum);
+    struct outer_options outer = run_config_outer(c);
+    return outer_plan_check(&outer.plan);
+}
+
 enum status run_config_check(struct run_config *c) {
     TRY(model_config_check(&c->model, "model"));
     if (c->train.micro_batch_sequences == 0)
@@ -168,13 +243,13 @@ enum status run_config_check(struct run_config *c) {
                            "train.batch_sequences %lld is not a multiple of train.micro_batch_sequences %lld",
                            (long long)c->train.batch_sequences, (long long)c->train.micro_batch_sequences);
     if (c->train.sequence_length > c->model.max_position_embeddings)
-        return status_fail(STATUS_USAGE,
-                           "train.sequence_length %lld is longer than model.max_position_embeddings %lld",
+        return status_fail(STATUS_USAGE, "train.sequence_length %lld is longer than model.max_position_embeddings %lld",
                            (long long)c->train.sequence_length, (long long)c->model.max_position_embeddings);
     if (c->train.steps == 0 && c->train.target_minutes <= 0)
         return status_fail(STATUS_USAGE, "train.steps is 0; set it, or train.target_minutes");
     if (c->run.timeout_seconds > 0 && c->run.timeout_seconds < 1)
         return status_fail(STATUS_USAGE, "run.timeout_seconds is 0 or at least 1, not %g", c->run.timeout_seconds);
+    TRY(check_islands(c));
     if (!*c->run.directory)
         return status_fail(STATUS_USAGE, "run.directory is empty");
     return STATUS_OK;

@@ -3,6 +3,7 @@
 
 #include "model/config.h"
 #include "optim/optimizer.h"
+#include "parallel/outer.h"
 
 enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_BLOCK };
@@ -35,6 +36,16 @@ struct run_config {
         int64_t exchange_limit_bytes;
     } layout;
     struct {
+        int64_t replicas, sync_steps; /* islands; 0: they never meet */
+        int64_t fragments;            /* 0: to be chosen */
+        int order;                    /* enum outer_order */
+        int64_t overlap_steps;
+        double mix;                   /* DILOCO_MIX_AUTO: to be chosen */
+        double outer_lr, outer_momentum;
+        int wire;                     /* enum outer_format */
+        int64_t experts_every;
+    } diloco;
+    struct {
         int64_t every_steps, keep, keep_every_steps, file_bytes;
         bool keep_best;
         int mode, overlap, read; /* enum checkpoint_mode, checkpoint_overlap, checkpoint_read (train/state.h) */
@@ -64,6 +75,11 @@ enum status run_config_resolve(struct run_config *config, const char *ini_path, 
 
 /* Sizes that belong together: micro-batches divide the batch, the sequence fits the positions, ... */
 enum status run_config_check(struct run_config *config) MUST_USE;
+
+enum { DILOCO_MIX_AUTO = -1 };
+
+/* What [diloco] says, with what was left to be chosen; plan.sync_steps is 0 where there is none. */
+struct outer_options run_config_outer(const struct run_config *config);
 
 /* The dtype that products run in, with PRECISION_AUTO decided for this machine. */
 enum dtype run_config_compute(const struct run_config *config);

@@ -147,7 +147,7 @@ static enum status start(struct rank *r, const struct job *job, int64_t step) {
     struct checkpoint_sources sources = {
         tokenizer_path,    config_path,  NULL,
         &r->model->config, r->tokenizer, {.step = step, .sequences = 8 * step, .tokens = 128 * step, .best_step = -1},
-        {9, 0, -1, -1}};
+        {9, 0, -1, -1},    NULL};
     TRY(saver_start(r->saver, &sources));
     if (job->mutates)
         fill(r->model, 99);

@@ -266,8 +266,6 @@ static enum status read_all(const char *directory, struct model *model, struct r
     TRY(comm_agree(ranks->world, status));
     if (read == CHECKPOINT_READ_BROADCAST)
         TRY(send_to_replicas(model, &ranks->replicas));
-    if (model->sharding.zero == 3) /* below, refreshing does it */
-        model_repack(model);
     return STATUS_OK;
 }
 

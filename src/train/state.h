@@ -3,7 +3,7 @@
 
 #include "checkpoint/publish.h"
 #include "model/model.h"
-#include "parallel/ranks.h"
+#include "parallel/outer.h"
 #include "train/guard.h"
 
 struct tokenizer;
@@ -15,6 +15,10 @@ struct train_state {
     double best_valid_loss; /* of the checkpoints that were saved at an evaluation, and the step of that; -1: none yet */
     int64_t best_step;
     struct guard guard; /* what steps are held against; empty where the file has none */
+    int64_t island_count;   /* 0: no islands */
+    struct outer_plan plan; /* of when they meet */
+    bool has_report;        /* a fragment was received that is not mixed in yet */
+    struct outer_report report;
 };
 
 /* What a checkpoint says: a Hugging Face directory (config.json, generation_config.json, model.safetensors in f32,
@@ -28,6 +32,7 @@ struct checkpoint_sources {
     const struct tokenizer *tokenizer;
     struct train_state state;
     struct checkpoint_retention keep; /* of older ones; good_step is not looked at */
+    const struct guard *island_guards; /* [islands], until the save is published; NULL without islands */
 };
 
 /* All but the tensors, into a draft. Not collective. */

@@ -12,6 +12,7 @@
 #include "train/agreement.h"
 #include "parallel/layout_choice.h"
 #include "train/evaluate.h"
+#include "train/notices.h"
 #include "train/placement.h"
 #include "train/profile.h"
 #include "train/report.h"
@@ -27,14 +28,17 @@
 #include <string.h>
 
 /* Invariants.
- *  1. state.step updates are in the weights; state.sequences sequences were drawn for them. A checkpoint is written only
- *     between steps, so that what it holds is always such a pair.
+ *  1. state.step updates are in the weights; state.sequences sequences were drawn for them. A checkpoint is written
+ * only between steps, so that what it holds is always such a pair.
  *  2. The loader's order is a function of the seed and the cursor; nothing else about it needs saving.
  *  3. Evaluation and samples change neither weights, nor moments, nor the cursor.
- *  4. A step that is refused changes neither weights nor moments; its data is passed over. A return to a checkpoint takes
- *     everything from there but the cursor, so that the same data is not met again (train/guard.h).
+ *  4. A step that is refused changes neither weights nor moments; its data is passed over. A return to a checkpoint
+ * takes everything from there but the cursor, so that the same data is not met again (train/guard.h).
  *  5. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
  *     signal, a time that was measured) is agreed on before anybody acts on it.
+ *  6. From step to step islands do not wait for each other: what one of them wants of all (to stop, to go back) is
+ * told, and acted on by all after the same later step (train/notices.h). They do wait where something is evaluated or
+ * saved.
  */
 struct trainer {
     struct run_config *config;
@@ -49,18 +53,25 @@ struct trainer {
     struct workspace *workspace;
     struct expert_parallel *exchange; /* NULL where experts are not divided */
     struct step_runner runner;
+    struct outer *outer; /* NULL without islands */
+    struct notices notices;
+    int64_t next_advance; /* the first step after which it is known whether all are done with a stage of a save */
+    struct guard *guards; /* [islands] for a checkpoint */
     struct train_state state;
     struct train_report report;
     struct profile profile; /* zeroed without hooks.profile */
-    int32_t *tokens; /* [batch_sequences, T+1] */
+    int32_t *tokens;        /* [batch_sequences, T+1] */
     struct saver *saver;
     char *checkpoints, *samples_path, *config_path, *metrics_path;
     double roof_operations_per_s, step_seconds, begin_s;
     int64_t processed_tokens; /* by this call */
-    bool stopping; /* some rank was asked to stop: agreed on */
+    enum step_skip trouble;   /* what this island wants to go back for */
+    bool stopping;            /* some rank was asked to stop: agreed on */
 };
 
-enum { PROBE_STEPS = 4 };
+enum { NOTICE_STOP = 1, NOTICE_BUSY = 2, NOTICE_ROLL_BACK = 4 };
+
+enum { PROBE_STEPS = 4, NOTICE_DELAY_MAX = 64 };
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
 
 static volatile sig_atomic_t stop_requested;
@@ -77,10 +88,12 @@ static void watch_signals(void) {
     stop_requested = 0;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGUSR1, &action, NULL); /* mpirun passes it on and, other than SIGTERM, does not end the ranks soon after */
+    sigaction(SIGUSR1, &action,
+              NULL); /* mpirun passes it on and, other than SIGTERM, does not end the ranks soon after */
 }
 
-/* ---- setting up ---------------------------------------------------------------------------------------------------- */
+/* ---- setting up ----------------------------------------------------------------------------------------------------
+ */
 
 static bool is_first(const struct trainer *t) {
     return t->world.comm->rank == 0;
@@ -89,7 +102,8 @@ static bool is_first(const struct trainer *t) {
 static enum status prepare_data(struct trainer *t, const char *directory) {
     struct run_config *c = t->config;
     if (!*c->data.train)
-        return status_fail(STATUS_USAGE, "data.train is not set; name the text to learn from: --data.train 'texts/*.txt'");
+        return status_fail(STATUS_USAGE,
+                           "data.train is not set; name the text to learn from: --data.train 'texts/*.txt'");
     struct corpus_options options = {.train_patterns = c->data.train,
                                      .valid_patterns = *c->data.valid ? c->data.valid : NULL,
                                      .tokenizer_path = *c->data.tokenizer ? c->data.tokenizer : NULL,
@@ -142,19 +156,34 @@ static enum status open_loader(struct trainer *t, int64_t first_sequence, struct
 
 static struct model_options model_options_from(const struct run_config *c, const struct kernel_ops *ops,
                                                struct sharding sharding) {
-    return (struct model_options){
-        ops, device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length, true, sharding};
+    return (struct model_options){ops,  device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length,
+                                  true, sharding};
 }
 
 static struct workspace_options workspace_options_from(const struct run_config *c, const struct mesh *mesh) {
-    return (struct workspace_options){step_sequences_most(mesh, c->train.micro_batch_sequences),
+    return (struct workspace_options){step_sequences_most(mesh, c->train.micro_batch_sequences / c->diloco.replicas),
                                       c->train.sequence_length, true, c->train.recompute == RECOMPUTE_BLOCK};
 }
 
 static struct step_settings step_settings_from(const struct run_config *c) {
     return (struct step_settings){(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
-                                  c->train.micro_batch_sequences,
-                                  c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32};
+                                  c->train.micro_batch_sequences / c->diloco.replicas,
+                                  c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
+                                  run_config_outer(c).plan.fragment_count};
+}
+
+/* Islands know of each other what happened as many steps ago as a fragment travels. */
+static enum status create_islands(struct trainer *t) {
+    struct outer_options options = run_config_outer(t->config);
+    int64_t islands = t->config->diloco.replicas, overlap = options.plan.overlap_steps;
+    int64_t delay = islands == 1 ? 0 : overlap < 1 ? 1 : overlap < NOTICE_DELAY_MAX ? overlap : NOTICE_DELAY_MAX;
+    TRY(notices_init(&t->notices, &t->ranks.islands, (int)delay));
+    if (options.plan.sync_steps == 0)
+        return STATUS_OK;
+    TRY(memory_alloc(&t->guards, (size_t)islands, sizeof *t->guards));
+    TRY(outer_create(t->model, &t->ranks, t->runner.traffic, &options, &t->outer));
+    t->runner.outer = t->outer;
+    return STATUS_OK;
 }
 
 static enum status create_model(struct trainer *t) {
@@ -165,6 +194,7 @@ static enum status create_model(struct trainer *t) {
     TRY(step_workspace_create(t->model, &t->ranks, workspace_options_from(c, &t->sharding.mesh),
                               c->layout.exchange_limit_bytes, &t->workspace, &t->exchange));
     TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, step_settings_from(c)));
+    TRY(create_islands(t));
     size_t token_count = (size_t)(c->train.batch_sequences * (c->train.sequence_length + 1));
     return memory_alloc(&t->tokens, token_count, sizeof *t->tokens);
 }
@@ -187,7 +217,10 @@ static void clear_moments(struct model *model) {
 static enum status start_fresh(struct trainer *t) {
     t->state = (struct train_state){.best_step = -1};
     clear_moments(t->model);
-    return model_initialize(t->model, (uint64_t)t->config->train.seed);
+    TRY(model_initialize(t->model, (uint64_t)t->config->train.seed));
+    if (t->outer)
+        outer_reset(t->outer);
+    return STATUS_OK;
 }
 
 /* What ranks compute with follows what they own. */
@@ -196,9 +229,22 @@ static enum status agree_and_refresh(struct trainer *t, enum status status) {
     return step_refresh(&t->runner);
 }
 
+/* This island's sequences of the batch. */
+static const int32_t *island_tokens(const struct trainer *t) {
+    int64_t sequences = t->config->train.batch_sequences / t->config->diloco.replicas;
+    return t->tokens + t->sharding.mesh.coordinate[MESH_ISLAND] * sequences * (t->config->train.sequence_length + 1);
+}
+
+/* So many that all fragments meet in the last H of them. */
+static int64_t whole_rounds(const struct run_config *c, int64_t steps) {
+    int64_t unit = c->diloco.sync_steps > 10 ? c->diloco.sync_steps : 10;
+    return steps < unit ? (steps < 10 ? 10 : steps) : steps / unit * unit;
+}
+
 /* How many steps fit the target: a few are run on the first batch, timed, and undone. */
 static enum status measure_steps(struct trainer *t) {
     struct loader *loader;
+    t->runner.outer = NULL;
     TRY(open_loader(t, 0, &loader));
     enum status status = loader_next(loader, t->tokens);
     loader_close(loader);
@@ -207,13 +253,14 @@ static enum status measure_steps(struct trainer *t) {
     for (int i = 1; i <= PROBE_STEPS; i++) {
         struct step_result result;
         double begin = clock_seconds();
-        TRY(step_run(&t->runner, (struct step_input){.tokens = t->tokens, .step = i, .step_count = PROBE_STEPS}, &result));
+        TRY(step_run(&t->runner, (struct step_input){.tokens = island_tokens(t), .step = i, .step_count = PROBE_STEPS},
+                     &result));
         if (i > 1) /* the first one warms caches and libraries */
             fastest = fmin(fastest, clock_seconds() - begin);
     }
     TRY(comm_broadcast(t->world.comm, &fastest, sizeof fastest));
-    int64_t steps = (int64_t)(t->config->train.target_minutes * 60 / fastest);
-    t->config->train.steps = steps < 10 ? 10 : steps / 10 * 10;
+    t->runner.outer = t->outer;
+    t->config->train.steps = whole_rounds(t->config, (int64_t)(t->config->train.target_minutes * 60 / fastest));
     log_info("speed   %.0f ms a step: %lld steps fit %g minutes", 1e3 * fastest, (long long)t->config->train.steps,
              t->config->train.target_minutes);
     return agree_and_refresh(t, start_fresh(t));
@@ -233,13 +280,26 @@ static enum status tidy_checkpoints(const struct trainer *t) {
     return checkpoint_keep(t->checkpoints, keep);
 }
 
+static void resume_islands(struct trainer *t) {
+    outer_resume(t->outer, &t->state.plan, t->state.step);
+    t->outer->has_report = t->state.has_report;
+    t->outer->report = t->state.report;
+}
+
 /* The newest good checkpoint, or the start of the run. */
 static enum status restore(struct trainer *t, char path[CHECKPOINT_PATH_BYTES]) {
     TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, (enum checkpoint_read)t->config->checkpoint.read,
                           &t->state, path));
     if (*path && t->hooks.checkpoint_is_good)
         t->hooks.checkpoint_is_good(path);
+    if (*path && t->outer)
+        resume_islands(t);
     return agree_and_refresh(t, *path ? STATUS_OK : start_fresh(t));
+}
+
+/* Before the first step islands must hold the same. */
+static enum status verify_islands(struct trainer *t) {
+    return t->outer ? outer_verify(t->outer) : STATUS_OK;
 }
 
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
@@ -250,23 +310,41 @@ static enum status start_or_resume(struct trainer *t, bool *resumed) {
         TRY(comm_agree(t->world.comm, is_first(t) ? tidy_checkpoints(t) : STATUS_OK));
     if (t->config->train.steps == 0)
         TRY(measure_steps(t));
+    TRY(verify_islands(t));
     return comm_agree(t->world.comm, is_first(t) ? run_directory_write_config(t->config) : STATUS_OK);
+}
+
+static void describe_islands(const struct trainer *t) {
+    const struct outer_options *o = &t->outer->options;
+    const struct outer_plan *plan = &o->plan;
+    char bytes[32];
+    int64_t round_bytes = 0;
+    for (int64_t step = plan->sync_steps; step < 2 * plan->sync_steps; step++)
+        round_bytes += outer_island_bytes(t->model, o, step);
+    log_info("islands %d, meeting every %lld steps in %d fragment%s, applied %lld step%s later; %s: each sends %s in "
+             "that time",
+             t->sharding.mesh.size[MESH_ISLAND], (long long)plan->sync_steps, plan->fragment_count,
+             plan->fragment_count == 1 ? "" : "s", (long long)plan->overlap_steps, plan->overlap_steps == 1 ? "" : "s",
+             outer_format_name(o->wire), text_bytes(bytes, (double)round_bytes));
 }
 
 static void describe(const struct trainer *t) {
     const struct run_config *c = t->config;
     struct parameter_counts counts = parameter_table_count(&t->model->table, &c->model);
     char total[32], active[32], tokens[32], held_out[32], bytes[32];
-    log_info("model   %s parameters, %s active a token; %lld blocks, %lld experts, top %lld, width %lld, vocabulary %lld",
-             text_count(total, counts.total), text_count(active, counts.active), (long long)c->model.num_hidden_layers,
-             (long long)c->model.num_experts, (long long)c->model.num_experts_per_tok,
-             (long long)c->model.hidden_size, (long long)c->model.vocab_size);
+    log_info(
+        "model   %s parameters, %s active a token; %lld blocks, %lld experts, top %lld, width %lld, vocabulary %lld",
+        text_count(total, counts.total), text_count(active, counts.active), (long long)c->model.num_hidden_layers,
+        (long long)c->model.num_experts, (long long)c->model.num_experts_per_tok, (long long)c->model.hidden_size,
+        (long long)c->model.vocab_size);
     log_info("data    %s tokens to learn from, %s held out", text_count(tokens, t->corpus.train.token_count),
              text_count(held_out, t->corpus.valid.token_count));
     log_info("machine %d threads, %s, %.0f GFLOP/s at best with %s; %s of tensors", threads_count(),
              c->train.precision == PRECISION_BF16 ? "bf16" : "fp32", 1e-9 * t->roof_operations_per_s,
              t->model->context.ops->multiply_unit(t->model->context.compute),
              text_bytes(bytes, (double)(t->model->memory.total + t->workspace->memory.total)));
+    if (t->outer)
+        describe_islands(t);
 }
 
 /* Of all ranks together, each measured while the others are, too. */
@@ -292,14 +370,15 @@ static enum status choose_layout(struct trainer *t) {
     TRY(comm_agree(world, placement_choose(t->config, known, &t->sharding)));
     if (world->size > 1)
         log_info("layout  %s", layout_describe(&t->sharding, line));
-    if (t->config->train.micro_batch_sequences < world->size)
+    if (t->config->train.micro_batch_sequences < world->size) /* as many ranks in each island */
         log_warn("%lld sequences at a time leave %lld of %d ranks without work: raise --train.micro_batch_sequences",
                  (long long)t->config->train.micro_batch_sequences,
                  (long long)(world->size - t->config->train.micro_batch_sequences), world->size);
     return ranks_open(&t->ranks, &t->sharding.mesh, world);
 }
 
-/* What cannot be is refused before anything is written; the choice itself waits for the vocabulary, which the data decide. */
+/* What cannot be is refused before anything is written; the choice itself waits for the vocabulary, which the data
+ * decide. */
 static enum status check_layout(const struct trainer *t) {
     struct run_config config = *t->config;
     struct placement_world known = {.rank = t->world.comm->rank, .rank_count = t->world.comm->size};
@@ -338,7 +417,13 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     return comm_agree(world, status);
 }
 
-static void tear_down(struct trainer *t) {
+/* failed: with others still at work. */
+static void tear_down(struct trainer *t, bool failed) {
+    if (failed && (notices_are_under_way(&t->notices) || (t->outer && t->outer->travels)))
+        ranks_leave_islands(&t->ranks);
+    outer_destroy(t->outer);
+    notices_release(&t->notices);
+    free(t->guards);
     saver_destroy(t->saver);
     train_report_close(&t->report);
     loader_close(t->loader);
@@ -357,15 +442,38 @@ static void tear_down(struct trainer *t) {
     free(t->metrics_path);
 }
 
-/* ---- what happens between steps -------------------------------------------------------------------------------------- */
+/* ---- what happens between steps
+ * -------------------------------------------------------------------------------------- */
+
+/* What islands know of themselves, for the checkpoint; their global weights hold all that was sent. */
+static enum status gather_islands(struct trainer *t) {
+    if (!t->outer)
+        return STATUS_OK;
+    TRY(outer_settle(t->outer));
+    TRY(outer_verify(t->outer));
+    t->state.island_count = t->sharding.mesh.size[MESH_ISLAND];
+    t->state.plan = t->outer->options.plan;
+    t->state.has_report = t->outer->has_report && t->outer->mixing >= 0;
+    t->state.report = t->outer->report;
+    return comm_share(&t->ranks.islands, &t->state.guard, sizeof t->state.guard, t->guards);
+}
 
 /* A save that is still under way is given up or waited for, as the settings say; the last one of a run always ends. */
 static enum status save(struct trainer *t) {
     const struct run_config *c = t->config;
-    struct checkpoint_sources sources = {t->corpus.tokenizer_path, t->config_path, t->metrics_path, &c->model,
-                                         t->tokenizer,             t->state,       retention(t)};
     TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE ? saver_cancel(t->saver) : saver_finish(t->saver));
-    return saver_start(t->saver, &sources);
+    TRY(gather_islands(t));
+    struct checkpoint_sources sources = {.tokenizer_path = t->corpus.tokenizer_path,
+                                         .config_path = t->config_path,
+                                         .metrics_path = t->metrics_path,
+                                         .model = &c->model,
+                                         .tokenizer = t->tokenizer,
+                                         .state = t->state,
+                                         .keep = retention(t),
+                                         .island_guards = t->guards};
+    TRY(saver_start(t->saver, &sources));
+    t->next_advance = t->state.step + 1 + t->notices.delay;
+    return STATUS_OK;
 }
 
 /* Bytes of the text that `count` tokens from the document's beginning stand for. */
@@ -380,14 +488,32 @@ static int64_t bytes_of_tokens(const struct trainer *t, const struct corpus_docu
     return bytes;
 }
 
+/* This island's share of a document of `count` tokens, in whole windows; a token before it is its context. */
+static struct range island_windows(const struct trainer *t, int64_t count) {
+    int64_t length = t->config->train.sequence_length, predicted = count > 0 ? count - 1 : 0;
+    struct range windows = range_part((predicted + length - 1) / length, t->ranks.islands.size, t->ranks.islands.rank);
+    int64_t begin = windows.begin * length, end = windows.end * length;
+    return (struct range){begin, (end < predicted ? end : predicted) + 1};
+}
+
+/* What all islands found. */
+static enum status add_up_islands(struct trainer *t, struct evaluation *evaluation) {
+    double sums[] = {evaluation->loss_sum, (double)evaluation->token_count};
+    if (t->ranks.islands.size == 1)
+        return STATUS_OK;
+    TRY(comm_sum_f64(&t->ranks.islands, sums, 2));
+    evaluation->loss_sum = sums[0];
+    evaluation->token_count = (int64_t)sums[1];
+    return STATUS_OK;
+}
+
 /* The beginning of every held-out document, in the same share, together about token_limit tokens (0: all of it): a
  * short evaluation meets every kind of text as often as a whole one does. */
 static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, struct train_summary *summary) {
     const struct corpus_split *split = &t->corpus.valid;
     struct evaluation evaluation = {0};
-    double share = token_limit > 0 && token_limit < split->token_count
-                       ? (double)token_limit / (double)split->token_count
-                       : 1;
+    double share =
+        token_limit > 0 && token_limit < split->token_count ? (double)token_limit / (double)split->token_count : 1;
     int64_t bytes = 0;
     enum status status = STATUS_OK;
     for (int64_t i = 0; i < split->document_count && status == STATUS_OK; i++) {
@@ -398,14 +524,30 @@ static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, str
         if (status != STATUS_OK)
             break;
         token_shard_copy(&split->shard, document->first_token, count, tokens);
-        status = evaluate_tokens(t->model, t->workspace, t->runner.traffic, tokens, count, &evaluation);
+        struct range mine = island_windows(t, count);
+        status = evaluate_tokens(t->model, t->workspace, t->runner.traffic, tokens + mine.begin, range_count(mine),
+                                 &evaluation);
         bytes += bytes_of_tokens(t, document, tokens, count);
         free(tokens);
     }
+    if (status == STATUS_OK)
+        status = add_up_islands(t, &evaluation);
     summary->valid_loss = evaluation_loss(&evaluation);
     summary->valid_bits_per_byte = evaluation_bits_per_byte(&evaluation, bytes);
     evaluation_release(&evaluation);
     return status;
+}
+
+/* What is evaluated, and shown, are the weights that all islands share. */
+static enum status show_global(struct trainer *t) {
+    if (!t->outer)
+        return STATUS_OK;
+    TRY(outer_settle(t->outer));
+    return outer_swap(t->outer);
+}
+
+static enum status show_local(struct trainer *t) {
+    return t->outer ? outer_swap(t->outer) : STATUS_OK;
 }
 
 static enum status add_sample(struct trainer *t) {
@@ -435,13 +577,22 @@ static bool is_time_over(const struct trainer *t) {
     return is_first(t) && t->hooks.max_seconds > 0 && clock_seconds() - t->begin_s >= t->hooks.max_seconds;
 }
 
-/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. And a save that all ranks
- * are done with goes on to its next stage. */
-static enum status agree_after_step(struct trainer *t) {
-    double asked[] = {stop_requested || is_time_over(t), saver_is_busy(t->saver)};
-    TRY(comm_sum_f64(t->world.comm, asked, 2));
-    t->stopping = asked[0] > 0;
-    return asked[1] == 0 ? saver_advance(t->saver) : STATUS_OK;
+/* A signal reaches one rank or some, and the time is rank 0's; all save and leave after the same step. And a save that
+ * all ranks are done with goes on to its next stage. */
+static enum status agree_after_step(struct trainer *t, bool *rolls_back) {
+    double asked[] = {stop_requested || is_time_over(t), saver_is_busy(t->saver), t->trouble != STEP_UPDATED};
+    uint32_t known;
+    TRY(comm_sum_f64(&t->ranks.batch, asked, 3));
+    TRY(notices_exchange(&t->notices,
+                         (asked[0] > 0 ? NOTICE_STOP : 0) | (asked[1] > 0 ? NOTICE_BUSY : 0) |
+                             (asked[2] > 0 ? NOTICE_ROLL_BACK : 0),
+                         &known));
+    t->stopping = known & NOTICE_STOP;
+    *rolls_back = known & NOTICE_ROLL_BACK;
+    if ((known & NOTICE_BUSY) || t->state.step < t->next_advance)
+        return STATUS_OK;
+    t->next_advance = t->state.step + 1 + t->notices.delay;
+    return saver_advance(t->saver);
 }
 
 /* A checkpoint of a step that was evaluated may be the best so far. */
@@ -460,6 +611,38 @@ static enum status verify(struct trainer *t, bool saves) {
     return verify_copies(t->model, &t->ranks, t->state.step, t->checkpoints);
 }
 
+static struct guard_settings guard_settings_from(const struct run_config *c) {
+    return (struct guard_settings){c->train.spikes, c->train.rollback_limit};
+}
+
+static struct step_input next_input(const struct trainer *t) {
+    return (struct step_input){island_tokens(t), t->state.step + 1, t->config->train.steps,
+                               guard_limits(&t->state.guard, guard_settings_from(t->config))};
+}
+
+/* Back to the newest good checkpoint, which a save that is under way becomes. The cursor stays: the data between there
+ * and here is passed over. */
+static enum status roll_back(struct trainer *t) {
+    const struct train_state before = t->state;
+    const char *reason = t->trouble ? step_skip_reason(t->trouble) : "another island's trouble";
+    char path[CHECKPOINT_PATH_BYTES];
+    TRY(saver_finish(t->saver));
+    TRY(notices_drain(&t->notices));
+    if (t->outer)
+        TRY(outer_drop(t->outer));
+    TRY(restore(t, path));
+    t->trouble = STEP_UPDATED;
+    guard_roll_back(&t->state.guard, &before.guard, before.step);
+    t->state.sequences = before.sequences;
+    loader_close(t->loader);
+    t->loader = NULL;
+    TRY(comm_agree(t->world.comm, open_loader(t, t->state.sequences, &t->loader)));
+    log_warn("step %lld: %s; back to step %lld (%s), the data between is passed over", (long long)before.step, reason,
+             (long long)t->state.step, *path ? path : "the start: there is no checkpoint");
+    return comm_agree(t->world.comm,
+                      is_first(t) ? train_report_rollback(&t->report, before.step, t->state.step, reason) : STATUS_OK);
+}
+
 static enum status after_step(struct trainer *t, struct train_summary *summary) {
     const struct run_config *c = t->config;
     int64_t step = t->state.step;
@@ -467,7 +650,9 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     enum status status = STATUS_OK;
     double begin = clock_seconds();
     if (evaluated) {
+        TRY(show_global(t));
         TRY(evaluate_held_out(t, last ? 0 : c->train.eval_tokens, summary));
+        TRY(show_local(t));
         if (is_first(t))
             status = train_report_evaluation(&t->report, step, summary->valid_loss, summary->valid_bits_per_byte);
         TRY(comm_agree(t->world.comm, status));
@@ -475,11 +660,16 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     }
     begin = clock_seconds();
     if (is_due(step, c->train.sample_every_steps) || (last && c->train.sample_every_steps > 0)) {
+        TRY(show_global(t));
         TRY(add_sample(t));
+        TRY(show_local(t));
         profile_note(&t->profile, SPAN_SAMPLE, begin);
     }
     begin = clock_seconds();
-    TRY(agree_after_step(t));
+    bool rolls_back;
+    TRY(agree_after_step(t, &rolls_back));
+    if (rolls_back)
+        return roll_back(t);
     bool saves = last || t->stopping || is_due(step, c->checkpoint.every_steps);
     TRY(verify(t, saves));
     if (saves) {
@@ -491,50 +681,27 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     return STATUS_OK;
 }
 
-static struct guard_settings guard_settings_from(const struct run_config *c) {
-    return (struct guard_settings){c->train.spikes, c->train.rollback_limit};
-}
-
-static struct step_input next_input(const struct trainer *t) {
-    return (struct step_input){t->tokens, t->state.step + 1, t->config->train.steps,
-                               guard_limits(&t->state.guard, guard_settings_from(t->config))};
-}
-
-/* Back to the newest good checkpoint, which a save that is under way becomes. The cursor stays: the data between there and
- * here is passed over. */
-static enum status roll_back(struct trainer *t, const struct step_result *result) {
-    const struct train_state before = t->state;
-    const char *reason = step_skip_reason(result->skipped);
-    char path[CHECKPOINT_PATH_BYTES];
-    TRY(saver_finish(t->saver));
-    TRY(restore(t, path));
-    guard_roll_back(&t->state.guard, &before.guard, before.step);
-    t->state.sequences = before.sequences;
-    loader_close(t->loader);
-    t->loader = NULL;
-    TRY(comm_agree(t->world.comm, open_loader(t, t->state.sequences, &t->loader)));
-    log_warn("step %lld: %s; back to step %lld (%s), the data between is passed over", (long long)before.step, reason,
-             (long long)t->state.step, *path ? path : "the start: there is no checkpoint");
-    return comm_agree(t->world.comm, is_first(t) ? train_report_rollback(&t->report, before.step, t->state.step, reason)
-                                                 : STATUS_OK);
-}
-
 static enum status give_up(const struct trainer *t, const struct step_result *result) {
     const struct guard *guard = &t->state.guard;
-    return status_fail(STATUS_NUMERIC,
-                       "step %lld: %s, %lld steps in a row, after %lld returns to a checkpoint that did not get past it; "
-                       "lower --optim.lr, look at the data, or allow more by --train.rollback_limit or --train.spikes "
-                       "ignore; what was learnt is in %s",
-                       (long long)t->state.step, step_skip_reason(result->skipped), (long long)guard->skipped_in_a_row,
-                       (long long)guard->rollbacks, t->checkpoints);
+    return status_fail(
+        STATUS_NUMERIC,
+        "step %lld: %s, %lld steps in a row, after %lld returns to a checkpoint that did not get past it; "
+        "lower --optim.lr, look at the data, or allow more by --train.rollback_limit or --train.spikes "
+        "ignore; what was learnt is in %s",
+        (long long)t->state.step, step_skip_reason(result->skipped), (long long)guard->skipped_in_a_row,
+        (long long)guard->rollbacks, t->checkpoints);
 }
 
 static enum status report_step(struct trainer *t, const struct step_result *result, double seconds) {
     if (result->skipped)
         log_warn("step %lld: loss %g, gradient norm %g: %s, the update is skipped", (long long)t->state.step,
                  result->loss, result->gradient_norm, step_skip_reason(result->skipped));
-    return comm_agree(t->world.comm, is_first(t) ? train_report_step(&t->report, t->workspace, &t->state, result, seconds)
-                                                 : STATUS_OK);
+    enum status status = STATUS_OK;
+    if (is_first(t))
+        status = train_report_step(&t->report, t->workspace, &t->state, result, seconds);
+    if (is_first(t) && status == STATUS_OK && result->applied && t->outer->has_report)
+        status = train_report_outer(&t->report, t->state.step, &t->outer->report);
+    return comm_agree(&t->ranks.batch, status);
 }
 
 static enum status run_step(struct trainer *t, struct train_summary *summary) {
@@ -542,7 +709,7 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     struct step_result result;
     profile_begin_step(&t->profile, t->state.step + 1);
     double begin = clock_seconds();
-    TRY(comm_agree(t->world.comm, loader_next(t->loader, t->tokens)));
+    TRY(comm_agree(&t->ranks.batch, loader_next(t->loader, t->tokens)));
     profile_note(&t->profile, SPAN_DATA, begin);
     TRY(step_run(&t->runner, next_input(t), &result));
     double seconds = clock_seconds() - begin;
@@ -559,7 +726,11 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     profile_note(&t->profile, SPAN_REPORT, begin);
     if (verdict == GUARD_GIVE_UP)
         return give_up(t, &result);
-    return verdict == GUARD_ROLL_BACK ? roll_back(t, &result) : after_step(t, summary);
+    if (verdict == GUARD_ROLL_BACK)
+        t->trouble = result.skipped;
+    if (verdict == GUARD_ROLL_BACK && t->ranks.islands.size == 1)
+        return roll_back(t);
+    return after_step(t, summary);
 }
 
 static void finish_summary(const struct trainer *t, double seconds, struct train_summary *summary) {
@@ -573,7 +744,7 @@ static void finish_summary(const struct trainer *t, double seconds, struct train
                           t->roof_operations_per_s;
     summary->peak_bytes = (double)memory_peak_bytes();
     summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total + TRAIN_PROCESS_BYTES) +
-                             (double)saver_copy_bytes(t->saver);
+                             (double)saver_copy_bytes(t->saver) + (t->outer ? (double)t->outer->memory_bytes : 0);
     summary->interrupted = t->stopping && t->state.step < t->config->train.steps;
 }
 
@@ -615,6 +786,8 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
         status = run_step(t, summary);
     if (status == STATUS_OK)
         status = saver_finish(t->saver);
+    if (status == STATUS_OK)
+        status = notices_drain(&t->notices);
     finish_summary(t, clock_seconds() - begin, summary);
     if (t->hooks.profile && status == STATUS_OK)
         status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);
@@ -626,6 +799,6 @@ enum status train_run(struct run_config *config, struct train_world world, struc
     struct trainer trainer = {.config = config, .world = world, .hooks = hooks, .begin_s = clock_seconds()};
     *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
     enum status status = run_all(&trainer, summary);
-    tear_down(&trainer);
+    tear_down(&trainer, status != STATUS_OK);
     return status;
 }

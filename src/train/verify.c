@@ -1,13 +1,12 @@
 #include "train/verify.h"
 
-#include "base/hash.h"
 #include "base/memory.h"
 #include "base/text.h"
-#include "base/threads.h"
+#include "device/fingerprint.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHUNK_BYTES = 64 << 10, KINDS = 4 };
+enum { KINDS = 4 };
 
 /* Something that several ranks hold in common. */
 struct item {
@@ -23,7 +22,6 @@ struct verification {
     struct item *items;
     int item_count;
     uint64_t *mine, *all; /* [items]; [ranks, items] */
-    uint64_t *chunks;     /* of the largest item */
 };
 
 /* ---- what there is to compare ------------------------------------------------------------------------------------------ */
@@ -64,18 +62,11 @@ bool verify_has_copies(const struct model *model) {
     return count > 0;
 }
 
-static size_t chunk_count(const struct item *item) {
-    return (tensor_bytes(item->tensor) + CHUNK_BYTES - 1) / CHUNK_BYTES;
-}
-
 static enum status take_memory(struct verification *v, const struct mesh *mesh) {
-    size_t ranks = (size_t)v->comm->size, most = 1;
+    size_t ranks = (size_t)v->comm->size;
     TRY(memory_alloc(&v->items, (size_t)v->model->table.count * KINDS, sizeof *v->items));
     for (int i = 0; i < v->model->table.count; i++)
         v->item_count += list_row(v->model, i, v->items + v->item_count);
-    for (int i = 0; i < v->item_count; i++)
-        most = chunk_count(&v->items[i]) > most ? chunk_count(&v->items[i]) : most;
-    TRY(memory_alloc(&v->chunks, most, sizeof *v->chunks));
     TRY(memory_alloc(&v->mine, (size_t)v->item_count, sizeof *v->mine));
     TRY(memory_alloc(&v->all, ranks * (size_t)v->item_count, sizeof *v->all));
     TRY(memory_alloc(&v->meshes, ranks, sizeof *v->meshes));
@@ -87,34 +78,9 @@ static enum status take_memory(struct verification *v, const struct mesh *mesh) 
 
 static void release(struct verification *v) {
     free(v->items);
-    free(v->chunks);
     free(v->mine);
     free(v->all);
     free(v->meshes);
-}
-
-/* ---- hashes --------------------------------------------------------------------------------------------------------------- */
-
-struct hashing {
-    const struct verification *v;
-    struct tensor tensor;
-};
-
-static void hash_chunk(void *context, int64_t index) {
-    const struct hashing *h = context;
-    char bytes[CHUNK_BYTES];
-    size_t begin = (size_t)index * CHUNK_BYTES, left = tensor_bytes(h->tensor) - begin;
-    size_t size = left < CHUNK_BYTES ? left : CHUNK_BYTES;
-    h->v->model->device->copy_to_host(bytes, (const char *)h->tensor.data + begin, size);
-    h->v->chunks[index] = hash_bytes(bytes, size, 0);
-}
-
-static void hash_items(struct verification *v) {
-    for (int i = 0; i < v->item_count; i++) {
-        size_t count = chunk_count(&v->items[i]);
-        parallel_for((int64_t)count, hash_chunk, &(struct hashing){v, v->items[i].tensor});
-        v->mine[i] = hash_bytes(v->chunks, count * sizeof *v->chunks, 0);
-    }
 }
 
 /* ---- who is in the minority --------------------------------------------------------------------------------------------- */
@@ -233,14 +199,15 @@ enum status verify_copies(const struct model *model, struct ranks *ranks, int64_
     struct verification v = {.model = model, .comm = &ranks->batch};
     if (!verify_has_copies(model))
         return STATUS_OK;
-    enum status status = comm_agree(ranks->world, take_memory(&v, &ranks->mesh));
+    enum status status = comm_agree(v.comm, take_memory(&v, &ranks->mesh));
     if (status == STATUS_OK) {
-        hash_items(&v);
+        for (int i = 0; i < v.item_count; i++)
+            v.mine[i] = device_fingerprint(model->device, v.items[i].tensor.data, tensor_bytes(v.items[i].tensor));
         status = comm_share(v.comm, v.mine, (size_t)v.item_count * sizeof *v.mine, v.all);
         if (status == STATUS_OK)
             status = compare(&v, step, checkpoints);
         if (status != STATUS_PEER)
-            status = comm_agree(ranks->world, status);
+            status = comm_agree(v.comm, status);
     }
     release(&v);
     return status;

@@ -169,21 +169,29 @@ void ref_outer_decode_add(const void *wire, enum outer_format format, struct ten
     }
 }
 
-void ref_outer_update(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum,
-                      struct tensor local) {
+void ref_outer_update(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum) {
     int64_t n = tensor_elements(sum);
-    CHECK(is_f32(sum, n) && is_f32(global, n) && is_f32(momentum, n) && is_f32(local, n));
-    CHECK(settings.replica_count >= 1 && settings.keep >= 0 && settings.keep <= 1);
+    CHECK(is_f32(sum, n) && is_f32(global, n) && is_f32(momentum, n));
+    CHECK(settings.replica_count >= 1);
     float replicas = (float)settings.replica_count, lr = (float)settings.lr, mu = (float)settings.momentum;
-    float keep = (float)settings.keep, take = (float)(1 - settings.keep);
     const float *total = sum.data;
-    float *g = global.data, *b = momentum.data, *own = local.data;
+    float *g = global.data, *b = momentum.data;
     for (int64_t i = 0; i < n; i++) {
         float delta = total[i] / replicas;
         b[i] = mu * b[i] + delta;
         g[i] = g[i] - lr * (delta + mu * b[i]);
-        own[i] = keep == 0 ? g[i] : keep * own[i] + take * g[i];
     }
+}
+
+void ref_outer_mix(struct tensor global, double keep, struct tensor local) {
+    int64_t n = tensor_elements(global);
+    CHECK(is_f32(global, n) && is_f32(local, n));
+    CHECK(keep >= 0 && keep <= 1);
+    float kept = (float)keep, taken = (float)(1 - keep);
+    const float *g = global.data;
+    float *own = local.data;
+    for (int64_t i = 0; i < n; i++)
+        own[i] = keep == 0 ? g[i] : kept * own[i] + taken * g[i];
 }
 
 void ref_outer_dot(const void *a, const void *b, enum outer_format format, int64_t n, struct tensor sums) {

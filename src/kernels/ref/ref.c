@@ -137,6 +137,7 @@ const struct kernel_ops *kernels_ref(void) {
         .outer_encode = ref_outer_encode,
         .outer_decode_add = ref_outer_decode_add,
         .outer_update = ref_outer_update,
+        .outer_mix = ref_outer_mix,
         .outer_dot = ref_outer_dot,
         .multiply_registers = ref_multiply_registers,
         .multiply_unit = ref_multiply_unit,

@@ -110,8 +110,8 @@ void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct 
 void ref_outer_encode(struct tensor global, struct tensor local, enum outer_format format, void *wire,
                       struct tensor stats);
 void ref_outer_decode_add(const void *wire, enum outer_format format, struct tensor sum, bool accumulate);
-void ref_outer_update(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum,
-                      struct tensor local);
+void ref_outer_update(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum);
+void ref_outer_mix(struct tensor global, double keep, struct tensor local);
 void ref_outer_dot(const void *a, const void *b, enum outer_format format, int64_t n, struct tensor sums);
 double ref_multiply_registers(enum dtype dtype, int64_t rounds);
 const char *ref_multiply_unit(enum dtype dtype);

@@ -12,17 +12,18 @@
 #include "kernels/cpu/fillers.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/scratch.h"
+#include <string.h>
 
 enum { BLOCK_VECTORS = OUTER_BLOCK / VECTOR_LANES, TASK_BLOCKS = TASK_ELEMENTS / OUTER_BLOCK, PREFETCH_BLOCKS = 16 };
 
 enum {
     MAGNITUDE = 0x7FFFFFFF,
-    REFUSED_FROM = 0x7F000000,         /* 2^127 */
-    FP4_ROUND = 0x800000 - 0x38AA3B,   /* mantissas from that of 1/ln 2 on carry */
-    FP8_ROUND = 0x7FFFFF - 0x680000,   /* mantissas above that of 464 carry */
+    REFUSED_FROM = 0x7F000000,       /* 2^127 */
+    FP4_ROUND = 0x800000 - 0x38AA3B, /* mantissas from that of 1/ln 2 on carry */
+    FP8_ROUND = 0x7FFFFF - 0x680000, /* mantissas above that of 464 carry */
     FP4_SCALE_LEAST = 9,
     FP8_SCALE_LEAST = 18,
-    FP8_LEAST_NORMAL = 121 << 23,      /* 2^-6 */
+    FP8_LEAST_NORMAL = 121 << 23, /* 2^-6 */
     QUIET_NAN = 0x7FC00000,
 };
 
@@ -38,8 +39,8 @@ static struct message message_of(const void *wire, enum outer_format format, int
 
 /* ---- encode ---- */
 
-/* A byte for each difference of a block; handed over by address, where registers may be narrower. As pairs they are shifted
- * in one instruction, where nothing crosses over. */
+/* A byte for each difference of a block; handed over by address, where registers may be narrower. As pairs they are
+ * shifted in one instruction, where nothing crosses over. */
 typedef int8_t block_bytes __attribute__((vector_size(OUTER_BLOCK)));
 typedef uint16_t block_pairs __attribute__((vector_size(OUTER_BLOCK)));
 typedef uint16_t half_pairs __attribute__((vector_size(OUTER_BLOCK / 2)));
@@ -72,7 +73,8 @@ ALWAYS_INLINE void bytes_of(const vector_i32 v[BLOCK_VECTORS], block_bytes *to) 
     __m128i halves[2] = {_mm512_cvtsepi32_epi8((__m512i)v[0]), _mm512_cvtsepi32_epi8((__m512i)v[1])};
     memcpy(to, halves, sizeof *to);
 #elif defined(__AVX2__)
-    __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]),
+            high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
     *to = (block_bytes)_mm256_packs_epi16(low, high); /* fours of v[0] v[1] v[2] v[3], then their second fours */
 #else
     int8_t array[OUTER_BLOCK];
@@ -185,8 +187,8 @@ ALWAYS_INLINE void encode_bf16(const vector_f32 d[BLOCK_VECTORS], uint8_t *codes
     tally->flushed += count_flushed(&magnitude_codes, d);
 }
 
-/* The largest power of two not above x is 2^e; adding 2^(e+20) rounds x to eighths of 2^e, which are then the lowest bits
- * of the sum. */
+/* The largest power of two not above x is 2^e; adding 2^(e+20) rounds x to eighths of 2^e, which are then the lowest
+ * bits of the sum. */
 ALWAYS_INLINE vector_i32 fp8_code(vector_i32 magnitude, vector_f32 multiplier) {
     vector_f32 x = (vector_f32)magnitude * multiplier;
     vector_i32 power = vector_max_i32((vector_i32)x & 0x7F800000, FP8_LEAST_NORMAL - (vector_i32){0});
@@ -312,14 +314,19 @@ static void encode_fp4_task(void *context, int64_t index) {
     encode_body(OUTER_FP4, context, index);
 }
 
-static void encode(struct tensor global, struct tensor local, enum outer_format format, void *wire, struct tensor stats) {
+static void encode(struct tensor global, struct tensor local, enum outer_format format, void *wire,
+                   struct tensor stats) {
     static void (*const tasks[OUTER_FORMATS])(void *context, int64_t index) = {encode_f32_task, encode_bf16_task,
                                                                                encode_fp8_task, encode_fp4_task};
     int64_t n = tensor_elements(global), task_count = divide_up(n, TASK_ELEMENTS);
     CHECK(global.dtype == DTYPE_F32 && local.dtype == DTYPE_F32 && tensor_elements(local) == n);
     CHECK(stats.dtype == DTYPE_F64 && tensor_elements(stats) == OUTER_STATS);
     struct message message = message_of(wire, format, n);
-    struct encode_job job = {global.data, local.data, n, wire, (uint8_t *)wire + (message.scales - message.codes),
+    struct encode_job job = {global.data,
+                             local.data,
+                             n,
+                             wire,
+                             (uint8_t *)wire + (message.scales - message.codes),
                              scratch_call((size_t)task_count * sizeof *job.stats)};
     parallel_for(task_count, tasks[format], &job);
     double *total = stats.data;
@@ -508,8 +515,8 @@ static void dot_fp4_task(void *context, int64_t index) {
 }
 
 static void dot(const void *a, const void *b, enum outer_format format, int64_t n, struct tensor sums) {
-    static void (*const tasks[OUTER_FORMATS])(void *context, int64_t index) = {dot_f32_task, dot_bf16_task, dot_fp8_task,
-                                                                               dot_fp4_task};
+    static void (*const tasks[OUTER_FORMATS])(void *context, int64_t index) = {dot_f32_task, dot_bf16_task,
+                                                                               dot_fp8_task, dot_fp4_task};
     CHECK(sums.dtype == DTYPE_F64 && tensor_elements(sums) == 3);
     int64_t task_count = divide_up(n, TASK_ELEMENTS);
     struct dot_job job = {message_of(a, format, n), message_of(b, format, n), n,
@@ -521,58 +528,74 @@ static void dot(const void *a, const void *b, enum outer_format format, int64_t 
             total[i] += job.sums[t][i];
 }
 
-/* ---- update ---- */
+/* ---- update and mixture ---- */
 
 struct update_job {
     const float *sum;
-    float *global, *momentum, *local;
+    float *global, *momentum;
     int64_t n;
-    float replicas, lr, mu, keep, take;
+    float replicas, lr, mu;
 };
-
-ALWAYS_INLINE void update_numbers(const struct update_job *job, bool copies, int64_t first, int64_t count) {
-    const float *restrict sum = job->sum + first;
-    float *restrict g = job->global + first, *restrict b = job->momentum + first, *restrict own = job->local + first;
-    for (int64_t i = 0; i < count; i++) {
-        float delta = sum[i] / job->replicas;
-        float next = job->mu * b[i] + delta, moved = g[i] - job->lr * (delta + job->mu * next);
-        b[i] = next;
-        g[i] = moved;
-        own[i] = copies ? moved : job->keep * own[i] + job->take * moved;
-    }
-}
 
 static void update_task(void *context, int64_t index) {
     const struct update_job *job = context;
     int64_t first = index * TASK_ELEMENTS, count = at_most(job->n - first, TASK_ELEMENTS);
-    if (job->keep == 0)
-        update_numbers(job, true, first, count);
-    else
-        update_numbers(job, false, first, count);
+    const float *restrict sum = job->sum + first;
+    float *restrict g = job->global + first, *restrict b = job->momentum + first;
+    for (int64_t i = 0; i < count; i++) {
+        float delta = sum[i] / job->replicas;
+        b[i] = job->mu * b[i] + delta;
+        g[i] = g[i] - job->lr * (delta + job->mu * b[i]);
+    }
 }
 
-static void update(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum,
-                   struct tensor local) {
+static void update(struct tensor sum, struct outer_settings settings, struct tensor global, struct tensor momentum) {
     int64_t n = tensor_elements(sum);
-    CHECK(sum.dtype == DTYPE_F32 && global.dtype == DTYPE_F32 && momentum.dtype == DTYPE_F32 && local.dtype == DTYPE_F32);
-    CHECK(tensor_elements(global) == n && tensor_elements(momentum) == n && tensor_elements(local) == n);
-    CHECK(settings.replica_count >= 1 && settings.keep >= 0 && settings.keep <= 1);
+    CHECK(sum.dtype == DTYPE_F32 && global.dtype == DTYPE_F32 && momentum.dtype == DTYPE_F32);
+    CHECK(tensor_elements(global) == n && tensor_elements(momentum) == n);
+    CHECK(settings.replica_count >= 1);
     struct update_job job = {sum.data,
                              global.data,
                              momentum.data,
-                             local.data,
                              n,
                              (float)settings.replica_count,
                              (float)settings.lr,
-                             (float)settings.momentum,
-                             (float)settings.keep,
-                             (float)(1 - settings.keep)};
+                             (float)settings.momentum};
     parallel_for(divide_up(n, TASK_ELEMENTS), update_task, &job);
+}
+
+struct mix_job {
+    const float *global;
+    float *local;
+    int64_t n;
+    float keep, take;
+};
+
+static void mix_task(void *context, int64_t index) {
+    const struct mix_job *job = context;
+    int64_t first = index * TASK_ELEMENTS, count = at_most(job->n - first, TASK_ELEMENTS);
+    const float *restrict g = job->global + first;
+    float *restrict own = job->local + first;
+    if (job->keep == 0) {
+        memcpy(own, g, (size_t)count * sizeof *own);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++)
+        own[i] = job->keep * own[i] + job->take * g[i];
+}
+
+static void mix(struct tensor global, double keep, struct tensor local) {
+    int64_t n = tensor_elements(global);
+    CHECK(global.dtype == DTYPE_F32 && local.dtype == DTYPE_F32 && tensor_elements(local) == n);
+    CHECK(keep >= 0 && keep <= 1);
+    struct mix_job job = {global.data, local.data, n, (float)keep, (float)(1 - keep)};
+    parallel_for(divide_up(n, TASK_ELEMENTS), mix_task, &job);
 }
 
 void ISA_NAME(outer_fill)(struct kernel_ops *ops) {
     ops->outer_encode = encode;
     ops->outer_decode_add = decode_add;
     ops->outer_update = update;
+    ops->outer_mix = mix;
     ops->outer_dot = dot;
 }
