@@ -91,14 +91,14 @@ compare() {
 }
 
 without_times() {
-    sed 's/"\(step_time_ms\|tokens_per_s\|flops_share\)":[^,]*,//g' "$work/$1/metrics.jsonl"
+    sed 's/"\(step_time_ms\|tokens_per_s\|flops_share\|waited_ms\)":[^,]*,//g' "$work/$1/metrics.jsonl"
 }
 
 expect_twins() { # DIRECTORY DIRECTORY: the same to the last bit
     without_times "$1" >"$work/a"
     without_times "$2" >"$work/b"
     cmp -s "$work/a" "$work/b" || complain "$1 and $2 have other metrics"
-    for file in model.safetensors training/optimizer.safetensors; do
+    for file in $(cd "$work/$1/checkpoints/step-000012" && find . -name '*.safetensors'); do
         one=$(sha256sum <"$work/$1/checkpoints/step-000012/$file") two=$(sha256sum <"$work/$2/checkpoints/step-000012/$file")
         [ "$one" = "$two" ] || complain "$1 and $2 have another $file"
     done
@@ -159,6 +159,23 @@ end_of() {
     echo "$1: ended with $got after $seconds s"
 }
 
+expect_told() { # RANK; MPICH's starter may end the others before they can tell, and says so itself
+    if [ "$open_mpi" -eq 0 ] && ! grep -q '^cadre' "$work/err" && grep -q 'BAD TERMINATION' "$work/err"; then
+        echo "kill -9 of rank $1: told by the starter only"
+        return
+    fi
+    ours 1 "^cadre train: rank $1 (pid $(cat "$work/pids/$1") on host .*) is gone; the same command goes on from " "kill -9"
+    path=$(sed -n 's/^cadre train: .* goes on from //p' "$work/err")
+    [ -d "$path" ] || complain "the checkpoint to go on from is not there: $path"
+}
+
+expect_saved() { # WHAT
+    ours 1 'interrupted' "$1"
+    [ "$(grep -c 'stopped and saved' "$work/err")" -eq 1 ] || complain "$1: $(cat "$work/err")"
+    saved=$(sed -n 's/^stopped and saved at step \([0-9]*\) .*/\1/p' "$work/err")
+    [ -d "$work/killed/checkpoints/$(printf 'step-%06d' "${saved:-0}")" ] || complain "$1: nothing was saved"
+}
+
 number() { # KEY in a JSON object read
     sed -n "s/.*\"$1\":\([0-9.e+-]*\).*/\1/p"
 }
@@ -217,24 +234,63 @@ losses "$work/four/metrics.jsonl" | sed -n 's/^12v //p' >>"$work/a"
 awk '{ v[NR] = $1 } END { d = v[1] / v[2] - 1; exit !(NR == 2 && d < 1e-5 && d > -1e-5) }' "$work/a" ||
     complain "eval of a checkpoint of four ranks: $(cat "$work/a")"
 
+# ---- gone on with below stage 3, where some rows are whole on every rank --------------------------------------------------------
+
+part again
+for way in "--layout.expert 2 --layout.zero 1" "--layout.replicate 2 --layout.zero 0"; do
+    # shellcheck disable=SC2086
+    {
+        train 2 whole $short $way
+        train 2 parted $short $way
+        rm -rf "$work/parted/checkpoints/step-000010" "$work/parted/checkpoints/step-000012"
+        train 2 parted $short $way
+    }
+    grep -q 'resume  from .*step-000005' "$work/err" || complain "$way: did not go on from step 5: $(cat "$work/err")"
+    expect_twins whole parted
+    rm -rf "$work/whole" "$work/parted"
+done
+
+# ---- islands ---------------------------------------------------------------------------------------------------------------
+
+part islands
+meet="$short --diloco.replicas 2 --diloco.sync_steps 4" # sent after 4, 6, 8, ..., applied a step later; saved in between
+meet="$meet --diloco.fragments 2 --checkpoint.every_steps 4 --train.verify_steps 4"
+# shellcheck disable=SC2086
+{
+    train 2 isles $meet
+    train 2 again $meet
+    expect_twins isles again
+    [ "$(grep -c '"event":"outer"' "$work/isles/metrics.jsonl")" -eq 4 ] || complain "islands: $(grep outer "$work/isles/metrics.jsonl")"
+    rm -rf "$work/again/checkpoints/step-000012" "$work/again/checkpoints/step-000008"
+    train 2 again $meet # a fragment was sent after the fourth step, and is mixed in after the fifth
+    grep -q 'resume  from .*step-000004' "$work/err" || complain "islands did not go on from step 4: $(cat "$work/err")"
+    expect_twins isles again
+    rm -rf "$work/again/checkpoints/step-000012" "$work/again/checkpoints/step-000008"
+    train 6 again $meet --diloco.replicas 3 --train.batch_sequences 12 --train.micro_batch_sequences 6 --layout.shard 2
+    rm -rf "$work/again/checkpoints/step-000012"
+    train 1 again $meet --diloco.replicas 1
+    rm -rf "$work/again/checkpoints/step-000012"
+    train 1 again $short --checkpoint.every_steps 4
+    grep -q 'resume  from .*step-000008' "$work/err" || complain "one island's run did not go on without islands: $(cat "$work/err")"
+    train 4 squares $meet --layout.shard 2
+    compare squares isles 1e-3 "two islands of two ranks, beside two of one"
+    run 0 '' "$cadre" eval --model "$work/isles" --json
+    number loss <"$work/out" >"$work/a"
+    losses "$work/isles/metrics.jsonl" | sed -n 's/^12v //p' >>"$work/a"
+    awk '{ v[NR] = $1 } END { d = v[1] / v[2] - 1; exit !(NR == 2 && d < 1e-5 && d > -1e-5) }' "$work/a" ||
+        complain "eval of the weights that islands share: $(cat "$work/a")"
+    begin killed 6 $long --diloco.replicas 2 --diloco.sync_steps 4 --diloco.fragments 2 --layout.shard 2
+    kill -TERM "$(cat "$work/pids/3")" # of the second island
+    end_of "SIGTERM to the second island"
+    expect_saved "SIGTERM to the second island"
+    begin killed 20 $long --diloco.replicas 2 --diloco.sync_steps 4 --diloco.fragments 2 --layout.shard 2
+    kill -9 "$(cat "$work/pids/2")"
+    end_of "kill -9 in the second island"
+    expect_told 2
+    rm -rf "$work/killed"
+}
+
 # ---- a rank is killed, or asked to stop ------------------------------------------------------------------------------------
-
-expect_told() { # RANK; MPICH's starter may end the others before they can tell, and says so itself
-    if [ "$open_mpi" -eq 0 ] && ! grep -q '^cadre' "$work/err" && grep -q 'BAD TERMINATION' "$work/err"; then
-        echo "kill -9 of rank $1: told by the starter only"
-        return
-    fi
-    ours 1 "^cadre train: rank $1 (pid $(cat "$work/pids/$1") on host .*) is gone; the same command goes on from " "kill -9"
-    path=$(sed -n 's/^cadre train: .* goes on from //p' "$work/err")
-    [ -d "$path" ] || complain "the checkpoint to go on from is not there: $path"
-}
-
-expect_saved() { # WHAT
-    ours 1 'interrupted' "$1"
-    [ "$(grep -c 'stopped and saved' "$work/err")" -eq 1 ] || complain "$1: $(cat "$work/err")"
-    saved=$(sed -n 's/^stopped and saved at step \([0-9]*\) .*/\1/p' "$work/err")
-    [ -d "$work/killed/checkpoints/$(printf 'step-%06d' "${saved:-0}")" ] || complain "$1: nothing was saved"
-}
 
 part stopped
 # shellcheck disable=SC2086
@@ -306,6 +362,16 @@ into="--run.directory $work/none"
     refused 2 'layout.shard 3 does not divide the 4 ranks started; possible: --layout.shard 4' -n 4 "$cadre" train $short $into --layout.shard 3
     refused 2 'layout.expert 4, but the model has 3 experts; possible: ' -n 4 "$cadre" train $short $into \
         --model.num_experts 3 --layout.expert 4
+    meet="$short --diloco.replicas 2"
+    refused 2 'they never meet: set --diloco.sync_steps' -n 2 "$cadre" train $meet $into
+    meet="$meet --diloco.sync_steps 10"
+    refused 2 '3 ranks cannot make diloco.replicas 2 islands of the same size; start 2' -n 3 "$cadre" train $meet $into
+    refused 2 'diloco.overlap_steps 5: a fragment must have arrived' -n 2 "$cadre" train $meet $into --diloco.fragments 2 --diloco.overlap_steps 5
+    refused 2 'diloco.fragments 9: the model has 2 blocks.*at most 3' -n 2 "$cadre" train $meet $into --diloco.fragments 9
+    refused 2 'is not a multiple of diloco.replicas 3' -n 3 "$cadre" train $meet $into --diloco.replicas 3
+    refused 2 'layout.zero 0 has every rank of an island send' -n 4 "$cadre" train $meet $into --layout.zero 0
+    refused 2 'diloco.outer_lr 0 would never move' -n 2 "$cadre" train $meet $into --diloco.outer_lr 0
+    refused 2 'rank 1 has other settings than rank 0' -n 1 "$cadre" train $meet $into : -n 1 "$cadre" train $meet $into --diloco.wire fp8
     refused 0 '' -n 3 "$cadre" train --help
     [ "$(grep -c -- '--layout.expert' "$work/out")" -eq 1 ] || complain "--help of three ranks is not printed once"
     refused 0 '' -n 2 "$cadre" train $short $into --dry-run --ranks 8 --layout.shard 2 --layout.expert 2
