@@ -100,7 +100,7 @@ static enum status read_state(const char *directory, struct train_state *state) 
         if (status == STATUS_OK)
             status = json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens);
         if (status == STATUS_OK)
-            status = guard_unpack(source, "guard", &state->guard);
+            status = guard_unpack((struct json_source){path, json_object_get(object, "guard")}, &state->guard);
         state->best_step = -1; /* where it says nothing */
         if (status == STATUS_OK)
             status = json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step);
