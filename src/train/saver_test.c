@@ -78,7 +78,7 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     if (status == STATUS_OK)
         status = tokenizer_open(tokenizer_path, &r->tokenizer);
     if (status == STATUS_OK)
-        status = saver_create(&r->saver, r->model, &r->ranks, &settings);
+        status = saver_create(&r->saver, r->model, NULL, &r->ranks, &settings);
     return comm_agree(world, status);
 }
 
@@ -114,7 +114,7 @@ static enum status run_rank(void *context, struct comm *world) {
     enum status status = open_rank(&r, job, world);
     if (status == STATUS_OK && job->from) {
         fill(r.model, 7); /* whatever is not read shows */
-        status = checkpoint_resume(job->from, r.model, &r.ranks, job->read, &state, path);
+        status = checkpoint_resume(job->from, r.model, NULL, &r.ranks, job->read, &state, path);
         if (status == STATUS_OK && !*path)
             status = status_fail(STATUS_NOT_FOUND, "no good checkpoint");
     } else if (status == STATUS_OK) {
@@ -203,7 +203,7 @@ static void test_every_byte_is_written_once(void **state) {
             struct model_options options = {
                 ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh_make(size, r), l.zero}};
             assert_int_equal(model_create_shapes(&config, options, &model), STATUS_OK);
-            assert_int_equal(shares_init(&shares, model, 1 << 30), STATUS_OK);
+            assert_int_equal(shares_init(&shares, model, NULL, 1 << 30), STATUS_OK);
             total += shares.bytes;
             whole = sharded_bytes(&shares.set);
             for (int f = 0; f < shares.set.file_count && r == 0; f++)
