@@ -91,6 +91,11 @@ expect 0 '' -- "$cadre" inspect "$run"
 grep -q 'goes on from\|nothing is left' "$work/out" || complain "inspect did not say what a resume would do"
 expect 0 '' -- "$cadre" inspect --verify "$run"
 grep -q 'every byte' "$work/out" || complain "inspect --verify did not verify"
+expect 0 '' -- "$cadre" train --model.preset tiny --data.train "$work/text.txt" --run.directory "$work/islands" \
+    --data.vocab_size 300 --train.steps 4 --diloco.sync_steps 2
+expect 0 '' -- "$cadre" inspect --tensors "$work/islands"
+grep -q '^islands  *1, each' "$work/out" || complain "inspect did not say how many islands there are"
+grep -q '^  w\.model\.norm\.weight .* island-0\.safetensors' "$work/out" || complain "inspect did not list an island's weights"
 expect 1 'holds neither config.json nor a checkpoint' -- "$cadre" inspect "$work"
 expect 0 '' -- "$cadre" inspect --preset 4b-moe --json
 grep -q '"parameters":' "$work/out" || complain "inspect --preset printed $(cat "$work/out")"

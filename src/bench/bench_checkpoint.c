@@ -139,7 +139,8 @@ static enum status work_save(struct saving *s) {
 static enum status work_load(struct saving *s) {
     struct train_state state;
     char path[CHECKPOINT_PATH_BYTES];
-    TRY(checkpoint_resume(s->checkpoints, s->training.model, &s->training.ranks, CHECKPOINT_READ_EACH, &state, path));
+    TRY(checkpoint_resume(s->checkpoints, s->training.model, NULL, &s->training.ranks, CHECKPOINT_READ_EACH, &state,
+                          path));
     return *path ? STATUS_OK : status_fail(STATUS_NOT_FOUND, "%s: what was saved is not there", s->checkpoints);
 }
 
@@ -224,9 +225,9 @@ static enum status saving_open(struct saving *s, const struct bench *bench, enum
     TRY(training_open(&s->training, bench, dtype));
     TRY(make_places(s, bench));
     struct saver_settings settings = {s->checkpoints, (uint64_t)s->training.config.checkpoint.file_bytes, false, NULL};
-    TRY(saver_create(&s->sync, s->training.model, &s->training.ranks, &settings));
+    TRY(saver_create(&s->sync, s->training.model, NULL, &s->training.ranks, &settings));
     settings.asynchronous = true;
-    TRY(saver_create(&s->async, s->training.model, &s->training.ranks, &settings));
+    TRY(saver_create(&s->async, s->training.model, NULL, &s->training.ranks, &settings));
     s->share_bytes = saver_share_bytes(s->sync);
     double sum = (double)s->share_bytes;
     TRY(comm_sum_f64(s->training.world, &sum, 1));

@@ -6,6 +6,7 @@
 #include "base/text.h"
 #include "checkpoint/publish.h"
 #include "checkpoint/weights.h"
+#include "train/parts.h"
 #include "train/run_config.h"
 #include "train/state.h"
 #include <inttypes.h>
@@ -121,9 +122,9 @@ static void print_entry(const struct safetensors *file, const struct safetensors
     text_release(&shape);
 }
 
-static enum status print_tensors(const char *directory, const char *stem) {
+static enum status print_tensors(const char *checkpoint, const char *stem) {
     struct weights weights;
-    TRY(weights_open_stem(&weights, directory, stem));
+    TRY(checkpoint_part_open(checkpoint, stem, &weights));
     for (int i = 0; i < weights.name_count; i++) {
         const struct safetensors *file = &weights.files[weights.names[i].file];
         print_entry(file, &file->entries[weights.names[i].entry]);
@@ -132,13 +133,13 @@ static enum status print_tensors(const char *directory, const char *stem) {
     return STATUS_OK;
 }
 
-static enum status print_all_tensors(const char *path) {
-    char *training = join(path, "training");
-    enum status status = print_tensors(path, "model");
-    if (status == STATUS_OK)
-        status = print_tensors(training, "optimizer");
-    free(training);
-    return status;
+static enum status print_all_tensors(const char *path, int64_t island_count) {
+    for (int64_t i = 0; i < checkpoint_part_count(island_count); i++) {
+        char stem[CHECKPOINT_STEM_BYTES];
+        checkpoint_part_stem(island_count, i, stem);
+        TRY(print_tensors(path, stem));
+    }
+    return STATUS_OK;
 }
 
 static void print_files(const struct checkpoint_manifest *manifest) {
@@ -179,14 +180,29 @@ static void print_resume(const struct finding *f, const char *run_directory) {
            text_count(tokens, f->state.tokens));
 }
 
+static void print_islands(const struct train_state *state) {
+    const struct outer_plan *plan = &state->plan;
+    int64_t count = state->island_count;
+    if (count == 0)
+        return;
+    printf("islands        %" PRId64 ", each with weights and moments of its own; the model's are what they share\n",
+           count);
+    printf("               they met every %" PRId64 " steps, in %d fragment%s\n", plan->sync_steps,
+           plan->fragment_count, plan->fragment_count == 1 ? "" : "s");
+    printf("               any number can go on (--diloco.replicas): island i from island i mod %" PRId64
+           ", a run without islands from the model\n",
+           count);
+}
+
 static enum status print_newest(const struct finding *f, const char *run_directory,
                                 struct inspect_checkpoint_options options) {
     TRY(options.print_model(f->path));
     print_files(&f->manifest);
     if (options.tensors)
-        TRY(print_all_tensors(f->path));
+        TRY(print_all_tensors(f->path, f->state.island_count));
     printf("checked        %s\n", options.verify ? "every byte against the manifest"
                                                  : "the manifest and the files' sizes; --verify reads every byte");
+    print_islands(&f->state);
     print_resume(f, run_directory);
     return STATUS_OK;
 }
@@ -202,6 +218,8 @@ static json_t *describe(const struct finding *f, bool verify) {
     if (f->has_state) {
         json_object_set_new(object, "sequences", json_integer(f->state.sequences));
         json_object_set_new(object, "tokens", json_integer(f->state.tokens));
+        if (f->state.island_count > 0)
+            json_object_set_new(object, "islands", json_integer(f->state.island_count));
     }
     json_t *files = json_array();
     for (size_t i = 0; i < f->manifest.file_count; i++)

@@ -50,10 +50,12 @@ static enum status plan_open(struct plan *p, const struct run_config *c, int ran
     return STATUS_OK;
 }
 
-/* The part of a checkpoint that rank 0 writes. */
+/* The part of a checkpoint that rank 0 writes. What islands hold besides has the shapes of what each of them owns. */
 static enum status plan_saving(struct plan *p) {
     struct shares shares;
-    enum status status = shares_init(&shares, p->model, (uint64_t)p->config->checkpoint.file_bytes);
+    const struct outer shapes = {.global = p->model->own_weight, .momentum = p->model->own_weight};
+    const struct outer *outer = p->outer.plan.sync_steps > 0 ? &shapes : NULL;
+    enum status status = shares_init(&shares, p->model, outer, (uint64_t)p->config->checkpoint.file_bytes);
     p->share_bytes = (double)shares.bytes;
     p->copy_bytes = p->config->checkpoint.mode == CHECKPOINT_MODE_ASYNC ? p->share_bytes : 0;
     shares_release(&shares);

@@ -76,7 +76,7 @@ void guard_roll_back(struct guard *guard, const struct guard *before, int64_t st
     guard->furthest_step = step > before->furthest_step ? step : before->furthest_step;
 }
 
-/* ---- in a file ----------------------------------------------------------------------------------------------------------- */
+/* ---- in a file --------------------------------------------------------------------------------------------------- */
 
 static json_t *pack_numbers(const double *numbers, int count) {
     json_t *list = json_array();
@@ -96,7 +96,8 @@ static enum status unpack_numbers(struct json_source source, const char *key, do
                                   int *count) {
     const json_t *list = json_object_get(source.object, key);
     if (!json_is_array(list) || json_array_size(list) > GUARD_HISTORY)
-        return status_fail(STATUS_FORMAT, "%s: %s is not a list of at most %d numbers", source.label, key, GUARD_HISTORY);
+        return status_fail(STATUS_FORMAT, "%s: %s is not a list of at most %d numbers", source.label, key,
+                           GUARD_HISTORY);
     *count = (int)json_array_size(list);
     for (int i = 0; i < *count; i++) {
         const json_t *number = json_array_get(list, (size_t)i);
@@ -107,18 +108,17 @@ static enum status unpack_numbers(struct json_source source, const char *key, do
     return STATUS_OK;
 }
 
-enum status guard_unpack(struct json_source source, const char *key, struct guard *guard) {
-    struct json_source inner = {source.label, json_object_get(source.object, key)};
+enum status guard_unpack(struct json_source source, struct guard *guard) {
     int norm_count;
     *guard = (struct guard){0};
-    if (!inner.object)
+    if (!source.object)
         return STATUS_OK;
-    TRY(unpack_numbers(inner, "losses", guard->loss, &guard->count));
-    TRY(unpack_numbers(inner, "gradient_norms", guard->gradient_norm, &norm_count));
+    TRY(unpack_numbers(source, "losses", guard->loss, &guard->count));
+    TRY(unpack_numbers(source, "gradient_norms", guard->gradient_norm, &norm_count));
     if (norm_count != guard->count)
         return status_fail(STATUS_FORMAT, "%s: %d losses and %d gradient_norms are not those of the same steps",
                            source.label, guard->count, norm_count);
-    TRY(json_get_integer(inner, "skipped_in_a_row", true, 0, INT64_MAX, &guard->skipped_in_a_row));
-    TRY(json_get_integer(inner, "rollbacks", true, 0, INT64_MAX, &guard->rollbacks));
-    return json_get_integer(inner, "furthest_step", true, 0, INT64_MAX - GUARD_HISTORY, &guard->furthest_step);
+    TRY(json_get_integer(source, "skipped_in_a_row", true, 0, INT64_MAX, &guard->skipped_in_a_row));
+    TRY(json_get_integer(source, "rollbacks", true, 0, INT64_MAX, &guard->rollbacks));
+    return json_get_integer(source, "furthest_step", true, 0, INT64_MAX - GUARD_HISTORY, &guard->furthest_step);
 }

@@ -1,8 +1,8 @@
 /* Which steps are believed, and what is done about those that are not.
  *
  * Before a step commits, its loss and the norm of its gradient are held against those of the last accepted steps; after
- * it, the answer is noted. Pure logic on a small state that checkpoints carry (train/state.h), so that a resumed run takes
- * the decisions of an uninterrupted one. The same on every rank, for all see the same numbers (parallel/step.h).
+ * it, the answer is noted. Pure logic on a small state that checkpoints carry (train/state.h), so that a resumed run
+ * takes the decisions of an uninterrupted one. The same on every rank, for all see the same numbers (parallel/step.h).
  *
  *   a step is refused    where it is not finite, or the ranks do not agree on it, whatever the settings;
  *                        where its loss is above  median + max(6 MAD, 0.1 nats, 5 % of the median), or the norm of its
@@ -12,13 +12,13 @@
  *                        the step that the last of them began at
  *
  * MAD is the median of the distances from the median; 6 of them are about 4 standard deviations of a normal noise. The
- * floors are there because a smooth loss has next to none. Measured: of steps whose loss is normal noise with a deviation
- * of 0.2 nats 3 in ten thousand are taken for spikes, for 64 values know their MAD only so well.
+ * floors are there because a smooth loss has next to none. Measured: of steps whose loss is normal noise with a
+ * deviation of 0.2 nats 3 in ten thousand are taken for spikes, for 64 values know their MAD only so well.
  *
  * SPIKES_SKIP is the default: a refused spike has not touched the weights, so that there is nothing to undo; if the
  * weights are the cause, the next steps are refused as well, and three in a row roll back. An innocent step that looks
- * like a spike costs its batch and no more, where a rollback would cost all since the checkpoint; three in a row by chance
- * (3 in 10^11) do not happen.
+ * like a spike costs its batch and no more, where a rollback would cost all since the checkpoint; three in a row by
+ * chance (3 in 10^11) do not happen.
  *
  * Source: the restarts of PaLM (arXiv 2204.02311, section 5.1), with a robust rule in the place of an eye.
  */
@@ -58,6 +58,7 @@ enum guard_verdict guard_note(struct guard *guard, struct guard_settings setting
  * What was refused in a row before the checkpoint was so on data that is not met again. */
 void guard_roll_back(struct guard *guard, const struct guard *before, int64_t step);
 
-/* For a file; numbers come back bit for bit. Unpacking a member that is not there gives an empty guard. */
+/* For a file; numbers come back bit for bit. The source's object is what was packed; one that is not there gives an
+ * empty guard. */
 json_t *guard_pack(const struct guard *guard);
-enum status guard_unpack(struct json_source source, const char *key, struct guard *guard) MUST_USE;
+enum status guard_unpack(struct json_source source, struct guard *guard) MUST_USE;

@@ -1,5 +1,5 @@
-/* The guard on series that are made to fool it: what must pass passes, what must not is refused, and nothing is forgotten
- * on the way through a file. */
+/* The guard on series that are made to fool it: what must pass passes, what must not is refused, and nothing is
+ * forgotten on the way through a file. */
 #include "train/guard.h"
 
 #include "base/random.h"
@@ -96,7 +96,8 @@ static void test_false_alarms_are_rare(void **state) {
         go(&run, 3 + 0.2 * random_normal(11, 0, (uint64_t)i), exp(0.5 * random_normal(11, 1, (uint64_t)i)));
         assert_int_equal(run.verdict, GUARD_GO_ON);
     }
-    print_message("%lld of %lld steps of normal noise are taken for spikes\n", (long long)run.skipped, (long long)steps);
+    print_message("%lld of %lld steps of normal noise are taken for spikes\n", (long long)run.skipped,
+                  (long long)steps);
     assert_in_range(run.skipped, 0, 100);
 }
 
@@ -186,6 +187,10 @@ static json_t *through_text(const struct guard *guard) {
     return read;
 }
 
+static enum status unpack(const json_t *object, struct guard *guard) {
+    return guard_unpack((struct json_source){"text", json_object_get(object, "guard")}, guard);
+}
+
 static void test_through_a_file(void **state) {
     (void)state;
     static const double odd[] = {-0.0, DBL_TRUE_MIN, DBL_MAX, 0.1, 1.0 / 3, 5e-320, 1e22, 3, -DBL_MAX};
@@ -197,7 +202,7 @@ static void test_through_a_file(void **state) {
             guard_note(&guard, skips, 1, &result);
         }
         json_t *object = through_text(&guard);
-        assert_int_equal(guard_unpack((struct json_source){"text", object}, "guard", &back), STATUS_OK);
+        assert_int_equal(unpack(object, &back), STATUS_OK);
         assert_memory_equal(&guard, &back, sizeof guard);
         json_decref(object);
     }
@@ -207,7 +212,7 @@ static void refuse(const char *text) {
     json_t *object;
     struct guard guard;
     assert_int_equal(json_parse("text", text, strlen(text), &object), STATUS_OK);
-    assert_int_equal(guard_unpack((struct json_source){"text", object}, "guard", &guard), STATUS_FORMAT);
+    assert_int_equal(unpack(object, &guard), STATUS_FORMAT);
     json_decref(object);
 }
 
@@ -223,7 +228,7 @@ static void test_damaged_files(void **state) {
     (void)state;
     struct guard guard = {.count = 7};
     json_t *old = json_object();
-    assert_int_equal(guard_unpack((struct json_source){"text", old}, "guard", &guard), STATUS_OK);
+    assert_int_equal(unpack(old, &guard), STATUS_OK);
     assert_int_equal(guard.count, 0); /* of a version that knew of none */
     json_decref(old);
     refuse("{\"guard\": {}}");
@@ -234,7 +239,7 @@ static void test_damaged_files(void **state) {
     json_t *packed = guard_pack(&full), *object;
     json_array_append_new(json_object_get(packed, "losses"), json_real(1));
     object = json_pack("{s:o}", "guard", packed);
-    assert_int_equal(guard_unpack((struct json_source){"text", object}, "guard", &guard), STATUS_FORMAT);
+    assert_int_equal(unpack(object, &guard), STATUS_FORMAT);
     json_decref(object);
 }
 

@@ -14,6 +14,8 @@ static bool may_change(const char *section, const char *key) {
                                             "train.eval_tokens",     "train.sample_every_steps", "model.preset",
                                             "run.directory",         "run.threads",          "run.timeout_seconds",
                                             "train.spikes",          "train.rollback_limit", "train.verify_steps",
+                                            "diloco.replicas",       "diloco.sync_steps",    "diloco.fragments",
+                                            "diloco.order",          "diloco.overlap_steps", "diloco.experts_every",
                                             NULL};
     char *name = text_format("%s.%s", section, key);
     bool found = strcmp(section, "layout") == 0 || strcmp(section, "checkpoint") == 0; /* a run goes on in any */

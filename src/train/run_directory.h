@@ -4,8 +4,9 @@
 #include "train/run_config.h"
 
 /* Make the directory, or join the run that is there: its config.ini must say what `config` says, except for settings
- * that do not change the numbers or that lengthen the run; steps that were measured there are taken over. Otherwise
- * STATUS_USAGE names the first setting that differs. */
+ * that do not change the numbers, that lengthen the run, or that its checkpoints can go on with as they are (layouts, the
+ * islands and when they meet); steps that were measured there are taken over. Otherwise STATUS_USAGE names the first
+ * setting that differs. */
 enum status run_directory_open(struct run_config *config) MUST_USE;
 
 /* Write the resolved configuration. */

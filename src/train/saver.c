@@ -25,6 +25,8 @@ enum stage { STAGE_NONE, STAGE_WRITE, STAGE_COMMIT };
 struct saver {
     struct saver_settings settings;
     struct ranks *ranks;
+    const struct outer *outer; /* NULL: without islands */
+    int64_t island_count;
     const struct device *device;
     struct shares shares;
     char *copy;                     /* of this rank's bytes in the order of the files; NULL: not asynchronous */
@@ -63,7 +65,8 @@ static void ask_for_large_pages(char *data, uint64_t bytes) {
         madvise((void *)first, ((uintptr_t)data + bytes - first) / page * page, MADV_HUGEPAGE);
 }
 
-/* Where each stretch stands in the copy: next to the one before if it is so in the file, else at the same place of a block. */
+/* Where each stretch stands in the copy: next to the one before if it is so in the file, else at the same place of a
+ * block. */
 static void place_copies(struct saver *s) {
     const struct sharded_stretch *stretches = s->shares.stretches;
     for (int i = 0; i < s->shares.count; i++) {
@@ -83,7 +86,8 @@ static enum status take_copy(struct saver *s) {
     place_copies(s);
     s->copy = aligned_alloc(FILE_BLOCK_BYTES, (s->copy_bytes / FILE_BLOCK_BYTES + 1) * FILE_BLOCK_BYTES);
     if (!s->copy)
-        return status_fail(STATUS_MEMORY, "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
+        return status_fail(STATUS_MEMORY,
+                           "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
                            (unsigned long long)s->copy_bytes);
     ask_for_large_pages(s->copy, s->copy_bytes);
     for (int i = 0; i < s->shares.count; i++) {
@@ -211,6 +215,9 @@ static enum status make_draft(struct saver *s) {
 enum status saver_start(struct saver *s, const struct checkpoint_sources *sources) {
     CHECK(s->stage == STAGE_NONE);
     s->sources = *sources;
+    s->sources.state.island_count = s->island_count;
+    if (s->outer)
+        s->sources.state.plan = s->outer->options.plan;
     memset(s->root, 0, sizeof s->root);
     atomic_store(&s->cancel, false);
     enum status status = comm_agree(s->ranks->world, make_draft(s));
@@ -316,14 +323,16 @@ uint64_t saver_copy_bytes(const struct saver *s) {
 /* ---- life and death
  * ------------------------------------------------------------------------------------------------------ */
 
-enum status saver_create(struct saver **out, const struct model *model, struct ranks *ranks,
+enum status saver_create(struct saver **out, const struct model *model, const struct outer *outer, struct ranks *ranks,
                          const struct saver_settings *settings) {
     struct saver *s;
     TRY(memory_alloc(&s, 1, sizeof *s));
     s->settings = *settings;
     s->ranks = ranks;
+    s->outer = outer;
+    s->island_count = checkpoint_island_count(model, outer);
     s->device = model->device;
-    enum status status = shares_init(&s->shares, model, settings->file_bytes);
+    enum status status = shares_init(&s->shares, model, outer, settings->file_bytes);
     if (status == STATUS_OK && settings->asynchronous)
         status = take_copy(s);
     if (status != STATUS_OK)

@@ -1,11 +1,11 @@
 /* Saving while training goes on: every rank writes its own bytes of a checkpoint, once.
  *
- * A save has three stages. Begin: rank 0 makes a draft with files of full length, and every rank copies what it will write.
- * Write: each rank writes, hashes and flushes its share. Commit: rank 0 adds the hashes of all to the manifest and gives the
- * checkpoint its name; then what is no longer to be kept goes. Between stages the ranks agree, so that a failure of one is
- * the failure of all and nothing was published. Write and commit run in a thread of their own where saves are asynchronous;
- * the training thread asks at each step whether all are done (it adds up saver_is_busy over the ranks, with whatever else it
- * adds up) and calls saver_advance when they are.
+ * A save has three stages. Begin: rank 0 makes a draft with files of full length, and every rank copies what it will
+ * write. Write: each rank writes, hashes and flushes its share. Commit: rank 0 adds the hashes of all to the manifest
+ * and gives the checkpoint its name; then what is no longer to be kept goes. Between stages the ranks agree, so that a
+ * failure of one is the failure of all and nothing was published. Write and commit run in a thread of their own where
+ * saves are asynchronous; the training thread asks at each step whether all are done (it adds up saver_is_busy over the
+ * ranks, with whatever else it adds up) and calls saver_advance when they are.
  *
  * What is saved is what stood in memory when saver_start was called.
  */
@@ -22,16 +22,16 @@ struct saver_settings {
     void (*published)(const char *path); /* on every rank, when a checkpoint is there; NULL: none */
 };
 
-/* Borrows model, ranks and settings->directory. Takes the memory of a copy of this rank's share where saves are
- * asynchronous. Not collective. */
-enum status saver_create(struct saver **out, const struct model *model, struct ranks *ranks,
+/* outer: of a run with islands, else NULL. Borrows model, outer, ranks and settings->directory. Takes the memory of a
+ * copy of this rank's share where saves are asynchronous. Not collective. */
+enum status saver_create(struct saver **out, const struct model *model, const struct outer *outer, struct ranks *ranks,
                          const struct saver_settings *settings) MUST_USE;
 
 /* Waits for its thread, which gives up soon; a draft that was not committed is removed. Not collective. */
 void saver_destroy(struct saver *saver);
 
-/* Collective; nothing may be under way. Not asynchronous: the checkpoint is published when it returns. What the sources point
- * to stays as it is until then; tensors may change at once. */
+/* Collective; nothing may be under way, and nothing between islands (outer_settle). Not asynchronous: the checkpoint is
+ * published when it returns. What the sources point to stays as it is until then; tensors may change at once. */
 enum status saver_start(struct saver *saver, const struct checkpoint_sources *sources) MUST_USE;
 
 /* Whether a save is under way: the same on all ranks. And whether this rank still works at its present stage. */
@@ -44,8 +44,8 @@ enum status saver_advance(struct saver *saver) MUST_USE;
 /* Collective. Until nothing is under way. */
 enum status saver_finish(struct saver *saver) MUST_USE;
 
-/* Collective. Give up a save that is being written, as if it had never been started; one that is being committed is waited
- * for. */
+/* Collective. Give up a save that is being written, as if it had never been started; one that is being committed is
+ * waited for. */
 enum status saver_cancel(struct saver *saver) MUST_USE;
 
 /* Bytes that this rank writes; that the copy takes. */

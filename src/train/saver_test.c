@@ -2,59 +2,14 @@
  * failing. */
 #include "train/saver.h"
 
-#include "base/file.h"
-#include "base/log.h"
 #include "base/random.h"
-#include "base/threads.h"
-#include "checkpoint/publish.h"
 #include "comm/threads/comm_threads.h"
-#include "data/tokenizer.h"
+#include "train/checkpoint_testing.h"
 #include "train/shares.h"
 #include <errno.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include <cmocka.h>
-
-static char in_memory[] = "/dev/shm/cadre-saver-XXXXXX", on_disk[] = "/tmp/cadre-saver-XXXXXX";
-static char *root = in_memory; /* thousands of saves, each flushed several times */
-static char *tokenizer_path, *config_path;
-
-/* A tokenizer of bytes and little else. */
-static void write_tokenizer(const char *path) {
-    struct tokenizer *tokenizer;
-    struct text_view text = {"the river", 9};
-    assert_int_equal(tokenizer_train(&text, 1, 258, &tokenizer), STATUS_OK);
-    assert_int_equal(tokenizer_save(tokenizer, path), STATUS_OK);
-    tokenizer_destroy(tokenizer);
-}
-
-static int set_up(void **state) {
-    (void)state;
-    log_set_level(LOG_SILENT);
-    threads_set_count(1);
-    if (!mkdtemp(on_disk))
-        return -1;
-    if (!mkdtemp(in_memory))
-        root = on_disk;
-    tokenizer_path = path_join(root, "tokenizer.json");
-    config_path = path_join(root, "config.ini");
-    write_tokenizer(tokenizer_path);
-    return file_write(config_path, "[run]\n", 6) == STATUS_OK ? 0 : -1;
-}
-
-static int tear_down(void **state) {
-    (void)state;
-    free(tokenizer_path);
-    free(config_path);
-    enum status status = directory_remove(on_disk);
-    return status == STATUS_OK && (root == on_disk || directory_remove(root) == STATUS_OK) ? 0 : -1;
-}
 
 /* ---- ranks with a model ---------------------------------------------------------------------------------------------
  */
@@ -79,22 +34,6 @@ struct job {
     struct train_state state;
     int published;
 };
-
-static struct model_config small_config(bool dense) {
-    struct model_config c;
-    model_config_init(&c);
-    c.vocab_size = 37;
-    c.hidden_size = 16;
-    c.num_hidden_layers = 2;
-    c.num_attention_heads = 2;
-    c.num_key_value_heads = 1;
-    c.num_experts = dense ? 0 : 5;
-    c.num_experts_per_tok = dense ? c.num_experts_per_tok : 2;
-    c.intermediate_size = 24;
-    c.moe_intermediate_size = 12;
-    assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    return c;
-}
 
 static void fill(const struct model *model, uint64_t seed) {
     for (int i = 0; i < model->table.count; i++) {
@@ -139,7 +78,7 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     if (status == STATUS_OK)
         status = tokenizer_open(tokenizer_path, &r->tokenizer);
     if (status == STATUS_OK)
-        status = saver_create(&r->saver, r->model, &r->ranks, &settings);
+        status = saver_create(&r->saver, r->model, NULL, &r->ranks, &settings);
     return comm_agree(world, status);
 }
 
@@ -175,7 +114,7 @@ static enum status run_rank(void *context, struct comm *world) {
     enum status status = open_rank(&r, job, world);
     if (status == STATUS_OK && job->from) {
         fill(r.model, 7); /* whatever is not read shows */
-        status = checkpoint_resume(job->from, r.model, &r.ranks, job->read, &state, path);
+        status = checkpoint_resume(job->from, r.model, NULL, &r.ranks, job->read, &state, path);
         if (status == STATUS_OK && !*path)
             status = status_fail(STATUS_NOT_FOUND, "no good checkpoint");
     } else if (status == STATUS_OK) {
@@ -203,49 +142,7 @@ static void run_well(struct job *job) {
                  job->layout.zero, status_text());
 }
 
-/* ---- comparing
- * ------------------------------------------------------------------------------------------------------- */
-
-static void assert_same_file(const char *a, const char *b, const char *name) {
-    char *path_a = path_join(a, name), *path_b = path_join(b, name), *data_a, *data_b;
-    size_t size_a, size_b;
-    assert_int_equal(file_read(path_a, 1 << 26, &data_a, &size_a), STATUS_OK);
-    assert_int_equal(file_read(path_b, 1 << 26, &data_b, &size_b), STATUS_OK);
-    if (size_a != size_b || memcmp(data_a, data_b, size_a) != 0)
-        fail_msg("%s is not %s", path_b, path_a);
-    free(data_a);
-    free(data_b);
-    free(path_a);
-    free(path_b);
-}
-
-/* All files but the manifest, which says who wrote what, are the same. */
-static void assert_same_checkpoint(const char *a, const char *b) {
-    struct checkpoint_manifest manifest;
-    assert_int_equal(checkpoint_verify(b), STATUS_OK);
-    assert_int_equal(checkpoint_manifest_open(&manifest, a), STATUS_OK);
-    assert_true(manifest.file_count >= 7);
-    for (size_t i = 0; i < manifest.file_count; i++)
-        assert_same_file(a, b, manifest.files[i].name);
-    checkpoint_manifest_close(&manifest);
-}
-
-/* On the disk, where blocks go straight from memory. */
-static char *disk_directory_of(const char *name, int number) {
-    return text_format("%s/%s-%d", on_disk, name, number);
-}
-
-static char *directory_of(const char *name, int number) {
-    return text_format("%s/%s-%d", root, name, number);
-}
-
-static char *checkpoint_in(const char *directory, int64_t step) {
-    return text_format("%s/step-%06lld", directory, (long long)step);
-}
-
-static void remove_all(const char *directory) {
-    assert_int_equal(directory_remove(directory), STATUS_OK);
-}
+/* ---- any layout to any other ------------------------------------------------------------------------------------- */
 
 /* Rank r's layout among 12 of 1 to 8 ranks: 5 experts are divided unevenly over 2, 3 and 4. */
 static const struct layout_case layouts[] = {{1, 1, 1, 0}, {2, 1, 1, 0}, {1, 2, 1, 3}, {1, 1, 2, 2},
@@ -306,7 +203,7 @@ static void test_every_byte_is_written_once(void **state) {
             struct model_options options = {
                 ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh_make(size, r), l.zero}};
             assert_int_equal(model_create_shapes(&config, options, &model), STATUS_OK);
-            assert_int_equal(shares_init(&shares, model, 1 << 30), STATUS_OK);
+            assert_int_equal(shares_init(&shares, model, NULL, 1 << 30), STATUS_OK);
             total += shares.bytes;
             whole = sharded_bytes(&shares.set);
             for (int f = 0; f < shares.set.file_count && r == 0; f++)
@@ -544,16 +441,6 @@ static void test_another_model(void **state) {
     }
     remove_all(directory);
     free(directory);
-}
-
-static void flip(const char *path, uint64_t bit) {
-    FILE *file = fopen(path, "r+b");
-    assert_non_null(file);
-    assert_int_equal(fseek(file, (long)(bit / 8), SEEK_SET), 0);
-    int byte = fgetc(file);
-    assert_int_equal(fseek(file, (long)(bit / 8), SEEK_SET), 0);
-    assert_true(fputc(byte ^ 1 << bit % 8, file) != EOF);
-    fclose(file);
 }
 
 static void assert_found(const char *checkpoint, const char *path, uint64_t where) {

@@ -1,21 +1,18 @@
 #include "train/shares.h"
 
 #include "base/memory.h"
-#include "model/names.h"
 #include <stdlib.h>
-#include <string.h>
 
-/* Rows of the model's table under one prefix. */
-struct shares_array {
-    const struct tensor *own;
-    const char *prefix;
-};
+/* Those of the shared parts, and of an island: what is listed for one island serves all, for only the stem tells them
+ * apart. */
+enum { ITEMS_PER_TENSOR = CHECKPOINT_SHARED_PARTS + CHECKPOINT_PART_ARRAYS };
 
-/* The axes along which all ranks hold the same part of a row. */
-static unsigned copy_axes(const struct sharding *sharding, const struct parameter *row) {
+/* The axes along which all ranks hold the same rows of a part: not those of islands where it is an island's own. */
+static unsigned copy_axes(const struct sharding *sharding, const struct parameter *row,
+                          const struct checkpoint_part *part) {
     struct layout own = sharding_own_layout(sharding, row);
     unsigned axes = 0;
-    for (int axis = 0; axis < MESH_AXIS_COUNT; axis++)
+    for (int axis = part->island < 0 ? MESH_ISLAND : MESH_ISLAND + 1; axis < MESH_AXIS_COUNT; axis++)
         if (own.axis[axis].kind == PLACEMENT_REPLICATE)
             axes |= MESH_BIT(axis);
     return axes;
@@ -33,53 +30,55 @@ static struct sharded_stretch stretch_of(const struct named_tensor *held, const 
                                     data ? data + (uint64_t)rows.begin * row_bytes : NULL};
 }
 
-static void add_stretches(struct shares *shares, const struct model *model, const struct named_tensor *held,
-                          int first_place) {
+/* Of one array of a part: held[] are its tensors, places[] where they begin. */
+static void add_stretches(struct shares *shares, const struct model *model, const struct checkpoint_part *part,
+                          const struct named_tensor *held, const struct sharded_place *places) {
     int at = 0;
     for (int i = 0; i < model->table.count; i++) {
         const struct parameter *row = &model->table.rows[i];
-        unsigned axes = copy_axes(&model->sharding, row);
+        unsigned axes = copy_axes(&model->sharding, row, part);
         for (int64_t k = 0; k < parameter_file_tensors(row); k++, at++)
-            shares->stretches[shares->count++] =
-                stretch_of(&held[at], &model->sharding.mesh, axes, shares->set.places[first_place + at]);
+            shares->stretches[shares->count++] = stretch_of(&held[at], &model->sharding.mesh, axes, places[at]);
     }
 }
 
-/* The tensors of some arrays, as held here in `held` and whole in shares->items from `first` on. */
-static enum status name_arrays(struct shares *shares, const struct model *model, const struct shares_array *arrays,
-                               int array_count, struct named_tensor **held, int *count) {
-    int before = 0;
-    *held = NULL;
-    for (int a = 0; a < array_count; a++) {
-        struct named_tensor *items;
-        TRY(model_name_tensors(model, arrays[a].own, arrays[a].prefix, &items, count));
-        enum status status = memory_resize(held, (size_t)(before + *count), sizeof **held);
-        if (status == STATUS_OK)
-            memcpy(*held + before, items, (size_t)*count * sizeof *items);
-        free(items);
-        TRY(status);
-        before += *count;
-    }
-    *count = before;
-    return memory_resize(&shares->stretches, (size_t)(shares->count + before), sizeof *shares->stretches);
+/* What this rank writes of the part that was added last. */
+static enum status add_mine(struct shares *shares, const struct model *model, const struct checkpoint_part *part,
+                            const struct named_tensor *held, int count) {
+    const struct sharded_place *places = shares->set.places + shares->set.place_count - count;
+    int array_size = count / part->array_count;
+    TRY(memory_resize(&shares->stretches, (size_t)(shares->count + count), sizeof *shares->stretches));
+    for (int first = 0; first < count; first += array_size)
+        add_stretches(shares, model, part, held + first, places + first);
+    return STATUS_OK;
 }
 
-static enum status add_group(struct shares *shares, const struct model *model, const char *stem,
-                             const struct shares_array *arrays, int array_count, uint64_t file_bytes,
-                             struct named_tensor *wholes) {
+static enum status add_part(struct shares *shares, const struct model *model, const struct checkpoint_part *part,
+                            uint64_t file_bytes, struct named_tensor *wholes) {
     struct named_tensor *held;
-    int count, first_place = shares->set.place_count;
-    enum status status = name_arrays(shares, model, arrays, array_count, &held, &count);
+    int count;
+    enum status status = checkpoint_part_tensors(model, part, &held, &count);
     for (int i = 0; i < count && status == STATUS_OK; i++) {
         wholes[i] = held[i];
         wholes[i].tensor = named_tensor_whole(&held[i]);
     }
     if (status == STATUS_OK)
-        status = sharded_add(&shares->set, stem, wholes, count, file_bytes);
-    for (int first = 0; first < count && status == STATUS_OK; first += count / array_count)
-        add_stretches(shares, model, held + first, first_place + first);
+        status = sharded_add(&shares->set, part->stem, wholes, count, file_bytes);
+    if (status == STATUS_OK && checkpoint_part_is_of(part, model->sharding.mesh.coordinate[MESH_ISLAND]))
+        status = add_mine(shares, model, part, held, count);
     free(held);
     return status;
+}
+
+static enum status add_parts(struct shares *shares, const struct model *model, const struct outer *outer,
+                             uint64_t file_bytes, int64_t tensors) {
+    int64_t islands = checkpoint_island_count(model, outer);
+    for (int64_t i = 0; i < checkpoint_part_count(islands); i++) {
+        struct checkpoint_part part = checkpoint_part_at(model, outer, islands, i);
+        int64_t kind = i < CHECKPOINT_SHARED_PARTS ? i : CHECKPOINT_SHARED_PARTS;
+        TRY(add_part(shares, model, &part, file_bytes, shares->items + kind * tensors));
+    }
+    return STATUS_OK;
 }
 
 static enum status add_headers(struct shares *shares) {
@@ -96,14 +95,12 @@ static int64_t count_file_tensors(const struct parameter_table *table) {
     return count;
 }
 
-enum status shares_init(struct shares *shares, const struct model *model, uint64_t file_bytes) {
-    const struct shares_array weights[] = {{model->own_weight, ""}};
-    const struct shares_array moments[] = {{model->moment1, "m."}, {model->moment2, "v."}};
+enum status shares_init(struct shares *shares, const struct model *model, const struct outer *outer,
+                        uint64_t file_bytes) {
     int64_t tensors = count_file_tensors(&model->table);
     *shares = (struct shares){0};
-    TRY(memory_alloc(&shares->items, 3 * (size_t)tensors, sizeof *shares->items));
-    TRY(add_group(shares, model, "model", weights, 1, file_bytes, shares->items));
-    TRY(add_group(shares, model, "training/optimizer", moments, 2, file_bytes, shares->items + tensors));
+    TRY(memory_alloc(&shares->items, ITEMS_PER_TENSOR * (size_t)tensors, sizeof *shares->items));
+    TRY(add_parts(shares, model, outer, file_bytes, tensors));
     if (mesh_rank(&model->sharding.mesh) == 0)
         TRY(add_headers(shares));
     shares->count = sharded_sort(shares->stretches, shares->count);

@@ -6,15 +6,20 @@
 #include "base/memory.h"
 #include "checkpoint/weights.h"
 #include "data/tokenizer.h"
-#include "model/names.h"
+#include "train/parts.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20, PATH_BYTES = CHECKPOINT_PATH_BYTES };
+enum { ISLANDS_MAX = 65536, STATE_BYTES_MAX = 512 << 20 }; /* which their guards fit into */
+enum { FRAGMENTS_MAX = 1 << 16, BLOCKS_MAX = FRAGMENTS_MAX, ROUNDS_MAX = 1000000, STEPS_MAX = 1000000000 };
 
-/* ---- saving ------------------------------------------------------------------------------------------------------------ */
+static const char *const order_names[] = {[OUTER_STRIDED] = "strided", [OUTER_SEQUENTIAL] = "sequential"};
+enum { ORDER_COUNT = sizeof order_names / sizeof *order_names };
+
+/* ---- saving ------------------------------------------------------------------------------------------------------ */
 
 static enum status copy_file(const char *from, const char *directory, const char *name) {
     char *data, *to = path_join(directory, name);
@@ -45,10 +50,50 @@ static enum status write_generation_config(const char *directory, int64_t end_of
     return write_json(directory, "generation_config.json", object);
 }
 
-static enum status write_state(const char *directory, const struct train_state *state) {
-    json_t *object = json_pack("{s:i,s:I,s:I,s:I,s:o}", "version", STATE_VERSION, "step", (json_int_t)state->step, "sequences",
-                               (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens, "guard",
-                               guard_pack(&state->guard));
+static json_t *pack_guards(const struct guard *guards, int64_t count) {
+    json_t *list = json_array();
+    for (int64_t i = 0; i < count; i++)
+        json_array_append_new(list, guard_pack(&guards[i]));
+    return list;
+}
+
+static json_t *pack_plan(const struct outer_plan *plan) {
+    return json_pack("{s:I,s:i,s:i,s:s,s:I,s:I}", "sync_steps", (json_int_t)plan->sync_steps, "fragments",
+                     plan->fragment_count, "blocks", plan->block_count, "order", order_names[plan->order],
+                     "overlap_steps", (json_int_t)plan->overlap_steps, "experts_every",
+                     (json_int_t)plan->experts_every);
+}
+
+/* JSON has no number for what is none. */
+static json_t *pack_real(double value) {
+    return isfinite(value) ? json_real(value) : json_null();
+}
+
+/* Without waited_s: a checkpoint says nothing of the machine it was made on. */
+static json_t *pack_report(const struct outer_report *r) {
+    return json_pack("{s:i,s:I,s:o,s:o,s:o,s:o,s:I}", "fragment", r->fragment, "sent_step", (json_int_t)r->sent_step,
+                     "gradient_norm", pack_real(r->gradient_norm), "cosine", pack_real(r->cosine), "flushed",
+                     pack_real(r->flushed), "loss", pack_real(r->loss), "sent_bytes", (json_int_t)r->sent_bytes);
+}
+
+static json_t *pack_outer(const struct train_state *state) {
+    json_t *object = pack_plan(&state->plan);
+    if (state->has_report)
+        json_object_set_new(object, "report", pack_report(&state->report));
+    return object;
+}
+
+static enum status write_state(const char *directory, const struct checkpoint_sources *sources) {
+    const struct train_state *state = &sources->state;
+    json_t *object = json_pack("{s:i,s:I,s:I,s:I}", "version", STATE_VERSION, "step", (json_int_t)state->step,
+                               "sequences", (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens);
+    if (state->island_count == 0) {
+        json_object_set_new(object, "guard", guard_pack(&state->guard));
+    } else {
+        CHECK(sources->island_guards != NULL);
+        json_object_set_new(object, "islands", pack_guards(sources->island_guards, state->island_count));
+        json_object_set_new(object, "outer", pack_outer(state));
+    }
     if (state->best_step >= 0) {
         json_object_set_new(object, "best_step", json_integer(state->best_step));
         json_object_set_new(object, "best_valid_loss", json_real(state->best_valid_loss));
@@ -58,8 +103,7 @@ static enum status write_state(const char *directory, const struct train_state *
 
 static enum status write_config(const char *directory, const struct checkpoint_sources *sources) {
     char *path = path_join(directory, "config.json");
-    enum status status =
-        model_config_write(sources->model, path, tokenizer_end_of_text(sources->tokenizer), "float32");
+    enum status status = model_config_write(sources->model, path, tokenizer_end_of_text(sources->tokenizer), "float32");
     free(path);
     return status;
 }
@@ -67,8 +111,7 @@ static enum status write_config(const char *directory, const struct checkpoint_s
 static enum status write_tokenizer(const char *directory, const struct checkpoint_sources *sources) {
     TRY(copy_file(sources->tokenizer_path, directory, "tokenizer.json"));
     char *path = path_join(directory, "tokenizer_config.json");
-    enum status status =
-        tokenizer_save_config(sources->tokenizer, path, sources->model->max_position_embeddings);
+    enum status status = tokenizer_save_config(sources->tokenizer, path, sources->model->max_position_embeddings);
     free(path);
     return status;
 }
@@ -80,33 +123,111 @@ enum status checkpoint_write_files(const char *root, const struct checkpoint_sou
     TRY(copy_file(sources->config_path, root, "training/config.ini"));
     if (sources->metrics_path)
         TRY(file_flush(sources->metrics_path));
-    return write_state(root, &sources->state);
+    return write_state(root, sources);
 }
 
-/* ---- resuming ------------------------------------------------------------------------------------------------------------ */
+/* ---- resuming ---------------------------------------------------------------------------------------------------- */
 
-static enum status read_state(const char *directory, struct train_state *state) {
+/* Each of the islands' guards is looked at; that of island `island` mod their number is kept. */
+static enum status unpack_guards(struct json_source source, int64_t island, struct train_state *state) {
+    const json_t *list = json_object_get(source.object, "islands");
+    size_t count = json_array_size(list);
+    if (!json_is_array(list) || count < 1 || count > ISLANDS_MAX)
+        return status_fail(STATUS_FORMAT, "%s: \"islands\" is not a list of 1 to %d", source.label, ISLANDS_MAX);
+    state->island_count = (int64_t)count;
+    for (size_t i = 0; i < count; i++) {
+        struct guard guard;
+        char *label = text_format("%s: islands[%zu]", source.label, i);
+        enum status status = guard_unpack((struct json_source){label, json_array_get(list, i)}, &guard);
+        free(label);
+        TRY(status);
+        if ((int64_t)i == island % state->island_count)
+            state->guard = guard;
+    }
+    return STATUS_OK;
+}
+
+static enum status unpack_order(struct json_source source, int *order) {
+    const char *name;
+    TRY(json_get_string(source, "order", true, &name));
+    for (*order = 0; *order < ORDER_COUNT; ++*order)
+        if (strcmp(name, order_names[*order]) == 0)
+            return STATUS_OK;
+    return status_fail(STATUS_FORMAT, "%s: \"order\" is \"%.32s\", neither \"%s\" nor \"%s\"", source.label, name,
+                       order_names[OUTER_STRIDED], order_names[OUTER_SEQUENTIAL]);
+}
+
+static enum status unpack_plan(struct json_source source, struct outer_plan *plan) {
+    int64_t fragments, blocks;
+    if (!json_is_object(source.object))
+        return status_fail(STATUS_FORMAT, "%s is not an object", source.label);
+    TRY(json_get_integer(source, "sync_steps", true, 1, STEPS_MAX, &plan->sync_steps));
+    TRY(json_get_integer(source, "fragments", true, 1, FRAGMENTS_MAX, &fragments));
+    TRY(json_get_integer(source, "blocks", true, 1, BLOCKS_MAX, &blocks));
+    TRY(json_get_integer(source, "overlap_steps", true, 0, STEPS_MAX, &plan->overlap_steps));
+    TRY(json_get_integer(source, "experts_every", true, 1, ROUNDS_MAX, &plan->experts_every));
+    TRY(unpack_order(source, &plan->order));
+    plan->fragment_count = (int)fragments;
+    plan->block_count = (int)blocks;
+    if (outer_plan_check(plan) != STATUS_OK)
+        return status_prefix(STATUS_FORMAT, "%s", source.label);
+    return STATUS_OK;
+}
+
+static enum status unpack_real(struct json_source source, const char *key, double *value) {
+    *value = NAN;
+    return json_get_number(source, key, false, -INFINITY, INFINITY, value);
+}
+
+static enum status unpack_report(struct json_source source, const struct outer_plan *plan, struct outer_report *r) {
+    int64_t fragment;
+    TRY(json_get_integer(source, "fragment", true, 0, plan->fragment_count - 1, &fragment));
+    r->fragment = (int)fragment;
+    TRY(json_get_integer(source, "sent_step", true, 0, INT64_MAX, &r->sent_step));
+    TRY(unpack_real(source, "gradient_norm", &r->gradient_norm));
+    TRY(unpack_real(source, "cosine", &r->cosine));
+    TRY(unpack_real(source, "flushed", &r->flushed));
+    TRY(unpack_real(source, "loss", &r->loss));
+    return json_get_integer(source, "sent_bytes", true, 0, INT64_MAX, &r->sent_bytes);
+}
+
+static enum status unpack_outer(struct json_source source, struct train_state *state) {
+    TRY(unpack_plan(source, &state->plan));
+    struct json_source report = {source.label, json_object_get(source.object, "report")};
+    state->has_report = report.object != NULL;
+    return state->has_report ? unpack_report(report, &state->plan, &state->report) : STATUS_OK;
+}
+
+static enum status unpack_islands(struct json_source source, int64_t island, struct train_state *state) {
+    const json_t *outer = json_object_get(source.object, "outer");
+    if (!outer && !json_object_get(source.object, "islands"))
+        return guard_unpack((struct json_source){source.label, json_object_get(source.object, "guard")}, &state->guard);
+    TRY(unpack_guards(source, island, state));
+    char *label = text_format("%s: \"outer\"", source.label);
+    enum status status = unpack_outer((struct json_source){label, outer}, state);
+    free(label);
+    return status;
+}
+
+static enum status unpack_state(struct json_source source, int64_t island, struct train_state *state) {
+    int64_t version;
+    *state = (struct train_state){.best_step = -1}; /* where it says nothing */
+    TRY(json_get_integer(source, "version", true, STATE_VERSION, STATE_VERSION, &version));
+    TRY(json_get_integer(source, "step", true, 0, INT64_MAX, &state->step));
+    TRY(json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences));
+    TRY(json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens));
+    TRY(unpack_islands(source, island, state));
+    TRY(json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step));
+    return json_get_number(source, "best_valid_loss", state->best_step >= 0, -INFINITY, INFINITY,
+                           &state->best_valid_loss);
+}
+
+static enum status read_state(const char *directory, int64_t island, struct train_state *state) {
     char *path = path_join(directory, "training/state.json");
     json_t *object;
-    int64_t version;
-    enum status status = json_read_file(path, SMALL_FILE_BYTES_MAX, &object);
+    enum status status = json_read_file(path, STATE_BYTES_MAX, &object);
     if (status == STATUS_OK) {
-        struct json_source source = {path, object};
-        status = json_get_integer(source, "version", true, STATE_VERSION, STATE_VERSION, &version);
-        if (status == STATUS_OK)
-            status = json_get_integer(source, "step", true, 0, INT64_MAX, &state->step);
-        if (status == STATUS_OK)
-            status = json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences);
-        if (status == STATUS_OK)
-            status = json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens);
-        if (status == STATUS_OK)
-            status = guard_unpack(source, "guard", &state->guard);
-        state->best_step = -1; /* where it says nothing */
-        if (status == STATUS_OK)
-            status = json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step);
-        if (status == STATUS_OK)
-            status = json_get_number(source, "best_valid_loss", state->best_step >= 0, -INFINITY, INFINITY,
-                                     &state->best_valid_loss);
+        status = unpack_state((struct json_source){path, object}, island, state);
         json_decref(object);
     }
     free(path);
@@ -114,26 +235,29 @@ static enum status read_state(const char *directory, struct train_state *state) 
 }
 
 enum status checkpoint_read_state(const char *checkpoint, struct train_state *state) {
-    return read_state(checkpoint, state);
+    return read_state(checkpoint, 0, state);
 }
 
-/* Both moments in one list, each name after "m." or "v.". */
-static enum status name_moments(const struct model *model, struct named_tensor **items, int *count) {
-    struct named_tensor *second;
-    TRY(model_name_tensors(model, model->moment1, "m.", items, count));
-    enum status status = model_name_tensors(model, model->moment2, "v.", &second, count);
-    if (status == STATUS_OK)
-        status = memory_resize(items, 2 * (size_t)*count, sizeof **items);
-    if (status == STATUS_OK) {
-        memcpy(*items + *count, second, (size_t)*count * sizeof *second);
-        *count *= 2;
-        free(second);
-    }
-    return status;
+/* What is filled from a checkpoint, and by whom. */
+struct filling {
+    struct model *model;
+    struct outer *outer; /* NULL: without islands */
+    struct ranks *ranks;
+    enum checkpoint_read read;
+};
+
+static int64_t island_of(const struct filling *f) {
+    return f->ranks->mesh.coordinate[MESH_ISLAND];
+}
+
+/* The first replica of its island reads for it. */
+static bool receives(const struct filling *f) {
+    return f->read == CHECKPOINT_READ_BROADCAST && f->ranks->mesh.coordinate[MESH_REPLICATE] > 0;
 }
 
 /* What is to be read of a checkpoint, and checked. */
 struct wanted {
+    const struct filling *filling;
     struct checkpoint_manifest manifest;
     struct checkpoint_target *targets;
     size_t count;
@@ -144,18 +268,36 @@ static void wanted_release(struct wanted *w) {
     free(w->targets);
 }
 
-/* The rows of an item that are held here. The header is looked at before it is checked: what it says must be what this model
- * needs, whoever wrote it. */
-static enum status want_item(struct wanted *w, struct weights *weights, const char *below, const struct named_tensor *item) {
+/* A file of tensors of a part among those of the manifest; -1 where it does not name it. */
+static int find_file(const struct wanted *w, const struct checkpoint_part *part, const struct safetensors *file) {
+    int below = (int)(path_name(part->stem) - part->stem);
+    char *name = text_format("%.*s%s", below, part->stem, path_name(file->path));
+    int index = checkpoint_find_file(&w->manifest, name);
+    free(name);
+    return index;
+}
+
+/* Every file has one rank that sees to what nobody's rows cover: where an island of that number is here, its first
+ * rank, for it reads that island's file if there is one; what no island reads is dealt out; all else is rank 0's. */
+static bool is_checker(const struct wanted *w, int file) {
+    const struct mesh *mesh = &w->filling->ranks->mesh;
+    int64_t island = checkpoint_island_of_file(w->manifest.files[file].name);
+    int ranks = mesh_rank_count(mesh), islands = mesh->size[MESH_ISLAND];
+    int64_t checker = island < 0 ? 0 : island < islands ? island * (ranks / islands) : file % ranks;
+    return mesh_rank(mesh) == checker;
+}
+
+/* The rows of an item that are held here. The header is looked at before it is checked: what it says must be what this
+ * model needs, whoever wrote it. */
+static enum status want_item(struct wanted *w, struct weights *weights, const struct checkpoint_part *part,
+                             const struct named_tensor *item) {
     const struct safetensors *file;
     const struct safetensors_entry *entry = weights_find(weights, item->name, &file);
     uint64_t bytes = (uint64_t)tensor_bytes(item->tensor);
     if (bytes == 0)
         return STATUS_OK;
     uint64_t row_bytes = bytes / (uint64_t)item->tensor.shape[0];
-    char *name = text_format("%s%s", below, path_name(file->path));
-    int index = checkpoint_find_file(&w->manifest, name);
-    free(name);
+    int index = find_file(w, part, file);
     if (index < 0)
         return status_fail(STATUS_FORMAT, "%s: its checkpoint's manifest does not name it", file->path);
     w->targets[w->count++] = (struct checkpoint_target){
@@ -164,45 +306,51 @@ static enum status want_item(struct wanted *w, struct weights *weights, const ch
     return STATUS_OK;
 }
 
-static enum status want_items(struct wanted *w, struct weights *weights, const char *below, const struct named_tensor *items,
-                              int count) {
-    TRY(weights_check_exactly(weights, items, count));
-    for (int i = 0; i < count; i++)
-        TRY(want_item(w, weights, below, &items[i]));
-    return STATUS_OK;
-}
-
-/* How files of tensors begin. */
-static enum status want_headers(struct wanted *w, const struct weights *weights, const char *below) {
+/* How files of tensors begin, for one rank to check. */
+static void want_headers(struct wanted *w, const struct weights *weights, const struct checkpoint_part *part) {
     for (int i = 0; i < weights->file_count; i++) {
         const struct safetensors *file = &weights->files[i];
-        char *name = text_format("%s%s", below, path_name(file->path));
-        int index = checkpoint_find_file(&w->manifest, name);
-        free(name);
-        if (index >= 0) /* else one of its tensors tells */
+        int index = find_file(w, part, file);
+        if (index >= 0 && is_checker(w, index)) /* not named: one of its tensors tells */
             w->targets[w->count++] =
                 (struct checkpoint_target){index, 0, (uint64_t)(file->data - file->map.data), NULL};
     }
+}
+
+/* The items are all tensors of the part. */
+static enum status want_items(struct wanted *w, struct weights *weights, const struct checkpoint_part *part,
+                              const struct named_tensor *items, int count) {
+    TRY(weights_check_exactly(weights, items, count));
+    TRY(memory_resize(&w->targets, w->count + (size_t)count + (size_t)weights->file_count, sizeof *w->targets));
+    for (int i = 0; i < count; i++)
+        TRY(want_item(w, weights, part, &items[i]));
+    want_headers(w, weights, part);
     return STATUS_OK;
 }
 
-/* Takes the items, which are all tensors of the files of a stem. */
-static enum status want_tensors(struct wanted *w, const char *directory, const char *below, const char *stem,
-                                struct named_tensor *items, int count, bool headers) {
+static enum status want_part(struct wanted *w, const char *directory, const struct checkpoint_part *part) {
+    struct named_tensor *items;
     struct weights weights;
-    char *path = path_join(directory, below);
-    enum status status = weights_open_stem(&weights, path, stem);
-    free(path);
-    if (status == STATUS_OK) {
-        status = memory_resize(&w->targets, w->count + (size_t)count + (size_t)weights.file_count, sizeof *w->targets);
-        if (status == STATUS_OK)
-            status = want_items(w, &weights, below, items, count);
-        if (status == STATUS_OK && headers)
-            status = want_headers(w, &weights, below);
-        weights_close(&weights);
-    }
+    int count;
+    TRY(checkpoint_part_open(directory, part->stem, &weights));
+    enum status status = checkpoint_part_tensors(w->filling->model, part, &items, &count);
+    if (status == STATUS_OK)
+        status = want_items(w, &weights, part, items, count);
     free(items);
+    weights_close(&weights);
     return status;
+}
+
+/* This rank's rows of what is the same on all islands, and of the island that it goes on with. */
+static enum status want_rows(struct wanted *w, const char *directory, int64_t island_count) {
+    const struct filling *f = w->filling;
+    int64_t island = island_count > 0 ? island_of(f) % island_count : 0;
+    for (int64_t i = 0; i < checkpoint_part_count(island_count); i++) {
+        struct checkpoint_part part = checkpoint_part_at(f->model, f->outer, island_count, i);
+        if (checkpoint_part_is_of(&part, island))
+            TRY(want_part(w, directory, &part));
+    }
+    return STATUS_OK;
 }
 
 static bool has_target(const struct wanted *w, int file) {
@@ -212,65 +360,63 @@ static bool has_target(const struct wanted *w, int file) {
     return false;
 }
 
-/* All of the files of which nothing is wanted yet. */
+/* All of the files of which nothing is wanted yet and that are this rank's to see to. */
 static enum status want_the_rest(struct wanted *w) {
     TRY(memory_resize(&w->targets, w->count + w->manifest.file_count, sizeof *w->targets));
     for (size_t i = 0; i < w->manifest.file_count; i++)
-        if (!has_target(w, (int)i))
+        if (is_checker(w, (int)i) && !has_target(w, (int)i))
             w->targets[w->count++] = (struct checkpoint_target){(int)i, 0, w->manifest.files[i].bytes, NULL};
     return STATUS_OK;
 }
 
-/* This rank's rows, as the files have them before anything was checked; and, checks_rest, what no rank owns. */
-static enum status want_all(struct wanted *w, const char *directory, const struct model *model, bool has_rows,
-                            bool checks_rest) {
-    struct named_tensor *items;
-    int count;
+/* As the files have it before anything was checked. */
+static enum status want_all(struct wanted *w, const char *directory, int64_t island_count) {
     TRY(checkpoint_manifest_open(&w->manifest, directory));
-    if (has_rows) {
-        TRY(model_name_tensors(model, model->own_weight, "", &items, &count));
-        TRY(want_tensors(w, directory, "", "model", items, count, checks_rest));
-        TRY(name_moments(model, &items, &count));
-        TRY(want_tensors(w, directory, "training/", "optimizer", items, count, checks_rest));
-    }
-    return checks_rest ? want_the_rest(w) : STATUS_OK;
+    if (!receives(w->filling))
+        TRY(want_rows(w, directory, island_count));
+    return want_the_rest(w);
 }
 
 /* What this rank owns, every byte of it checked against the manifest. */
-static enum status read_share(const char *directory, struct model *model, bool has_rows, bool checks_rest) {
-    struct wanted wanted = {.count = 0};
-    enum status status = want_all(&wanted, directory, model, has_rows, checks_rest);
+static enum status read_share(const char *directory, const struct filling *f, int64_t island_count) {
+    struct wanted wanted = {.filling = f};
+    enum status status = want_all(&wanted, directory, island_count);
     if (status == STATUS_OK)
-        status = checkpoint_read(directory, &wanted.manifest, wanted.targets, wanted.count, model->device);
+        status = checkpoint_read(directory, &wanted.manifest, wanted.targets, wanted.count, f->model->device);
     wanted_release(&wanted);
     return status;
 }
 
-/* What the first replica read, to the others. */
-static enum status send_to_replicas(struct model *model, struct comm *replicas) {
-    for (int i = 0; i < model->table.count; i++) {
-        TRY(comm_broadcast(replicas, model->own_weight[i].data, tensor_bytes(model->own_weight[i])));
-        TRY(comm_broadcast(replicas, model->moment1[i].data, tensor_bytes(model->moment1[i])));
-        TRY(comm_broadcast(replicas, model->moment2[i].data, tensor_bytes(model->moment2[i])));
-    }
+/* What the first replica read, to the others: everything that there is, whatever the checkpoint had of it, for that a
+ * rank has read something else must not let the others wait. */
+static enum status send_to_replicas(const struct filling *f) {
+    const struct model *model = f->model;
+    const struct tensor *arrays[] = {model->own_weight, model->moment1, model->moment2,
+                                     f->outer ? f->outer->global : NULL, f->outer ? f->outer->momentum : NULL};
+    for (int i = 0; i < model->table.count; i++)
+        for (size_t a = 0; a < sizeof arrays / sizeof *arrays; a++)
+            if (arrays[a])
+                TRY(comm_broadcast(&f->ranks->replicas, arrays[a][i].data, tensor_bytes(arrays[a][i])));
     return STATUS_OK;
 }
 
-/* Collective. One checkpoint; together the ranks read and check all of it. */
-static enum status read_all(const char *directory, struct model *model, struct ranks *ranks, enum checkpoint_read read,
-                            struct train_state *state) {
-    bool receives = read == CHECKPOINT_READ_BROADCAST && ranks->mesh.coordinate[MESH_REPLICATE] > 0;
-    enum status status = read_share(directory, model, !receives, ranks->world->rank == 0);
+/* Collective. One checkpoint; together the ranks read and check all of it. What there is to be read its state says,
+ * which is checked with the rest. */
+static enum status read_all(const char *directory, const struct filling *f, struct train_state *state) {
+    enum status status = read_state(directory, island_of(f), state);
     if (status == STATUS_OK)
-        status = read_state(directory, state);
-    TRY(comm_agree(ranks->world, status));
-    if (read == CHECKPOINT_READ_BROADCAST)
-        TRY(send_to_replicas(model, &ranks->replicas));
+        status = read_share(directory, f, state->island_count);
+    TRY(comm_agree(f->ranks->world, status));
+    if (f->read == CHECKPOINT_READ_BROADCAST)
+        TRY(send_to_replicas(f));
+    if (f->outer && state->island_count == 0)
+        outer_reset(f->outer); /* its weights are those that all islands begin with */
     return STATUS_OK;
 }
 
 /* Newest first, as rank 0 sees them; empty lines on the others. */
-static enum status list_checkpoints(const char *directory, struct comm *world, struct text_list *paths, int64_t *count) {
+static enum status list_checkpoints(const char *directory, struct comm *world, struct text_list *paths,
+                                    int64_t *count) {
     *paths = (struct text_list){0};
     enum status status = world->rank == 0 ? checkpoint_list(directory, paths) : STATUS_OK;
     for (size_t i = 0; i < paths->count && status == STATUS_OK; i++)
@@ -286,8 +432,8 @@ static bool is_damage(enum status status) {
     return status != STATUS_OK && status != STATUS_MEMORY && status != STATUS_PEER;
 }
 
-/* Collective. Whether every byte of it is as it was written: then what is wrong with it is no damage, and an older one would
- * not do either. */
+/* Collective. Whether every byte of it is as it was written: then what is wrong with it is no damage, and an older one
+ * would not do either. */
 static enum status is_whole(const char *path, struct comm *world, bool *whole) {
     int32_t verifies = world->rank == 0 && checkpoint_verify(path) == STATUS_OK;
     TRY(comm_broadcast(world, &verifies, sizeof verifies));
@@ -307,31 +453,40 @@ static enum status pass_over(const char *path, struct comm *world, enum status f
     return STATUS_OK;
 }
 
-static enum status read_newest(const struct text_list *paths, int64_t count, struct model *model, struct ranks *ranks,
-                               enum checkpoint_read read, struct train_state *state, char path[PATH_BYTES]) {
+static enum status read_newest(const struct text_list *paths, int64_t count, const struct filling *f,
+                               struct train_state *state, char path[PATH_BYTES]) {
+    struct comm *world = f->ranks->world;
     for (int64_t i = 0; i < count; i++) {
-        if (ranks->world->rank == 0)
+        if (world->rank == 0)
             snprintf(path, PATH_BYTES, "%s", paths->items[i]);
-        TRY(comm_broadcast(ranks->world, path, PATH_BYTES));
-        enum status status = read_all(path, model, ranks, read, state);
+        TRY(comm_broadcast(world, path, PATH_BYTES));
+        enum status status = read_all(path, f, state);
         if (!is_damage(status))
             return status;
-        TRY(pass_over(path, ranks->world, status));
+        TRY(pass_over(path, world, status));
         memset(path, 0, PATH_BYTES);
     }
     return STATUS_OK;
 }
 
-enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct ranks *ranks,
-                              enum checkpoint_read read, struct train_state *state, char path[CHECKPOINT_PATH_BYTES]) {
+static void tell(const char *path, int64_t saved_islands, int64_t islands) {
+    log_info("resume  from %s", path);
+    if (saved_islands != islands)
+        log_info("resume  %lld islands saved it, %lld go on", (long long)saved_islands, (long long)islands);
+}
+
+enum status checkpoint_resume(const char *checkpoints_directory, struct model *model, struct outer *outer,
+                              struct ranks *ranks, enum checkpoint_read read, struct train_state *state,
+                              char path[CHECKPOINT_PATH_BYTES]) {
+    const struct filling filling = {model, outer, ranks, read};
     struct text_list paths;
     int64_t count;
     memset(path, 0, PATH_BYTES);
     enum status status = list_checkpoints(checkpoints_directory, ranks->world, &paths, &count);
     if (status == STATUS_OK)
-        status = read_newest(&paths, count, model, ranks, read, state, path);
+        status = read_newest(&paths, count, &filling, state, path);
     text_list_release(&paths);
     if (status == STATUS_OK && *path)
-        log_info("resume  from %s", path);
+        tell(path, state->island_count, checkpoint_island_count(model, outer));
     return status;
 }

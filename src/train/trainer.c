@@ -203,7 +203,7 @@ static enum status create_saver(struct trainer *t) {
     const struct run_config *c = t->config;
     struct saver_settings settings = {t->checkpoints, (uint64_t)c->checkpoint.file_bytes,
                                       c->checkpoint.mode == CHECKPOINT_MODE_ASYNC, t->hooks.checkpoint_is_good};
-    return saver_create(&t->saver, t->model, &t->ranks, &settings);
+    return saver_create(&t->saver, t->model, t->outer, &t->ranks, &settings);
 }
 
 static void clear_moments(struct model *model) {
@@ -288,8 +288,8 @@ static void resume_islands(struct trainer *t) {
 
 /* The newest good checkpoint, or the start of the run. */
 static enum status restore(struct trainer *t, char path[CHECKPOINT_PATH_BYTES]) {
-    TRY(checkpoint_resume(t->checkpoints, t->model, &t->ranks, (enum checkpoint_read)t->config->checkpoint.read,
-                          &t->state, path));
+    TRY(checkpoint_resume(t->checkpoints, t->model, t->outer, &t->ranks,
+                          (enum checkpoint_read)t->config->checkpoint.read, &t->state, path));
     if (*path && t->hooks.checkpoint_is_good)
         t->hooks.checkpoint_is_good(path);
     if (*path && t->outer)
