@@ -13,7 +13,7 @@ json_t *metrics_number(double value) {
 /* What one line says about the order of things; -1 where it does not say. */
 struct line {
     int64_t step, to_step;
-    bool is_object, is_event;
+    bool is_object, is_return;
 };
 
 static int64_t integer_or_none(const json_t *object, const char *key) {
@@ -24,8 +24,8 @@ static int64_t integer_or_none(const json_t *object, const char *key) {
 static struct line read_line(const char *data, size_t size) {
     json_error_t error;
     json_t *object = json_loadb(data, size, 0, &error);
-    struct line line = {integer_or_none(object, "step"), integer_or_none(object, "to_step"), json_is_object(object),
-                        json_object_get(object, "event") != NULL};
+    struct line line = {integer_or_none(object, "step"), integer_or_none(object, "to_step"), json_is_object(object), false};
+    line.is_return = line.to_step >= 0;
     json_decref(object);
     return line;
 }
@@ -40,7 +40,7 @@ static const char *find_stretch(const char *data, const char *end, int64_t last_
     const char *stretch = data;
     for (const char *begin = data, *stop; (stop = end_of_line(begin, end)); begin = stop + 1) {
         struct line line = read_line(begin, (size_t)(stop - begin));
-        if (line.is_event && line.to_step >= 0 && line.to_step < last_step)
+        if (line.is_return && line.to_step < last_step)
             stretch = stop + 1;
     }
     return stretch;
@@ -52,7 +52,7 @@ static void keep_lines(const char *data, const char *end, int64_t last_step, str
     for (const char *begin = data, *stop; (stop = end_of_line(begin, end)); begin = stop + 1) {
         struct line line = read_line(begin, (size_t)(stop - begin));
         is_later = is_later || (begin >= stretch && line.step > last_step);
-        if (line.is_object && (line.is_event || !is_later))
+        if (line.is_object && (line.is_return || !is_later))
             text_add(kept, begin, (size_t)(stop - begin) + 1);
     }
 }

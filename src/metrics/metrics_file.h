@@ -1,6 +1,6 @@
 /* metrics.jsonl: one JSON object a line, appended as training goes on.
  *
- * Lines are in the order in which things happened. Where a run went back, a line with "event" and "to_step" says so, and
+ * Lines are in the order in which things happened. Where a run went back, a line with "to_step" says so, and
  * "step" goes on from to_step; what was written of the steps given up stands before it. Who wants the run as it counts
  * takes the last line of every step. */
 #pragma once
@@ -14,7 +14,7 @@ struct metrics_file {
 };
 
 /* Open for appending, to go on after last_step. What was written after it, and a last line torn by a crash, is dropped
- * first, so that a resumed run leaves the same file as an uninterrupted one; but lines with "event" are never dropped.
+ * first, so that a resumed run leaves the same file as an uninterrupted one; but lines with "to_step" are never dropped.
  * After last_step: in the stretch of the file in which that step last counted, which begins behind the last return to an
  * earlier one. */
 enum status metrics_file_open(struct metrics_file *file, const char *path, int64_t last_step) MUST_USE;

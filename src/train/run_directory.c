@@ -10,12 +10,25 @@ char *run_directory_path(const struct run_config *config, const char *name) {
 
 /* Settings that may differ between two calls on one directory. */
 static bool may_change(const char *section, const char *key) {
-    static const char *const free_keys[] = {"train.steps",           "train.target_minutes", "train.eval_every_steps",
-                                            "train.eval_tokens",     "train.sample_every_steps", "model.preset",
-                                            "run.directory",         "run.threads",          "run.timeout_seconds",
-                                            "train.spikes",          "train.rollback_limit", "train.verify_steps",
-                                            "diloco.replicas",       "diloco.sync_steps",    "diloco.fragments",
-                                            "diloco.order",          "diloco.overlap_steps", "diloco.experts_every",
+    static const char *const free_keys[] = {"train.steps",
+                                            "train.target_minutes",
+                                            "train.eval_every_steps",
+                                            "train.eval_tokens",
+                                            "train.sample_every_steps",
+                                            "model.preset",
+                                            "run.directory",
+                                            "run.threads",
+                                            "run.timeout_seconds",
+                                            "train.spikes",
+                                            "train.rollback_limit",
+                                            "train.verify_steps",
+                                            "diloco.replicas",
+                                            "diloco.sync_steps",
+                                            "diloco.fragments",
+                                            "diloco.order",
+                                            "diloco.overlap_steps",
+                                            "diloco.experts_every",
+                                            "diloco.wire",
                                             NULL};
     char *name = text_format("%s.%s", section, key);
     bool found = strcmp(section, "layout") == 0 || strcmp(section, "checkpoint") == 0; /* a run goes on in any */
