@@ -421,10 +421,10 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
 static void tear_down(struct trainer *t, bool failed) {
     if (failed && (notices_are_under_way(&t->notices) || (t->outer && t->outer->travels)))
         ranks_leave_islands(&t->ranks);
+    saver_destroy(t->saver);
     outer_destroy(t->outer);
     notices_release(&t->notices);
     free(t->guards);
-    saver_destroy(t->saver);
     train_report_close(&t->report);
     loader_close(t->loader);
     profile_release(&t->profile);
