@@ -34,8 +34,10 @@ void ranks_close(struct ranks *ranks) {
     *ranks = (struct ranks){0};
 }
 
-void ranks_leave_islands(struct ranks *ranks) {
+struct comm ranks_leave_islands(struct ranks *ranks) {
+    struct comm islands = ranks->islands;
     ranks->islands = (struct comm){0};
+    return islands;
 }
 
 struct ranks ranks_single(struct comm *world) {

@@ -28,9 +28,9 @@ struct ranks {
 enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world) MUST_USE;
 void ranks_close(struct ranks *ranks);
 
-/* After a failure of this island alone: what is under way to the others is left to itself, for they will not end it.
- * The communicator's memory is not given back. */
-void ranks_leave_islands(struct ranks *ranks);
+/* After a failure of this island alone, with something under way to the others, who will not end it: the communicator is the
+ * caller's, to be kept with the buffers until the process ends. */
+struct comm ranks_leave_islands(struct ranks *ranks);
 
 /* One process; nothing to close. `world` is a comm_self that the caller keeps. */
 struct ranks ranks_single(struct comm *world);

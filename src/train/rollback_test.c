@@ -447,6 +447,17 @@ static void test_islands(void **state) {
     }
 }
 
+/* The first island gives up, with messages under way to the second, which loses it. */
+static void test_an_island_gives_up(void **state) {
+    (void)state;
+    poison_batches(6, BATCHES, NAN);
+    struct call call = {.directory = "isles", .shard = "1", .steps = "40", .islands = "2"};
+    struct world_call wanted = {.call = &call};
+    assert_int_equal(comm_threads_run(2, train_on, &wanted), STATUS_NUMERIC);
+    assert_non_null(strstr(status_text(), "lower --optim.lr"));
+    remove_run("isles");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_three_in_a_row_roll_back_once, clean_up),
@@ -459,6 +470,7 @@ int main(void) {
         cmocka_unit_test_teardown(test_a_loss_that_explodes, clean_up),
         cmocka_unit_test_teardown(test_several_ranks, clean_up),
         cmocka_unit_test_teardown(test_islands, clean_up),
+        cmocka_unit_test_teardown(test_an_island_gives_up, clean_up),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

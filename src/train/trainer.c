@@ -23,6 +23,7 @@
 #include "train/verify.h"
 #include <math.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -417,10 +418,32 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     return comm_agree(world, status);
 }
 
-/* failed: with others still at work. */
-static void tear_down(struct trainer *t, bool failed) {
-    if (failed && (notices_are_under_way(&t->notices) || (t->outer && t->outer->travels)))
-        ranks_leave_islands(&t->ranks);
+/* What other islands may still send into when this one has failed alone: kept until the process ends. */
+struct left_behind {
+    struct left_behind *next;
+    struct outer *outer;
+    struct notices notices;
+    struct comm islands;
+};
+static _Atomic(struct left_behind *) all_left_behind;
+
+static void leave_islands(struct trainer *t) {
+    struct left_behind *left;
+    struct comm islands = ranks_leave_islands(&t->ranks);
+    if (memory_alloc(&left, 1, sizeof *left) == STATUS_OK) {
+        *left = (struct left_behind){atomic_load(&all_left_behind), t->outer, t->notices, islands};
+        while (!atomic_compare_exchange_weak(&all_left_behind, &left->next, left))
+            continue;
+    }
+    t->outer = NULL;
+    t->notices = (struct notices){0};
+}
+
+/* A rank that was lost ends all that is under way; any other failure does not. */
+static void tear_down(struct trainer *t, enum status status) {
+    bool under_way = notices_are_under_way(&t->notices) || (t->outer && t->outer->travels);
+    if (under_way && status != STATUS_OK && status != STATUS_PEER)
+        leave_islands(t);
     saver_destroy(t->saver);
     outer_destroy(t->outer);
     notices_release(&t->notices);
@@ -799,6 +822,6 @@ enum status train_run(struct run_config *config, struct train_world world, struc
     struct trainer trainer = {.config = config, .world = world, .hooks = hooks, .begin_s = clock_seconds()};
     *summary = (struct train_summary){.valid_loss = NAN, .valid_bits_per_byte = NAN};
     enum status status = run_all(&trainer, summary);
-    tear_down(&trainer, status != STATUS_OK);
+    tear_down(&trainer, status);
     return status;
 }
