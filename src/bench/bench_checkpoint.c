@@ -35,8 +35,7 @@ struct saving_times {
     double *write, *write_direct, *save, *read, *read_direct, *load, *plain, *beside, *start, *steps;
 };
 
-/* ---- the disk alone
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- the disk alone ---------------------------------------------------------------------------------------------- */
 
 static enum status fail_raw(const char *what, const char *path) {
     return status_fail(STATUS_IO, "%s: cannot %s: %s", path, what, strerror(errno));
@@ -94,8 +93,7 @@ static enum status forget_checkpoint(const char *path) {
     return STATUS_OK;
 }
 
-/* ---- one of each
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- one of each ------------------------------------------------------------------------------------------------- */
 
 /* Seconds until all ranks are done. */
 static enum status timed(struct saving *s, enum status (*work)(struct saving *s), double *seconds) {
@@ -193,8 +191,7 @@ static enum status measure_steps(struct saving *s, struct saving_times *t, int r
     return clear_checkpoints(s);
 }
 
-/* ---- all of it
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- all of it --------------------------------------------------------------------------------------------------- */
 
 static enum status make_places(struct saving *s, const struct bench *bench) {
     struct comm *world = s->training.world;

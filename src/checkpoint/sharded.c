@@ -9,8 +9,7 @@
 
 enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX };
 
-/* ---- which files
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- which files ------------------------------------------------------------------------------------------------- */
 
 /* A tensor and its number among those that are being added. */
 struct numbered {
@@ -163,8 +162,7 @@ enum status sharded_create(const struct sharded_set *set, const char *root) {
     return status;
 }
 
-/* ---- stretches
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- stretches --------------------------------------------------------------------------------------------------- */
 
 static int compare_stretches(const void *a, const void *b) {
     const struct sharded_stretch *x = a, *y = b;
@@ -195,8 +193,7 @@ void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stre
         stretches[i] = (struct sharded_stretch){i, 0, set->plans[i].header_bytes, set->plans[i].header};
 }
 
-/* ---- writing
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- writing ----------------------------------------------------------------------------------------------------- */
 
 /* An extent that is to be written, and the stretch and byte of it that it begins with. */
 struct task {

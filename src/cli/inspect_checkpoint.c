@@ -39,8 +39,7 @@ bool inspect_is_checkpoint(const char *directory) {
     return found;
 }
 
-/* ---- looking
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- looking ----------------------------------------------------------------------------------------------------- */
 
 static enum status check_sizes(const char *path, const struct checkpoint_manifest *manifest) {
     for (size_t i = 0; i < manifest->file_count; i++) {
@@ -84,8 +83,7 @@ static double bytes_of(const struct checkpoint_manifest *manifest) {
     return bytes;
 }
 
-/* ---- for a person
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- for a person ------------------------------------------------------------------------------------------------ */
 
 static void print_saved(const char *path) {
     struct stat info;
@@ -207,8 +205,7 @@ static enum status print_newest(const struct finding *f, const char *run_directo
     return STATUS_OK;
 }
 
-/* ---- for a program
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- for a program ----------------------------------------------------------------------------------------------- */
 
 static json_t *describe(const struct finding *f, bool verify) {
     json_t *object = json_pack("{s:s,s:I,s:b,s:b}", "path", f->path, "step", (json_int_t)f->step, "good", !f->message,
@@ -239,8 +236,7 @@ static void print_json(const struct finding *findings, size_t count, bool verify
     }
 }
 
-/* ---- all of it
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- all of it --------------------------------------------------------------------------------------------------- */
 
 /* The first failure that is not a lack of memory or the like: what to exit with. */
 static enum status conclude(const struct finding *findings, size_t count) {

@@ -297,7 +297,7 @@ static void init_chunk(void *context, int64_t index) {
     }
 }
 
-static int64_t largest_own_row(const struct model *model) {
+int64_t model_largest_own_row(const struct model *model) {
     int64_t largest = 1;
     for (int i = 0; i < model->table.count; i++)
         if (tensor_elements(model->own_weight[i]) > largest)
@@ -307,7 +307,7 @@ static int64_t largest_own_row(const struct model *model) {
 
 enum status model_initialize(struct model *model, uint64_t seed) {
     void *host;
-    TRY(memory_alloc(&host, (size_t)largest_own_row(model), dtype_size(model->context.real)));
+    TRY(memory_alloc(&host, (size_t)model_largest_own_row(model), dtype_size(model->context.real)));
     for (int i = 0; i < model->table.count; i++) {
         const struct parameter *row = &model->table.rows[i];
         struct layout layout = sharding_own_layout(&model->sharding, row);

@@ -69,6 +69,9 @@ void model_repack(struct model *model);
 void model_pack_whole(struct model *model, int group);
 void model_pack_gathered(struct model *model, int group);
 
+/* Elements of the largest row of own_weight, 1 at least: what one row needs as scratch. */
+int64_t model_largest_own_row(const struct model *model);
+
 /* True where what this rank owns of a row is all that it computes with. */
 bool model_row_is_whole(const struct model *model, int row);
 

@@ -28,8 +28,7 @@ void layout_facts_of_model(struct layout_facts *facts, const struct parameter_ta
         3 * model_forward_operations(config, 1).experts * (double)config->num_hidden_layers;
 }
 
-/* ---- what a layout costs --------------------------------------------------------------------------------------------
- */
+/* ---- what a layout costs ----------------------------------------------------------------------------------------- */
 
 double layout_state_bytes(const struct sharding *sharding, const struct layout_facts *facts) {
     const int *size = sharding->mesh.size;
@@ -72,8 +71,7 @@ static double traffic_cost(const struct sharding *sharding, const struct layout_
     return cost + WAIT_SHARE * facts->token_expert_operations * tokens / OPERATIONS_PER_BYTE * from_others(expert);
 }
 
-/* ---- which layouts there are ----------------------------------------------------------------------------------------
- */
+/* ---- which layouts there are ------------------------------------------------------------------------------------- */
 
 struct candidate {
     int replicate, shard, expert;
@@ -162,8 +160,7 @@ static bool choose_best(const struct layout_wishes *wishes, const struct layout_
     return found;
 }
 
-/* ---- what does not fit ----------------------------------------------------------------------------------------------
- */
+/* ---- what does not fit ------------------------------------------------------------------------------------------- */
 
 /* From a wish in factors; what was not wished should be small, shard before expert before replicate. */
 static double distance_one(int64_t wish, int have, double unwished) {

@@ -1,11 +1,11 @@
 /* Invariants.
  *  1. At most one fragment is between its sending and its mixing: mixing >= 0. While it travels, message and arrived
- * are the transport's.
+ *     are the transport's.
  *  2. global and momentum have the same bits on all islands whenever nothing travels: they are written from messages
- * alone, by operations that every processor rounds alike, in the order of the islands.
+ *     alone, by operations that every processor rounds alike, in the order of the islands.
  *  3. A message is a header, then for each row of the fragment that meets in this round the part of this rank's
- * differences that its replica sends: whole blocks of the codec. Sizes follow from the plan and the mesh, never from
- * the data.
+ *     differences that its replica sends: whole blocks of the codec. Sizes follow from the plan and the mesh, never
+ *     from the data.
  */
 #include "parallel/outer.h"
 
@@ -30,8 +30,7 @@ struct header {
 /* What the ranks of an island add up about a fragment; the squares of each island's differences follow. */
 enum { SUM_SQUARES, SUM_FLUSHED, SUM_ELEMENTS, SUM_COUNT };
 
-/* ---- what is in a message
- * ---------------------------------------------------------------------------------------------- */
+/* ---- what is in a message ---------------------------------------------------------------------------------------- */
 
 static bool meets(const struct outer_options *o, const struct parameter *row, int fragment, int64_t step) {
     if (outer_plan_fragment_of(&o->plan, parameter_group(row)) != fragment)
@@ -74,8 +73,7 @@ static int64_t message_bytes(const struct model *model, const struct outer_optio
 static int64_t most_bytes(const struct model *model, const struct outer_options *o, int replica) {
     int64_t most = 0;
     for (int fragment = 0; fragment < o->plan.fragment_count; fragment++) {
-        int64_t step =
-            fragment * o->plan.sync_steps / o->plan.fragment_count + o->plan.experts_every * o->plan.sync_steps;
+        int64_t step = outer_plan_step(&o->plan, fragment, o->plan.experts_every);
         int64_t bytes = message_bytes(model, o, &model->sharding.mesh, replica, fragment, step);
         most = bytes > most ? bytes : most;
     }
@@ -102,27 +100,17 @@ int64_t outer_island_bytes(const struct model *model, const struct outer_options
     return (mesh->size[MESH_ISLAND] - 1) * bytes;
 }
 
-/* ---- memory
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
 
 static struct tensor take_like(struct tensor own, struct arena *arena) {
     own.data = arena_take(arena, tensor_bytes(own));
     return own;
 }
 
-static int64_t largest_row(const struct model *model) {
-    int64_t most = 0;
-    for (int i = 0; i < model->table.count; i++) {
-        int64_t n = tensor_elements(model->own_weight[i]);
-        most = n > most ? n : most;
-    }
-    return most;
-}
-
 static void take_tensors(struct outer *outer, struct arena *arena) {
     const struct model *m = outer->model;
     const struct mesh *mesh = &m->sharding.mesh;
-    int64_t islands = mesh->size[MESH_ISLAND], replicas = mesh->size[MESH_REPLICATE], all = 0, n = largest_row(m);
+    int64_t islands = mesh->size[MESH_ISLAND], replicas = mesh->size[MESH_REPLICATE], all = 0, n = model_largest_own_row(m);
     for (int i = 0; i < m->table.count && outer->global; i++) {
         outer->global[i] = take_like(m->own_weight[i], arena);
         outer->momentum[i] = take_like(m->own_weight[i], arena);
@@ -189,8 +177,7 @@ void outer_destroy(struct outer *outer) {
     free(outer);
 }
 
-/* ---- sending
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- sending ----------------------------------------------------------------------------------------------------- */
 
 static const struct mesh *mesh_of(const struct outer *outer) {
     return &outer->model->sharding.mesh;
@@ -247,8 +234,7 @@ enum status outer_send(struct outer *outer, int64_t step, double loss) {
     return STATUS_OK;
 }
 
-/* ---- receiving
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- receiving --------------------------------------------------------------------------------------------------- */
 
 static const char *message_at(const struct outer *outer, int island, int replica) {
     const char *at = outer->shared;
@@ -436,8 +422,7 @@ enum status outer_drop(struct outer *outer) {
     return STATUS_OK;
 }
 
-/* ---- applying
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- applying ---------------------------------------------------------------------------------------------------- */
 
 static void mix(struct outer *outer) {
     const struct model *m = outer->model;
@@ -488,8 +473,7 @@ void outer_resume(struct outer *outer, const struct outer_plan *before, int64_t 
     outer->mixing = -1;
 }
 
-/* ---- the same everywhere
- * ------------------------------------------------------------------------------------------------- */
+/* ---- the same everywhere ----------------------------------------------------------------------------------------- */
 
 enum status outer_verify(struct outer *outer) {
     const struct model *m = outer->model;

@@ -87,6 +87,10 @@ int outer_plan_under_way(const struct outer_plan *plan, int64_t step, int64_t *s
     return -1;
 }
 
+int64_t outer_plan_step(const struct outer_plan *plan, int fragment, int64_t round) {
+    return offset(plan, fragment) + round * plan->sync_steps;
+}
+
 int64_t outer_plan_round(const struct outer_plan *plan, int fragment, int64_t step) {
     return (step - offset(plan, fragment)) / plan->sync_steps;
 }

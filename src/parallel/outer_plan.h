@@ -42,6 +42,9 @@ int outer_plan_fragment_of(const struct outer_plan *plan, int group);
 int outer_plan_sends(const struct outer_plan *plan, int64_t step);
 int outer_plan_applies(const struct outer_plan *plan, int64_t step);
 
+/* The step after which a fragment is sent for the first (round 1), second, ... time. */
+int64_t outer_plan_step(const struct outer_plan *plan, int fragment, int64_t round);
+
 /* The fragment that was sent at `step` or before and is to be applied after it, and when it was sent; -1: none. */
 int outer_plan_under_way(const struct outer_plan *plan, int64_t step, int64_t *sent_step);
 

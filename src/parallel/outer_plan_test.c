@@ -45,6 +45,7 @@ static void check_plan(const struct outer_plan *plan) {
             sent_at = step;
             under_way_until = step + plan->overlap_steps;
             assert_int_equal(outer_plan_round(plan, sent, step), ++rounds[sent]);
+            assert_int_equal(outer_plan_step(plan, sent, rounds[sent]), step);
         }
         bool waits = under_way >= 0 && step < under_way_until;
         assert_int_equal(outer_plan_under_way(plan, step, &found_step), waits ? under_way : -1);

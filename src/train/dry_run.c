@@ -140,13 +140,12 @@ static void print_meetings(const struct plan *p, struct text *out) {
                 p->sharding.mesh.size[MESH_ISLAND], p->sharding.mesh.size[MESH_ISLAND] > 1 ? "s" : "",
                 (long long)plan->sync_steps, plan->fragment_count, plan->fragment_count > 1 ? "s" : "",
                 outer_format_name(p->outer.wire), (long long)plan->overlap_steps, plan->overlap_steps == 1 ? "" : "s");
-    for (int64_t step = plan->sync_steps; step < 2 * plan->sync_steps; step++) {
-        int fragment = outer_plan_sends(plan, step);
-        if (fragment >= 0)
-            text_printf(out, "  fragment %-3d sent after step %lld, %lld, ...; rank 0 sends %s, its island %s\n",
-                        fragment, (long long)step, (long long)(step + plan->sync_steps),
-                        text_bytes(line, (double)outer_rank_bytes(p->model, &p->outer, step)),
-                        text_bytes((char[LINE_BYTES]){0}, (double)outer_island_bytes(p->model, &p->outer, step)));
+    for (int fragment = 0; fragment < plan->fragment_count; fragment++) {
+        int64_t step = outer_plan_step(plan, fragment, 1);
+        text_printf(out, "  fragment %-3d sent after step %lld, %lld, ...; rank 0 sends %s, its island %s\n", fragment,
+                    (long long)step, (long long)(step + plan->sync_steps),
+                    text_bytes(line, (double)outer_rank_bytes(p->model, &p->outer, step)),
+                    text_bytes((char[LINE_BYTES]){0}, (double)outer_island_bytes(p->model, &p->outer, step)));
     }
 }
 

@@ -12,8 +12,7 @@ enum { ISLANDS_MAX = 4, ROWS_MAX = 64 };
 static const struct test_layout one_rank = {
     .replicate = 1, .shard = 1, .expert = 1, .zero = 3, .compute = DTYPE_F32, .wire = DTYPE_F32};
 
-/* ---- the reference
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- the reference ----------------------------------------------------------------------------------------------- */
 
 struct reference {
     const struct outer_options *o;
@@ -133,8 +132,7 @@ static void reference_step(struct reference *ref, int64_t step) {
             reference_apply(ref, p, step - plan->overlap_steps);
 }
 
-/* ---- against it
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- against it -------------------------------------------------------------------------------------------------- */
 
 struct job {
     const struct outer_options *o;
@@ -275,8 +273,7 @@ static void test_layouts(void **state) {
     reference_close(&ref);
 }
 
-/* ---- degenerate settings
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- degenerate settings ----------------------------------------------------------------------------------------- */
 
 /* One island that meets itself after every step, outer lr 1, no momentum: plain training, to the rounding of one
  * subtraction and one addition a step. */
@@ -328,8 +325,7 @@ static void test_mean(void **state) {
     reference_close(&ref);
 }
 
-/* ---- what must be found out
- * ------------------------------------------------------------------------------------------------- */
+/* ---- what must be found out -------------------------------------------------------------------------------------- */
 
 enum fault { FAULT_GLOBAL, FAULT_INFINITE, FAULT_STEP, FAULT_START };
 
@@ -397,9 +393,7 @@ static void test_faults(void **state) {
         }
 }
 
-/* ---- bytes
- * ----------------------------------------------------------------------------------------------------------------------
- */
+/* ---- bytes ------------------------------------------------------------------------------------------------------- */
 
 struct bytes_job {
     const struct outer_options *o;
@@ -453,8 +447,7 @@ static void test_bytes(void **state) {
     }
 }
 
-/* ---- showing the global weights
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- showing the global weights ---------------------------------------------------------------------------------- */
 
 static enum status run_swap(void *context, struct comm *world) {
     struct test_rank r = {.meetings = context, .islands = 2};

@@ -55,8 +55,7 @@ static bool is_first(const struct saver *s) {
     return s->ranks->world->rank == 0;
 }
 
-/* ---- the copy
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- the copy ---------------------------------------------------------------------------------------------------- */
 
 /* Large pages where the system has them: the first copy would take as long for small ones as for the copying. */
 static void ask_for_large_pages(char *data, uint64_t bytes) {
@@ -137,8 +136,7 @@ static void copy_share(struct saver *s) {
     parallel_for((int64_t)((s->copy_bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, s);
 }
 
-/* ---- work, maybe in the thread
- * ----------------------------------------------------------------------------------------- */
+/* ---- work, maybe in the thread ----------------------------------------------------------------------------------- */
 
 static enum status write_share(struct saver *s) {
     if (is_first(s))
@@ -188,8 +186,7 @@ static enum status end_work(struct saver *s) {
     return s->result == STATUS_OK ? STATUS_OK : status_fail(s->result, "%s", s->message);
 }
 
-/* ---- stages
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- stages ------------------------------------------------------------------------------------------------------ */
 
 static void forget(struct saver *s) {
     if (s->draft.path)
@@ -320,8 +317,7 @@ uint64_t saver_copy_bytes(const struct saver *s) {
     return s->copy_bytes;
 }
 
-/* ---- life and death
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- life and death ---------------------------------------------------------------------------------------------- */
 
 enum status saver_create(struct saver **out, const struct model *model, const struct outer *outer, struct ranks *ranks,
                          const struct saver_settings *settings) {

@@ -11,8 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* ---- ranks with a model ---------------------------------------------------------------------------------------------
- */
+/* ---- ranks with a model ------------------------------------------------------------------------------------------ */
 
 struct layout_case {
     int replicate, shard, expert, zero;
@@ -282,8 +281,7 @@ static void test_asynchronous(void **state) {
 
 enum { FAULT_FILE_BYTES = 80000 }; /* two or three files */
 
-/* ---- faults
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- faults ------------------------------------------------------------------------------------------------------ */
 
 struct fault {
     _Atomic int countdown;
@@ -425,8 +423,7 @@ static void test_allocations_failing(void **state) {
     free(directory);
 }
 
-/* ---- damage
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- damage ------------------------------------------------------------------------------------------------------ */
 
 /* A checkpoint of another model is whole: not to be passed over as if it were damaged, and then written over. */
 static void test_another_model(void **state) {

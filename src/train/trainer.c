@@ -30,16 +30,16 @@
 
 /* Invariants.
  *  1. state.step updates are in the weights; state.sequences sequences were drawn for them. A checkpoint is written
- * only between steps, so that what it holds is always such a pair.
+ *     only between steps, so that what it holds is always such a pair.
  *  2. The loader's order is a function of the seed and the cursor; nothing else about it needs saving.
  *  3. Evaluation and samples change neither weights, nor moments, nor the cursor.
  *  4. A step that is refused changes neither weights nor moments; its data is passed over. A return to a checkpoint
- * takes everything from there but the cursor, so that the same data is not met again (train/guard.h).
+ *     takes everything from there but the cursor, so that the same data is not met again (train/guard.h).
  *  5. Every rank takes the same way through this file: what one of them learns alone (a file that cannot be written, a
  *     signal, a time that was measured) is agreed on before anybody acts on it.
  *  6. From step to step islands do not wait for each other: what one of them wants of all (to stop, to go back) is
- * told, and acted on by all after the same later step (train/notices.h). They do wait where something is evaluated or
- * saved.
+ *     told, and acted on by all after the same later step (train/notices.h). They do wait where something is evaluated
+ *     or saved.
  */
 struct trainer {
     struct run_config *config;
@@ -93,8 +93,7 @@ static void watch_signals(void) {
               NULL); /* mpirun passes it on and, other than SIGTERM, does not end the ranks soon after */
 }
 
-/* ---- setting up ----------------------------------------------------------------------------------------------------
- */
+/* ---- setting up -------------------------------------------------------------------------------------------------- */
 
 static bool is_first(const struct trainer *t) {
     return t->world.comm->rank == 0;
@@ -320,8 +319,8 @@ static void describe_islands(const struct trainer *t) {
     const struct outer_plan *plan = &o->plan;
     char bytes[32];
     int64_t round_bytes = 0;
-    for (int64_t step = plan->sync_steps; step < 2 * plan->sync_steps; step++)
-        round_bytes += outer_island_bytes(t->model, o, step);
+    for (int fragment = 0; fragment < plan->fragment_count; fragment++)
+        round_bytes += outer_island_bytes(t->model, o, outer_plan_step(plan, fragment, 1));
     log_info("islands %d, meeting every %lld steps in %d fragment%s, applied %lld step%s later; %s: each sends %s in "
              "that time",
              t->sharding.mesh.size[MESH_ISLAND], (long long)plan->sync_steps, plan->fragment_count,
@@ -465,8 +464,7 @@ static void tear_down(struct trainer *t, enum status status) {
     free(t->metrics_path);
 }
 
-/* ---- what happens between steps
- * -------------------------------------------------------------------------------------- */
+/* ---- what happens between steps ---------------------------------------------------------------------------------- */
 
 /* What islands know of themselves, for the checkpoint; their global weights hold all that was sent. */
 static enum status gather_islands(struct trainer *t) {
