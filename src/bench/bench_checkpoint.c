@@ -218,6 +218,10 @@ static enum status make_places(struct saving *s, const struct bench *bench) {
     return comm_agree(world, status);
 }
 
+static void before_update(void *saver) {
+    saver_detach(saver);
+}
+
 static enum status saving_open(struct saving *s, const struct bench *bench, enum dtype dtype) {
     TRY(training_open(&s->training, bench, dtype));
     TRY(make_places(s, bench));
@@ -225,6 +229,7 @@ static enum status saving_open(struct saving *s, const struct bench *bench, enum
     TRY(saver_create(&s->sync, s->training.model, NULL, &s->training.ranks, &settings));
     settings.asynchronous = true;
     TRY(saver_create(&s->async, s->training.model, NULL, &s->training.ranks, &settings));
+    s->training.runner.herald = (struct step_herald){before_update, s->async};
     s->share_bytes = saver_share_bytes(s->sync);
     double sum = (double)s->share_bytes;
     TRY(comm_sum_f64(s->training.world, &sum, 1));

@@ -253,10 +253,16 @@ static enum status cut_extents(struct sharded_writing *w) {
     return open.extent.file >= 0 ? add_task(w, open) : STATUS_OK;
 }
 
+/* Where the bytes of an extent are, and on which device. */
+struct source {
+    const struct device *device;
+    const struct sharded_stretch *stretches;
+};
+
 /* Its bytes one after the other in a buffer that lies to the blocks as the file does. */
-static const char *assemble(const struct sharded_writing *w, const struct task *task, char *buffer) {
+static const char *assemble(struct source source, const struct task *task, char *buffer) {
     char *to = buffer + task->extent.begin % FILE_BLOCK_BYTES;
-    const struct sharded_stretch *stretch = &w->stretches[task->stretch];
+    const struct sharded_stretch *stretch = &source.stretches[task->stretch];
     uint64_t skip = task->skip;
     for (size_t filled = 0; filled < task->extent.bytes; stretch++, skip = 0) {
         uint64_t has = stretch->bytes - skip, left = task->extent.bytes - filled;
@@ -265,22 +271,48 @@ static const char *assemble(const struct sharded_writing *w, const struct task *
         if (stretch->begin == 0) /* a header is in the host's memory everywhere */
             memcpy(to + filled, from, part);
         else
-            w->way.device->copy_to_host(to + filled, from, part);
+            source.device->copy_to_host(to + filled, from, part);
         filled += part;
     }
     return to;
 }
 
+/* Whether its bytes lie one after the other, too, and to the blocks as the file does: they need no buffer. */
+static bool lies_in_place(struct source source, const struct task *task) {
+    const struct sharded_stretch *stretch = &source.stretches[task->stretch];
+    const char *data = (const char *)stretch->data + task->skip;
+    uint64_t together = stretch->bytes - task->skip;
+    for (; together < task->extent.bytes && stretch[1].data == (const char *)stretch->data + stretch->bytes; stretch++)
+        together += stretch[1].bytes;
+    return source.device == device_cpu() && together >= task->extent.bytes &&
+           (uintptr_t)data % FILE_BLOCK_BYTES == task->extent.begin % FILE_BLOCK_BYTES;
+}
+
+static const char *find_data(struct source source, const struct task *task, char *buffer) {
+    if (lies_in_place(source, task))
+        return (const char *)source.stretches[task->stretch].data + task->skip;
+    return assemble(source, task, buffer);
+}
+
+/* As long as the data stand where others change them they are copied, under the mutex. */
+static const char *take_sheltered(const struct sharded_writing *w, const struct task *task, char *buffer) {
+    struct sharded_shelter *shelter = w->way.shelter;
+    bool is_last = task + 1 == w->tasks + w->task_count;
+    pthread_mutex_lock(&shelter->mutex);
+    const struct sharded_stretch *moved = shelter->moved;
+    const char *data = moved ? NULL : assemble((struct source){w->way.device, w->stretches}, task, buffer);
+    shelter->stretch = is_last ? w->stretch_count : task[1].stretch;
+    shelter->skip = is_last ? 0 : task[1].skip;
+    pthread_mutex_unlock(&shelter->mutex);
+    return moved ? find_data((struct source){device_cpu(), moved}, task, buffer) : data;
+}
+
 static enum status write_extent(struct sharded_writing *w, struct task *task, char *buffer) {
     struct checkpoint_extent *extent = &task->extent;
-    const struct sharded_stretch *stretch = &w->stretches[task->stretch];
-    const char *data = (const char *)stretch->data + task->skip;
-    bool in_place = w->way.device == device_cpu() && stretch->bytes - task->skip >= extent->bytes &&
-                    (uintptr_t)data % FILE_BLOCK_BYTES == extent->begin % FILE_BLOCK_BYTES;
     if (atomic_load(w->way.cancel))
         return status_fail(STATUS_INTERRUPTED, "%s: given up", w->root);
-    if (!in_place)
-        data = assemble(w, task, buffer);
+    const char *data = w->way.shelter ? take_sheltered(w, task, buffer)
+                                      : find_data((struct source){w->way.device, w->stretches}, task, buffer);
     extent->hash = checkpoint_extent_hash(data, extent->bytes, extent->begin);
     return file_writer_put(&w->writers[extent->file], extent->begin, data, extent->bytes);
 }
@@ -356,6 +388,7 @@ static enum status list_extents(const struct sharded_writing *w, struct sharded_
 enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
                           struct sharded_way way, struct sharded_extents *extents) {
     struct sharded_writing w = {.set = set, .root = root, .stretches = stretches, .stretch_count = count, .way = way};
+    CHECK(!(way.parallel && way.shelter));
     enum status status = close_writers(&w, write_all(&w));
     if (status == STATUS_OK)
         status = list_extents(&w, extents);

@@ -9,6 +9,7 @@
 
 #include "checkpoint/publish.h"
 #include "checkpoint/safetensors.h"
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -61,11 +62,21 @@ struct sharded_extents {
     size_t count;
 };
 
+/* Lets another thread take away what is being written. It holds the mutex, copies all stretches from the byte at which the
+ * writer stands to the host's memory, and sets moved; from then on the writer reads there. */
+struct sharded_shelter {
+    pthread_mutex_t mutex;
+    int stretch; /* the writer needs what begins at byte `skip` of this one, and all after it */
+    uint64_t skip;
+    const struct sharded_stretch *moved; /* [count] the same stretches, elsewhere; NULL: where they were */
+};
+
 /* How a share is written. */
 struct sharded_way {
     const struct device *device; /* where the data of the stretches lie */
     const atomic_bool *cancel;   /* STATUS_INTERRUPTED soon after it is set */
-    bool parallel;               /* by all threads, each with a buffer of 4 MiB; else by the caller alone */
+    bool parallel;               /* by all threads, each with a buffer of 4 MiB; else by the caller alone, in order */
+    struct sharded_shelter *shelter; /* NULL: the data stay as they are. Not with parallel */
 };
 
 /* Write and flush sorted stretches, which do not overlap those of any other process. extents is an empty list before; the

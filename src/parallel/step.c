@@ -261,6 +261,8 @@ static enum status run_gradient_norm(struct step_runner *runner, struct step_sta
     result->comm_bytes = (int64_t)runner->sums[SUM_BYTES];
     result->skipped = judge(runner, state, same_sums);
     result->lr = optimizer_lr(runner->optimizer, state->input.step, state->input.step_count);
+    if (runner->herald.before_update)
+        runner->herald.before_update(runner->herald.context);
     return STATUS_OK;
 }
 

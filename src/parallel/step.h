@@ -63,6 +63,12 @@ struct step_observer {
     void *context;
 };
 
+/* Called in every step when gradients are whole and nothing of weights, moments and outer state has changed yet. */
+struct step_herald {
+    void (*before_update)(void *context);
+    void *context;
+};
+
 /* For measuring what overlaps: a step that only computes (with whatever its buffers hold), or only transfers parameters and
  * gradients. Its numbers mean nothing. Experts must not be divided. */
 enum step_part { STEP_WHOLE, STEP_COMPUTE, STEP_TRANSFERS };
@@ -87,6 +93,7 @@ struct step_runner {
     int64_t tail_bytes;                /* sent in the last step from its norm on */
     struct arena arena;
     struct step_observer observer; /* event_done NULL: none */
+    struct step_herald herald;     /* before_update NULL: none */
     enum step_part part;           /* STEP_WHOLE, but for measurements */
 };
 

@@ -222,8 +222,10 @@ static enum status save(struct rank *r, const struct job *job) {
         .island_guards = r->islands && r->ranks.world->rank == 0 ? guards : NULL,
     };
     TRY(saver_start(r->saver, &sources));
-    if (job->asynchronous) /* what is saved is what stood there */
+    if (job->asynchronous) { /* what is saved is what stood there */
+        saver_detach(r->saver);
         fill_with(r, NOTHING);
+    }
     return saver_finish(r->saver);
 }
 

@@ -1,6 +1,7 @@
 /* Invariants
  *  1. Only the training thread calls the transport and changes `stage`. Its helper runs one piece of work at a time
  * (write, or commit) and touches nothing that the training thread touches until it was joined.
+ *     Tensors it reads under the shelter's mutex, until they were copied.
  *  2. The stage is the same on all ranks: it changes only after an agreement.
  *  3. A draft is rank 0's, and exists while the stage is not STAGE_NONE.
  */
@@ -29,11 +30,11 @@ struct saver {
     int64_t island_count;
     const struct device *device;
     struct shares shares;
-    char *copy;                     /* of this rank's bytes in the order of the files; NULL: not asynchronous */
+    char *copy;                     /* room for this rank's bytes in the order of the files; NULL: not asynchronous */
     uint64_t copy_bytes;            /* with the gaps that let each lie to the blocks of memory as it does in its file */
     uint64_t *copy_offsets;         /* [shares.count] of each stretch in the copy */
-    struct sharded_stretch *copied; /* [copied_count] the same bytes, in the copy */
-    int copied_count;
+    struct sharded_stretch *copied; /* [shares.count] the same bytes, in the copy */
+    struct sharded_shelter shelter; /* of the share that is being written */
 
     enum stage stage;
     struct checkpoint_sources sources;
@@ -93,7 +94,6 @@ static enum status take_copy(struct saver *s) {
         s->copied[i] = s->shares.stretches[i];
         s->copied[i].data = s->copy + s->copy_offsets[i];
     }
-    s->copied_count = sharded_sort(s->copied, s->shares.count);
     return STATUS_OK;
 }
 
@@ -125,15 +125,35 @@ static void copy_part(const struct saver *s, int i, uint64_t from, uint64_t to) 
         s->device->copy_to_host(s->copy + from, data, (size_t)(to - from));
 }
 
+/* What the writer has not taken yet. */
+struct copying {
+    const struct saver *saver;
+    uint64_t from; /* a byte of the copy */
+};
+
 static void copy_task(void *context, int64_t task) {
-    const struct saver *s = context;
-    uint64_t from = (uint64_t)task * COPY_TASK_BYTES, to = from + COPY_TASK_BYTES;
+    const struct copying *copying = context;
+    const struct saver *s = copying->saver;
+    uint64_t from = copying->from + (uint64_t)task * COPY_TASK_BYTES, to = from + COPY_TASK_BYTES;
     for (int i = find_stretch(s, from); i < s->shares.count && s->copy_offsets[i] < to; i++)
         copy_part(s, i, from, to);
 }
 
-static void copy_share(struct saver *s) {
-    parallel_for((int64_t)((s->copy_bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, s);
+static void copy_rest(const struct saver *s) {
+    const struct sharded_shelter *at = &s->shelter;
+    struct copying copying = {s, at->stretch < s->shares.count ? s->copy_offsets[at->stretch] + at->skip : s->copy_bytes};
+    uint64_t bytes = s->copy_bytes - copying.from;
+    parallel_for((int64_t)((bytes + COPY_TASK_BYTES - 1) / COPY_TASK_BYTES), copy_task, &copying);
+}
+
+void saver_detach(struct saver *s) {
+    if (s->stage != STAGE_WRITE || !s->has_thread || !atomic_load(&s->busy))
+        return;
+    pthread_mutex_lock(&s->shelter.mutex);
+    if (!s->shelter.moved)
+        copy_rest(s);
+    s->shelter.moved = s->copied;
+    pthread_mutex_unlock(&s->shelter.mutex);
 }
 
 /* ---- work, maybe in the thread ----------------------------------------------------------------------------------- */
@@ -141,10 +161,8 @@ static void copy_share(struct saver *s) {
 static enum status write_share(struct saver *s) {
     if (is_first(s))
         TRY(checkpoint_write_files(s->root, &s->sources));
-    const struct sharded_stretch *stretches = s->copy ? s->copied : s->shares.stretches;
-    int count = s->copy ? s->copied_count : s->shares.count;
-    struct sharded_way way = {s->copy ? device_cpu() : s->device, &s->cancel, !s->copy};
-    return sharded_write(&s->shares.set, s->root, stretches, count, way, &s->extents);
+    struct sharded_way way = {s->device, &s->cancel, !s->copy, s->copy ? &s->shelter : NULL};
+    return sharded_write(&s->shares.set, s->root, s->shares.stretches, s->shares.count, way, &s->extents);
 }
 
 /* A checkpoint that cannot be deleted is no reason to end a run: it is told, and tried again at the next save. */
@@ -224,8 +242,9 @@ enum status saver_start(struct saver *s, const struct checkpoint_sources *source
         forget(s);
         return status;
     }
-    if (s->copy)
-        copy_share(s);
+    s->shelter.stretch = 0;
+    s->shelter.skip = 0;
+    s->shelter.moved = NULL;
     s->stage = STAGE_WRITE;
     start_work(s, write_share);
     return s->settings.asynchronous ? STATUS_OK : saver_finish(s);
@@ -323,6 +342,7 @@ enum status saver_create(struct saver **out, const struct model *model, const st
                          const struct saver_settings *settings) {
     struct saver *s;
     TRY(memory_alloc(&s, 1, sizeof *s));
+    pthread_mutex_init(&s->shelter.mutex, NULL); /* of the default kind: does not fail here */
     s->settings = *settings;
     s->ranks = ranks;
     s->outer = outer;
@@ -349,5 +369,6 @@ void saver_destroy(struct saver *s) {
     free(s->copy);
     free(s->copy_offsets);
     free(s->copied);
+    pthread_mutex_destroy(&s->shelter.mutex);
     free(s);
 }

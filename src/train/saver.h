@@ -1,13 +1,15 @@
 /* Saving while training goes on: every rank writes its own bytes of a checkpoint, once.
  *
- * A save has three stages. Begin: rank 0 makes a draft with files of full length, and every rank copies what it will
- * write. Write: each rank writes, hashes and flushes its share. Commit: rank 0 adds the hashes of all to the manifest
- * and gives the checkpoint its name; then what is no longer to be kept goes. Between stages the ranks agree, so that a
- * failure of one is the failure of all and nothing was published. Write and commit run in a thread of their own where
- * saves are asynchronous; the training thread asks at each step whether all are done (it adds up saver_is_busy over the
- * ranks, with whatever else it adds up) and calls saver_advance when they are.
+ * A save has three stages. Begin: rank 0 makes a draft with files of full length. Write: each rank writes, hashes and
+ * flushes its share. Commit: rank 0 adds the hashes of all to the manifest and gives the checkpoint its name; then what
+ * is no longer to be kept goes. Between stages the ranks agree, so that a failure of one is the failure of all and
+ * nothing was published. Write and commit run in a thread of their own where saves are asynchronous; the training thread
+ * asks at each step whether all are done (it adds up saver_is_busy over the ranks, with whatever else it adds up) and
+ * calls saver_advance when they are.
  *
- * What is saved is what stood in memory when saver_start was called.
+ * What is saved is what stood in memory when saver_start was called. An asynchronous save writes from there, as long as
+ * nothing changes it: forward and backward do not. Before something does (the update at the end of the next step),
+ * saver_detach copies what was not written by then, so that a save that is done within a step costs no copy.
  */
 #pragma once
 
@@ -23,7 +25,7 @@ struct saver_settings {
 };
 
 /* outer: of a run with islands, else NULL. Borrows model, outer, ranks and settings->directory. Takes the memory of a
- * copy of this rank's share where saves are asynchronous. Not collective. */
+ * copy of this rank's share where saves are asynchronous; as much of it is touched as is ever copied. Not collective. */
 enum status saver_create(struct saver **out, const struct model *model, const struct outer *outer, struct ranks *ranks,
                          const struct saver_settings *settings) MUST_USE;
 
@@ -31,8 +33,12 @@ enum status saver_create(struct saver **out, const struct model *model, const st
 void saver_destroy(struct saver *saver);
 
 /* Collective; nothing may be under way, and nothing between islands (outer_settle). Not asynchronous: the checkpoint is
- * published when it returns. What the sources point to stays as it is until then; tensors may change at once. */
+ * published when it returns. What the sources point to stays as it is until then; so do tensors, until saver_detach. */
 enum status saver_start(struct saver *saver, const struct checkpoint_sources *sources) MUST_USE;
+
+/* From here on tensors may change, whatever is under way. At once where nothing is to be written from them. Not
+ * collective. */
+void saver_detach(struct saver *saver);
 
 /* Whether a save is under way: the same on all ranks. And whether this rank still works at its present stage. */
 bool saver_is_under_way(const struct saver *saver);

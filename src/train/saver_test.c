@@ -26,7 +26,9 @@ struct job {
     int64_t step;
     uint64_t file_bytes;
     bool dense;
-    bool asynchronous, mutates; /* changes every tensor as soon as saver_start returns */
+    int64_t vocab_size; /* 0: of the small model */
+    bool asynchronous, mutates; /* changes every tensor once it may, */
+    int pause_us;               /* so long after saver_start returned */
     enum checkpoint_read read;
     enum { SAVE_ONCE, SAVE_TWICE_WAITING, SAVE_TWICE_REPLACING, SAVE_AND_LEAVE } course;
     /* what came out, of rank 0 */
@@ -68,6 +70,7 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     const int size[MESH_AXIS_COUNT] = {1, job->layout.replicate, job->layout.shard, job->layout.expert};
     struct mesh mesh = mesh_make(size, world->rank);
     struct model_config config = small_config(job->dense);
+    config.vocab_size = job->vocab_size > 0 ? job->vocab_size : config.vocab_size;
     const struct kernel_ops *ops;
     struct saver_settings settings = {job->to, job->file_bytes, job->asynchronous, note_published};
     TRY(kernels_choose("portable", &ops));
@@ -87,8 +90,11 @@ static enum status start(struct rank *r, const struct job *job, int64_t step) {
         &r->model->config, r->tokenizer, {.step = step, .sequences = 8 * step, .tokens = 128 * step, .best_step = -1},
         {9, 0, -1, -1},    NULL};
     TRY(saver_start(r->saver, &sources));
-    if (job->mutates)
+    if (job->mutates) {
+        usleep((useconds_t)job->pause_us);
+        saver_detach(r->saver);
         fill(r->model, 99);
+    }
     return STATUS_OK;
 }
 
@@ -240,6 +246,30 @@ static void test_many_files(void **state) {
         remove_all(all[i]);
     free(index), free(single_file), free(moments), free(one), free(many), free(back), free(first), free(divided),
         free(joined);
+}
+
+/* Tensors of several extents that change at any moment of the writing: what was there is saved, and nothing of what came. */
+static void test_changed_while_it_is_written(void **state) {
+    (void)state;
+    enum { MOMENTS = 16, LONGEST_US = 60000 };
+    char *sync = directory_of("sync", 0), *expected = checkpoint_in(sync, 5);
+    struct job plain = {single, .to = sync, .step = 5, .file_bytes = 1 << 30, .vocab_size = 150001};
+    run_well(&plain);
+    for (int moment = 0; moment < MOMENTS; moment++) {
+        char *async = disk_directory_of("async", moment), *found = checkpoint_in(async, 5);
+        struct job job = plain;
+        job.to = async;
+        job.asynchronous = job.mutates = true;
+        job.pause_us = LONGEST_US * moment / MOMENTS;
+        run_well(&job);
+        assert_same_checkpoint(expected, found);
+        remove_all(async);
+        free(found);
+        free(async);
+    }
+    remove_all(sync);
+    free(expected);
+    free(sync);
 }
 
 /* What is changed after the call is not in it; a second save waits for the first or replaces it; a run that ends in the
@@ -510,6 +540,7 @@ int main(void) {
         cmocka_unit_test(test_every_byte_is_written_once),
         cmocka_unit_test(test_many_files),
         cmocka_unit_test(test_asynchronous),
+        cmocka_unit_test(test_changed_while_it_is_written),
         cmocka_unit_test(test_every_operation_failing),
         cmocka_unit_test(test_allocations_failing),
         cmocka_unit_test(test_another_model),

@@ -56,7 +56,7 @@ struct trainer {
     struct step_runner runner;
     struct outer *outer; /* NULL without islands */
     struct notices notices;
-    int64_t next_advance; /* the first step after which it is known whether all are done with a stage of a save */
+    int64_t stage_step; /* after which the present stage of a save began */
     struct guard *guards; /* [islands] for a checkpoint */
     struct train_state state;
     struct train_report report;
@@ -72,7 +72,8 @@ struct trainer {
 
 enum { NOTICE_STOP = 1, NOTICE_BUSY = 2, NOTICE_ROLL_BACK = 4 };
 
-enum { PROBE_STEPS = 4, NOTICE_DELAY_MAX = 64 };
+enum { PROBE_STEPS = 4, NOTICE_DELAY_MAX = 64, NOTICE_INTERVAL_MAX = 16 };
+static const double NOTICE_WIRE_BYTES = 143, NOTICE_SHARE = 1e-3; /* measured on a link: with the headers of packets; of all */
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
 
 static volatile sig_atomic_t stop_requested;
@@ -172,18 +173,43 @@ static struct step_settings step_settings_from(const struct run_config *c) {
                                   run_config_outer(c).plan.fragment_count};
 }
 
-/* Islands know of each other what happened as many steps ago as a fragment travels. */
+/* What an island sends in sync_steps. */
+static int64_t round_bytes(const struct trainer *t, const struct outer_options *options) {
+    int64_t bytes = 0;
+    for (int fragment = 0; fragment < options->plan.fragment_count; fragment++)
+        bytes += outer_island_bytes(t->model, options, outer_plan_step(&options->plan, fragment, 1));
+    return bytes;
+}
+
+/* Islands know of each other what happened as many steps ago as a fragment travels. They tell it after every step, but
+ * those of a small model, whose steps are short, after as many that it is no burden on the link. */
+static enum status create_notices(struct trainer *t, const struct outer_options *options) {
+    const struct mesh *mesh = &t->sharding.mesh;
+    int64_t islands = mesh->size[MESH_ISLAND], overlap = options->plan.overlap_steps;
+    if (islands == 1)
+        return notices_init(&t->notices, &t->ranks.islands, 1, 0);
+    double told = NOTICE_WIRE_BYTES * (double)((islands - 1) * mesh_group_size(mesh, RANKS_BATCH_AXES));
+    double interval = ceil(told * (double)options->plan.sync_steps / (NOTICE_SHARE * (double)round_bytes(t, options)));
+    int64_t delay = overlap < 1 ? 1 : overlap < NOTICE_DELAY_MAX ? overlap : NOTICE_DELAY_MAX;
+    return notices_init(&t->notices, &t->ranks.islands, (int64_t)fmin(interval, NOTICE_INTERVAL_MAX), delay);
+}
+
 static enum status create_islands(struct trainer *t) {
     struct outer_options options = run_config_outer(t->config);
-    int64_t islands = t->config->diloco.replicas, overlap = options.plan.overlap_steps;
-    int64_t delay = islands == 1 ? 0 : overlap < 1 ? 1 : overlap < NOTICE_DELAY_MAX ? overlap : NOTICE_DELAY_MAX;
-    TRY(notices_init(&t->notices, &t->ranks.islands, (int)delay));
+    TRY(create_notices(t, &options));
     if (options.plan.sync_steps == 0)
         return STATUS_OK;
-    TRY(memory_alloc(&t->guards, (size_t)islands, sizeof *t->guards));
+    TRY(memory_alloc(&t->guards, (size_t)t->config->diloco.replicas, sizeof *t->guards));
     TRY(outer_create(t->model, &t->ranks, t->runner.traffic, &options, &t->outer));
     t->runner.outer = t->outer;
     return STATUS_OK;
+}
+
+/* A save that is under way reads what a step changes. */
+static void before_update(void *context) {
+    struct trainer *t = context;
+    if (t->saver)
+        saver_detach(t->saver);
 }
 
 static enum status create_model(struct trainer *t) {
@@ -194,6 +220,7 @@ static enum status create_model(struct trainer *t) {
     TRY(step_workspace_create(t->model, &t->ranks, workspace_options_from(c, &t->sharding.mesh),
                               c->layout.exchange_limit_bytes, &t->workspace, &t->exchange));
     TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, step_settings_from(c)));
+    t->runner.herald = (struct step_herald){before_update, t};
     TRY(create_islands(t));
     size_t token_count = (size_t)(c->train.batch_sequences * (c->train.sequence_length + 1));
     return memory_alloc(&t->tokens, token_count, sizeof *t->tokens);
@@ -318,14 +345,11 @@ static void describe_islands(const struct trainer *t) {
     const struct outer_options *o = &t->outer->options;
     const struct outer_plan *plan = &o->plan;
     char bytes[32];
-    int64_t round_bytes = 0;
-    for (int fragment = 0; fragment < plan->fragment_count; fragment++)
-        round_bytes += outer_island_bytes(t->model, o, outer_plan_step(plan, fragment, 1));
     log_info("islands %d, meeting every %lld steps in %d fragment%s, applied %lld step%s later; %s: each sends %s in "
              "that time",
              t->sharding.mesh.size[MESH_ISLAND], (long long)plan->sync_steps, plan->fragment_count,
              plan->fragment_count == 1 ? "" : "s", (long long)plan->overlap_steps, plan->overlap_steps == 1 ? "" : "s",
-             outer_format_name(o->wire), text_bytes(bytes, (double)round_bytes));
+             outer_format_name(o->wire), text_bytes(bytes, (double)round_bytes(t, o)));
 }
 
 static void describe(const struct trainer *t) {
@@ -493,7 +517,7 @@ static enum status save(struct trainer *t) {
                                          .keep = retention(t),
                                          .island_guards = t->guards};
     TRY(saver_start(t->saver, &sources));
-    t->next_advance = t->state.step + 1 + t->notices.delay;
+    t->stage_step = t->state.step;
     return STATUS_OK;
 }
 
@@ -563,6 +587,7 @@ static enum status evaluate_held_out(struct trainer *t, int64_t token_limit, str
 static enum status show_global(struct trainer *t) {
     if (!t->outer)
         return STATUS_OK;
+    saver_detach(t->saver);
     TRY(outer_settle(t->outer));
     return outer_swap(t->outer);
 }
@@ -602,17 +627,17 @@ static bool is_time_over(const struct trainer *t) {
  * all ranks are done with goes on to its next stage. */
 static enum status agree_after_step(struct trainer *t, bool *rolls_back) {
     double asked[] = {stop_requested || is_time_over(t), saver_is_busy(t->saver), t->trouble != STEP_UPDATED};
-    uint32_t known;
+    struct notice notice;
     TRY(comm_sum_f64(&t->ranks.batch, asked, 3));
-    TRY(notices_exchange(&t->notices,
+    TRY(notices_exchange(&t->notices, t->state.step,
                          (asked[0] > 0 ? NOTICE_STOP : 0) | (asked[1] > 0 ? NOTICE_BUSY : 0) |
                              (asked[2] > 0 ? NOTICE_ROLL_BACK : 0),
-                         &known));
-    t->stopping = known & NOTICE_STOP;
-    *rolls_back = known & NOTICE_ROLL_BACK;
-    if ((known & NOTICE_BUSY) || t->state.step < t->next_advance)
+                         &notice));
+    t->stopping = notice.flags & NOTICE_STOP;
+    *rolls_back = notice.flags & NOTICE_ROLL_BACK;
+    if (!notice.is_new || (notice.flags & NOTICE_BUSY) || notice.told_step <= t->stage_step)
         return STATUS_OK;
-    t->next_advance = t->state.step + 1 + t->notices.delay;
+    t->stage_step = t->state.step;
     return saver_advance(t->saver);
 }
 
