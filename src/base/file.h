@@ -32,15 +32,14 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
  * written beside it, flushed, renamed, directory flushed. */
 enum status file_write(const char *path, const void *data, size_t size) MUST_USE;
 
-/* A file open for reading at any place; several threads may read at once. */
+/* A file open for reading at any place, mostly from front to back; several threads may read at once. Through the system's
+ * cache, which reads ahead: past it a virtual disk was half as fast. */
 struct file_reader {
     int descriptor; /* -1 when closed */
     char *path;     /* owned */
-    int direct;     /* a second descriptor, see file_writer_put; 0: none */
 };
 enum status file_reader_open(struct file_reader *reader, const char *path) MUST_USE;
-/* Exactly `size` bytes; STATUS_IO where the file ends before. Straight into memory, past the system's cache, what
- * file_writer_put would write so. */
+/* Exactly `size` bytes; STATUS_IO where the file ends before. */
 enum status file_reader_at(const struct file_reader *reader, uint64_t position, void *data, size_t size) MUST_USE;
 void file_reader_close(struct file_reader *reader);
 

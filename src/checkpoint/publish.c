@@ -473,8 +473,6 @@ static int compare_targets(const void *a, const void *b) {
     return x->begin < y->begin ? -1 : x->begin > y->begin;
 }
 
-enum { BUFFER_BYTES = EXTENT_BYTES + FILE_BLOCK_BYTES };
-
 /* An extent that is wanted, and the first target that it meets. */
 struct read_task {
     int file;
@@ -489,8 +487,8 @@ struct reading {
     struct file_reader *readers; /* [file_count]; path NULL: has no target */
     struct read_task *tasks;
     size_t task_count;
-    char *buffers, *memory; /* [threads][BUFFER_BYTES] aligned to blocks, inside of memory */
-    _Atomic int64_t bad;    /* the lowest task that failed, or INT64_MAX */
+    char *buffers;       /* [threads][EXTENT_BYTES] */
+    _Atomic int64_t bad; /* the lowest task that failed, or INT64_MAX */
 };
 
 static uint64_t extent_end(const struct checkpoint_extent *extent) {
@@ -530,8 +528,7 @@ static enum status plan_reading(struct reading *r, const char *root) {
         most += r->manifest->files[i].extent_count;
     TRY(memory_alloc(&r->readers, r->manifest->file_count, sizeof *r->readers));
     TRY(memory_alloc(&r->tasks, most, sizeof *r->tasks));
-    TRY(memory_alloc(&r->memory, (size_t)threads_count() + 1, BUFFER_BYTES));
-    r->buffers = r->memory + (FILE_BLOCK_BYTES - (uintptr_t)r->memory % FILE_BLOCK_BYTES) % FILE_BLOCK_BYTES;
+    TRY(memory_alloc(&r->buffers, (size_t)threads_count(), EXTENT_BYTES));
     size_t extent = 0;
     for (size_t i = 0; i < r->target_count; i++) {
         const struct checkpoint_target *target = &r->targets[i];
@@ -565,7 +562,6 @@ static void deliver(const struct reading *r, const struct read_task *task, const
 static enum status read_extent(const struct reading *r, const struct read_task *task, char *buffer) {
     const struct checkpoint_extent *extent = &r->manifest->files[task->file].extents[task->extent];
     const struct file_reader *reader = &r->readers[task->file];
-    buffer += extent->begin % FILE_BLOCK_BYTES; /* it lies to the blocks as the file does */
     TRY(file_reader_at(reader, extent->begin, buffer, extent->bytes));
     if (checkpoint_extent_hash(buffer, extent->bytes, extent->begin) != extent->hash)
         return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", reader->path, extent->bytes,
@@ -577,7 +573,7 @@ static enum status read_extent(const struct reading *r, const struct read_task *
 static void read_one(void *context, int64_t index) {
     struct reading *r = context;
     int64_t bad = atomic_load(&r->bad);
-    char *buffer = r->buffers + (size_t)thread_index() * BUFFER_BYTES;
+    char *buffer = r->buffers + (size_t)thread_index() * EXTENT_BYTES;
     if (index > bad || read_extent(r, &r->tasks[index], buffer) == STATUS_OK)
         return;
     while (index < bad && !atomic_compare_exchange_weak(&r->bad, &bad, index)) {
@@ -610,7 +606,7 @@ enum status checkpoint_read(const char *root, const struct checkpoint_manifest *
         file_reader_close(&r.readers[i]);
     free(r.readers);
     free(r.tasks);
-    free(r.memory);
+    free(r.buffers);
     return status;
 }
 
