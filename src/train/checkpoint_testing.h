@@ -49,6 +49,13 @@ static inline int tear_down(void **state) {
     return status == STATUS_OK && (root == on_disk || directory_remove(root) == STATUS_OK) ? 0 : -1;
 }
 
+/* Of pairs of layouts: under the sanitizers every third takes long enough. */
+#ifdef __SANITIZE_ADDRESS__
+enum { EVERY_PAIR = 3 };
+#else
+enum { EVERY_PAIR = 1 };
+#endif
+
 static inline struct model_config small_config(bool dense) {
     struct model_config c;
     model_config_init(&c);

@@ -292,12 +292,6 @@ static void check_pair(int a, int b, const char *from, const char *saved) {
     free(to);
 }
 
-#ifdef __SANITIZE_ADDRESS__
-enum { EVERY_PAIR = 3 }; /* which takes long enough */
-#else
-enum { EVERY_PAIR = 1 };
-#endif
-
 /* All 144 pairs. Of as many islands all layouts save the same files, byte for byte. */
 static void test_any_to_any(void **state) {
     (void)state;

@@ -167,7 +167,7 @@ static void test_any_layout_to_any_other(void **state) {
                              .step = 3,  .file_bytes = 1 << 30, .asynchronous = a % 2};
         run_well(&save_a);
         assert_same_checkpoint(canonical, saved);
-        for (int b = 0; b < LAYOUT_COUNT; b++) {
+        for (int b = a % EVERY_PAIR; b < LAYOUT_COUNT; b += EVERY_PAIR) {
             char *to = directory_of("b", b), *again = checkpoint_in(to, 3);
             struct job save_b = {layouts[b],
                                  .from = from,
