@@ -430,9 +430,9 @@ static void test_several_ranks(void **state) {
     }
 }
 
-/* What only the first of two islands meets, for batches are known by their first sequence: it goes on until it tells (so small a model
- * every 6th step, of two ranks an island every 11th) and for one more step, until the other knows; then both go back to what they
- * had saved by then. */
+/* What only the first of two islands meets, for batches are known by their first sequence: it goes on until it tells (so
+ * small a model every 6th step, of two ranks an island every 11th) and for one more step, until the other knows; then both go
+ * back to what they had saved by then. */
 static void test_islands(void **state) {
     (void)state;
     poison_batches(6, 8, NAN);
