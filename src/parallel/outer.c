@@ -478,15 +478,18 @@ void outer_resume(struct outer *outer, const struct outer_plan *before, int64_t 
 enum status outer_verify(struct outer *outer) {
     const struct model *m = outer->model;
     struct comm *islands = &outer->ranks->islands;
-    uint64_t mine = 1, *all;
+    uint64_t mine = 1, *all = NULL;
     CHECK(!outer->travels);
     for (int i = 0; i < m->table.count; i++) {
         uint64_t row[] = {device_fingerprint(m->device, outer->global[i].data, tensor_bytes(outer->global[i])),
                           device_fingerprint(m->device, outer->momentum[i].data, tensor_bytes(outer->momentum[i]))};
         mine = hash_bytes(row, sizeof row, mine);
     }
-    enum status status = memory_alloc(&all, (size_t)islands->size, sizeof *all);
-    TRY(comm_agree(outer->ranks->world, status));
+    enum status status = comm_agree(outer->ranks->world, memory_alloc(&all, (size_t)islands->size, sizeof *all));
+    if (status != STATUS_OK) {
+        free(all);
+        return status;
+    }
     status = comm_share(islands, &mine, sizeof mine, all);
     for (int island = 1; island < islands->size && status == STATUS_OK; island++)
         if (all[island] != all[0])

@@ -270,9 +270,10 @@ static enum status send_extents(struct saver *s, int64_t *counts, struct comm *w
 /* What all ranks wrote, to rank 0. */
 static enum status collect_extents(struct saver *s) {
     struct comm *world = s->ranks->world;
-    int64_t *counts, mine = (int64_t)(s->extents.count * sizeof *s->extents.items);
-    TRY(comm_agree(world, memory_alloc(&counts, 5 * (size_t)world->size, sizeof *counts)));
-    enum status status = comm_share(world, &mine, sizeof mine, counts);
+    int64_t *counts = NULL, mine = (int64_t)(s->extents.count * sizeof *s->extents.items);
+    enum status status = comm_agree(world, memory_alloc(&counts, 5 * (size_t)world->size, sizeof *counts));
+    if (status == STATUS_OK)
+        status = comm_share(world, &mine, sizeof mine, counts);
     if (status == STATUS_OK)
         status = send_extents(s, counts, world);
     free(counts);

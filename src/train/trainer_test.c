@@ -235,6 +235,7 @@ static void test_fifty_stops(void **state) {
     int step = 0, stops = 0;
     while (stops < STOPS) {
         int left = LONG_STEPS - 1 - step, longest = 2 * left / (STOPS - stops);
+        longest = longest < left ? longest : left;
         call.interrupt_after = 1 + (int)(random_bits(6, 1, (uint64_t)stops) % (uint64_t)(longest > 1 ? longest - 1 : 1));
         assert_int_equal(train(call, &summary), STATUS_OK);
         assert_true(summary.interrupted);
