@@ -1,7 +1,7 @@
 /* Invariants
  *  1. Only the training thread calls the transport and changes `stage`. Its helper runs one piece of work at a time
- * (write, or commit) and touches nothing that the training thread touches until it was joined.
- *     Tensors it reads under the shelter's mutex, until they were copied.
+ *     (write, or commit) and touches nothing that the training thread touches until it was joined, but for the tensors
+ *     that it reads under the shelter's mutex until they were copied.
  *  2. The stage is the same on all ranks: it changes only after an agreement.
  *  3. A draft is rank 0's, and exists while the stage is not STAGE_NONE.
  */
