@@ -86,7 +86,7 @@ struct arrivals {
 
 /* What outer_encode counts. */
 enum {
-    OUTER_SQUARES, /* sum of the squares of the differences that were not refused */
+    OUTER_SQUARES, /* sum of the squares of the differences that were not refused, to 1e-6 */
     OUTER_FLUSHED, /* differences that are not 0 and became 0 */
     OUTER_REFUSED, /* differences that no message may carry */
     OUTER_STATS

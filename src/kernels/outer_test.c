@@ -334,7 +334,7 @@ static void check_stats(struct tensor found, struct tensor expected) {
     assert_true(stat(found, OUTER_FLUSHED) == stat(expected, OUTER_FLUSHED));
     assert_true(stat(found, OUTER_REFUSED) == stat(expected, OUTER_REFUSED));
     double squares = stat(expected, OUTER_SQUARES);
-    assert_true(fabs(stat(found, OUTER_SQUARES) - squares) <= 1e-12 * squares);
+    assert_true(fabs(stat(found, OUTER_SQUARES) - squares) <= 1e-6 * squares); /* of 32 of them a backend has the sum in f32 */
 }
 
 static void check_sums(struct tensor found, struct tensor expected) {

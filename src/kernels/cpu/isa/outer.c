@@ -19,6 +19,8 @@ enum { BLOCK_VECTORS = OUTER_BLOCK / VECTOR_LANES, TASK_BLOCKS = TASK_ELEMENTS /
 enum {
     MAGNITUDE = 0x7FFFFFFF,
     REFUSED_FROM = 0x7F000000,       /* 2^127 */
+    SQUARES_FROM = 77 << 23,         /* 2^-50: squares down to 2^-26 of this one are normal numbers */
+    SQUARES_TO = 177 << 23,          /* 2^50 */
     FP4_ROUND = 0x800000 - 0x38AA3B, /* mantissas from that of 1/ln 2 on carry */
     FP8_ROUND = 0x7FFFFF - 0x680000, /* mantissas above that of 464 carry */
     FP4_SCALE_LEAST = 9,
@@ -148,17 +150,7 @@ ALWAYS_INLINE vector_i32 block_largest(const vector_f32 d[BLOCK_VECTORS]) {
     return vector_largest_i32(largest);
 }
 
-/* A block of differences, without those that are refused. Returns the largest magnitude in every lane. */
-ALWAYS_INLINE vector_i32 load_differences(const float *global, const float *local, vector_f32 d[BLOCK_VECTORS],
-                                          struct tally *tally) {
-#pragma GCC unroll 8
-    for (int v = 0; v < BLOCK_VECTORS; v++)
-        d[v] = vector_load(global + v * VECTOR_LANES) - vector_load(local + v * VECTOR_LANES);
-    vector_i32 largest = block_largest(d);
-    if (__builtin_expect(largest[0] >= REFUSED_FROM, 0)) {
-        refuse(d, tally);
-        largest = block_largest(d);
-    }
+ALWAYS_INLINE void add_squares_f64(const vector_f32 d[BLOCK_VECTORS], struct tally *tally) {
     vector_f64 squares[2] = {{0}}; /* of this block: the next one need not wait for it */
 #pragma GCC unroll 8
     for (int v = 0; v < BLOCK_VECTORS; v++) {
@@ -169,6 +161,36 @@ ALWAYS_INLINE vector_i32 load_differences(const float *global, const float *loca
     }
     tally->squares[0] += squares[0];
     tally->squares[1] += squares[1];
+}
+
+/* Of a block in whose squares nothing that counts over- or underflows. */
+ALWAYS_INLINE void add_squares_f32(const vector_f32 d[BLOCK_VECTORS], struct tally *tally) {
+    vector_f32 squares = {0};
+    vector_f64 halves[2];
+#pragma GCC unroll 8
+    for (int v = 0; v < BLOCK_VECTORS; v++)
+        squares += d[v] * d[v];
+    vector_to_f64(squares, halves);
+    tally->squares[0] += halves[0];
+    tally->squares[1] += halves[1];
+}
+
+/* A block of differences, without those that are refused. Returns the largest magnitude in every lane. */
+ALWAYS_INLINE vector_i32 load_differences(const float *global, const float *local, vector_f32 d[BLOCK_VECTORS],
+                                          struct tally *tally) {
+#pragma GCC unroll 8
+    for (int v = 0; v < BLOCK_VECTORS; v++)
+        d[v] = vector_load(global + v * VECTOR_LANES) - vector_load(local + v * VECTOR_LANES);
+    vector_i32 largest = block_largest(d);
+    if (__builtin_expect((uint32_t)largest[0] - SQUARES_FROM < SQUARES_TO - SQUARES_FROM, 1)) {
+        add_squares_f32(d, tally);
+        return largest;
+    }
+    if (largest[0] >= REFUSED_FROM) {
+        refuse(d, tally);
+        largest = block_largest(d);
+    }
+    add_squares_f64(d, tally);
     return largest;
 }
 
