@@ -93,20 +93,42 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
     return status;
 }
 
+static bool is_block(uint64_t value) {
+    return value % FILE_BLOCK_BYTES == 0;
+}
+
+/* Of `size` bytes at `position` of a file and at `data`, how many go at once, and whether past the system's cache: whole blocks
+ * that are aligned in both; else up to the next block, or all. */
+static size_t choose_way(uint64_t position, const void *data, size_t size, bool *direct) {
+    size_t blocks = size / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
+    uint64_t to_block = (FILE_BLOCK_BYTES - position % FILE_BLOCK_BYTES) % FILE_BLOCK_BYTES;
+    bool can = *direct && is_block((uintptr_t)data + to_block);
+    *direct = can && to_block == 0 && blocks > 0;
+    if (*direct)
+        return blocks;
+    return can && to_block > 0 && to_block < size ? (size_t)to_block : size;
+}
+
 enum status file_reader_open(struct file_reader *reader, const char *path) {
     *reader = (struct file_reader){.descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC)};
     if (reader->descriptor < 0)
         return fail_errno("open", path);
     reader->path = memory_copy_string(path);
-    posix_fadvise(reader->descriptor, 0, 0, POSIX_FADV_SEQUENTIAL);
+    int direct = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT); /* not every file system has it */
+    reader->direct = direct > 0 ? direct : 0;
+    posix_fadvise(reader->descriptor, 0, 0, reader->direct ? POSIX_FADV_RANDOM : POSIX_FADV_SEQUENTIAL);
     return STATUS_OK;
 }
 
 enum status file_reader_at(const struct file_reader *reader, uint64_t position, void *data, size_t size) {
     for (size_t done = 0; done < size;) {
-        ssize_t got = -1;
-        if (!faulted(FILE_READ, reader->path))
-            got = pread(reader->descriptor, (char *)data + done, size - done, (off_t)(position + done));
+        char *to = (char *)data + done;
+        off_t at = (off_t)(position + done);
+        bool direct = reader->direct > 0;
+        size_t part = choose_way(position + done, to, size - done, &direct);
+        ssize_t got = faulted(FILE_READ, reader->path) ? -1 : pread(direct ? reader->direct : reader->descriptor, to, part, at);
+        if (got < 0 && direct && errno == EINVAL) /* it takes larger blocks, or none */
+            got = pread(reader->descriptor, to, part, at);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
@@ -121,6 +143,8 @@ enum status file_reader_at(const struct file_reader *reader, uint64_t position, 
 void file_reader_close(struct file_reader *reader) {
     if (reader->path)
         close(reader->descriptor);
+    if (reader->direct > 0)
+        close(reader->direct);
     free(reader->path);
     *reader = (struct file_reader){.descriptor = -1};
 }
@@ -168,22 +192,6 @@ static size_t size_to_write(const struct file_writer *writer, size_t size) {
     if (!faulted(FILE_WRITE, writer->path))
         return size;
     return errno == FILE_FAULT_SHORT ? (size + 1) / 2 : 0;
-}
-
-static bool is_block(uint64_t value) {
-    return value % FILE_BLOCK_BYTES == 0;
-}
-
-/* Of `size` bytes at `position` of a file and at `data`, how many go at once, and whether past the system's cache: whole blocks
- * that are aligned in both; else up to the next block, or all. */
-static size_t choose_way(uint64_t position, const void *data, size_t size, bool *direct) {
-    size_t blocks = size / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
-    uint64_t to_block = (FILE_BLOCK_BYTES - position % FILE_BLOCK_BYTES) % FILE_BLOCK_BYTES;
-    bool can = *direct && is_block((uintptr_t)data + to_block);
-    *direct = can && to_block == 0 && blocks > 0;
-    if (*direct)
-        return blocks;
-    return can && to_block > 0 && to_block < size ? (size_t)to_block : size;
 }
 
 /* A write that is not whole leaves the blocks: the rest goes the other way. */
@@ -307,6 +315,11 @@ enum status file_map_open(struct file_map *map, const char *path) {
     close(descriptor);
     *map = (struct file_map){data, size};
     return STATUS_OK;
+}
+
+void file_map_expect(const struct file_map *map, bool few) {
+    if (map->data)
+        madvise((void *)(uintptr_t)map->data, map->size, few ? MADV_RANDOM : MADV_NORMAL);
 }
 
 void file_map_close(struct file_map *map) {

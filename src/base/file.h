@@ -32,11 +32,13 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
  * written beside it, flushed, renamed, directory flushed. */
 enum status file_write(const char *path, const void *data, size_t size) MUST_USE;
 
-/* A file open for reading at any place, mostly from front to back; several threads may read at once. Through the system's
- * cache, which reads ahead: past it a virtual disk was half as fast. */
+/* A file open for reading at any place; several threads may read at once. What lies in memory to the blocks of
+ * FILE_BLOCK_BYTES as it does in the file comes from the disk without a copy in between, which is fastest into large pages
+ * (into small ones a virtual disk gave half of that); the rest through the system's cache. */
 struct file_reader {
     int descriptor; /* -1 when closed */
     char *path;     /* owned */
+    int direct;     /* the same file past the cache; 0: the file system does not have that */
 };
 enum status file_reader_open(struct file_reader *reader, const char *path) MUST_USE;
 /* Exactly `size` bytes; STATUS_IO where the file ends before. */
@@ -72,6 +74,8 @@ struct file_map {
     uint64_t size;
 };
 enum status file_map_open(struct file_map *map, const char *path) MUST_USE;
+/* Whether a few places of it are looked at next, or all of it: the system reads ahead by megabytes where it is not told. */
+void file_map_expect(const struct file_map *map, bool few);
 void file_map_close(struct file_map *map);
 
 enum status file_flush(const char *path) MUST_USE; /* what anybody has written to it, to the disk */

@@ -6,7 +6,9 @@
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 enum status memory_alloc(void *out, size_t count, size_t size) {
     void *memory = calloc(count ? count : 1, size ? size : 1);
@@ -51,4 +53,10 @@ void memory_return_freed(void) {
 #ifdef __GLIBC__
     malloc_trim(0);
 #endif
+}
+
+void memory_want_large_pages(void *data, size_t bytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)data + page - 1) / page * page;
+    if (bytes > 2 * page)
+        madvise((void *)first, ((uintptr_t)data + bytes - first) / page * page, MADV_HUGEPAGE);
 }

@@ -17,6 +17,10 @@ void *memory_must(size_t count, size_t size);
 /* Copy of a string; aborts where no memory is left. The caller frees it. */
 char *memory_copy_string(const char *text);
 
+/* Ask the system for large pages for memory that is about to be written the first time; only a hint. With small ones that
+ * first time, and every way of the memory to a disk, costs as much as copying it. */
+void memory_want_large_pages(void *data, size_t bytes);
+
 /* Peak resident size of this process so far, bytes; 0 where the system does not tell. */
 size_t memory_peak_bytes(void);
 

@@ -3,6 +3,8 @@
 #include <omp.h>
 #include <sched.h>
 
+enum { WAITING_THREADS_MOST = 8 };
+
 static int chosen_count;
 
 int threads_available(void) {
@@ -25,8 +27,7 @@ int threads_count(void) {
     return chosen_count;
 }
 
-void parallel_for(int64_t task_count, void (*task)(void *context, int64_t index), void *context) {
-    int thread_count = threads_count();
+static void run_loop(int64_t task_count, void (*task)(void *context, int64_t index), void *context, int thread_count) {
     if (task_count <= 1 || thread_count == 1 || omp_in_parallel()) {
         for (int64_t i = 0; i < task_count; i++)
             task(context, i);
@@ -35,6 +36,21 @@ void parallel_for(int64_t task_count, void (*task)(void *context, int64_t index)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(thread_count)
     for (int64_t i = 0; i < task_count; i++)
         task(context, i);
+}
+
+void parallel_for(int64_t task_count, void (*task)(void *context, int64_t index), void *context) {
+    run_loop(task_count, task, context, threads_count());
+}
+
+int waiting_threads_count(void) {
+    int count = threads_count();
+    if (count == 1 || count >= WAITING_THREADS_MOST)
+        return count;
+    return 2 * count < WAITING_THREADS_MOST ? 2 * count : WAITING_THREADS_MOST;
+}
+
+void parallel_for_waiting(int64_t task_count, void (*task)(void *context, int64_t index), void *context) {
+    run_loop(task_count, task, context, waiting_threads_count());
 }
 
 int thread_index(void) {

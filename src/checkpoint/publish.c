@@ -20,6 +20,8 @@
 #include <string.h>
 #include <unistd.h>
 
+/* BUFFER_BYTES: an extent and the rest of two blocks, in large pages. */
+enum { LARGE_PAGE_BYTES = 2 << 20, BUFFER_BYTES = CHECKPOINT_EXTENT_BYTES_MAX + LARGE_PAGE_BYTES };
 enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, MANIFEST_BYTES_MAX = 512 << 20, STEP_DIGITS_MAX = 15, HASH_DIGITS = 16 };
 enum { MANIFEST_VERSION = 3, MANIFEST_VERSION_OF_PIECES = 2 };
 
@@ -487,7 +489,7 @@ struct reading {
     struct file_reader *readers; /* [file_count]; path NULL: has no target */
     struct read_task *tasks;
     size_t task_count;
-    char *buffers;       /* [threads][EXTENT_BYTES] */
+    char *buffers;       /* [threads][BUFFER_BYTES] aligned to large pages */
     _Atomic int64_t bad; /* the lowest task that failed, or INT64_MAX */
 };
 
@@ -528,7 +530,11 @@ static enum status plan_reading(struct reading *r, const char *root) {
         most += r->manifest->files[i].extent_count;
     TRY(memory_alloc(&r->readers, r->manifest->file_count, sizeof *r->readers));
     TRY(memory_alloc(&r->tasks, most, sizeof *r->tasks));
-    TRY(memory_alloc(&r->buffers, (size_t)threads_count(), EXTENT_BYTES));
+    size_t bytes = (size_t)waiting_threads_count() * BUFFER_BYTES;
+    r->buffers = aligned_alloc(LARGE_PAGE_BYTES, bytes);
+    if (!r->buffers)
+        return status_fail(STATUS_MEMORY, "no memory for %zu bytes to read into", bytes);
+    memory_want_large_pages(r->buffers, bytes);
     size_t extent = 0;
     for (size_t i = 0; i < r->target_count; i++) {
         const struct checkpoint_target *target = &r->targets[i];
@@ -544,7 +550,7 @@ static enum status plan_reading(struct reading *r, const char *root) {
     return STATUS_OK;
 }
 
-/* What the targets want of an extent that is in `buffer`. */
+/* What the targets want of an extent whose bytes are in `buffer`. */
 static void deliver(const struct reading *r, const struct read_task *task, const struct checkpoint_extent *extent,
                     const char *buffer) {
     for (size_t i = task->target; i < r->target_count; i++) {
@@ -559,21 +565,31 @@ static void deliver(const struct reading *r, const struct read_task *task, const
     }
 }
 
+/* With the rest of the blocks that it begins and ends in, so that nothing needs the system's cache but the end of the file. */
+static enum status read_blocks(const struct file_reader *reader, const struct checkpoint_file *file,
+                               const struct checkpoint_extent *extent, char *buffer) {
+    uint64_t first = extent->begin / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
+    uint64_t end = (extent_end(extent) + FILE_BLOCK_BYTES - 1) / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
+    return file_reader_at(reader, first, buffer, (size_t)((end < file->bytes ? end : file->bytes) - first));
+}
+
 static enum status read_extent(const struct reading *r, const struct read_task *task, char *buffer) {
-    const struct checkpoint_extent *extent = &r->manifest->files[task->file].extents[task->extent];
+    const struct checkpoint_file *file = &r->manifest->files[task->file];
+    const struct checkpoint_extent *extent = &file->extents[task->extent];
     const struct file_reader *reader = &r->readers[task->file];
-    TRY(file_reader_at(reader, extent->begin, buffer, extent->bytes));
-    if (checkpoint_extent_hash(buffer, extent->bytes, extent->begin) != extent->hash)
+    const char *data = buffer + extent->begin % FILE_BLOCK_BYTES;
+    TRY(read_blocks(reader, file, extent, buffer));
+    if (checkpoint_extent_hash(data, extent->bytes, extent->begin) != extent->hash)
         return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", reader->path, extent->bytes,
                            (unsigned long long)extent->begin);
-    deliver(r, task, extent, buffer);
+    deliver(r, task, extent, data);
     return STATUS_OK;
 }
 
 static void read_one(void *context, int64_t index) {
     struct reading *r = context;
     int64_t bad = atomic_load(&r->bad);
-    char *buffer = r->buffers + (size_t)thread_index() * EXTENT_BYTES;
+    char *buffer = r->buffers + (size_t)thread_index() * BUFFER_BYTES;
     if (index > bad || read_extent(r, &r->tasks[index], buffer) == STATUS_OK)
         return;
     while (index < bad && !atomic_compare_exchange_weak(&r->bad, &bad, index)) {
@@ -599,7 +615,7 @@ enum status checkpoint_read(const char *root, const struct checkpoint_manifest *
         qsort(targets, target_count, sizeof *targets, compare_targets);
     enum status status = plan_reading(&r, root);
     if (status == STATUS_OK) {
-        parallel_for((int64_t)r.task_count, read_one, &r);
+        parallel_for_waiting((int64_t)r.task_count, read_one, &r);
         status = tell_failure(&r);
     }
     for (size_t i = 0; i < manifest->file_count && r.readers; i++)

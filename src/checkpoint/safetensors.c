@@ -214,8 +214,11 @@ static enum status read_header(struct safetensors *file) {
 enum status safetensors_open(struct safetensors *file, const char *path) {
     *file = (struct safetensors){.path = memory_copy_string(path)};
     enum status status = file_map_open(&file->map, path);
-    if (status == STATUS_OK)
+    if (status == STATUS_OK) {
+        file_map_expect(&file->map, true);
         status = read_header(file);
+        file_map_expect(&file->map, false);
+    }
     if (status != STATUS_OK)
         safetensors_close(file);
     return status;

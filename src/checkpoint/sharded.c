@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX };
+enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, LARGE_PAGE_BYTES = 2 << 20 };
 
 /* ---- which files ------------------------------------------------------------------------------------------------- */
 
@@ -211,7 +211,7 @@ struct sharded_writing {
     struct task *tasks;
     size_t task_count, capacity;
     struct file_writer *writers; /* [file_count]; descriptor -1: not of this share */
-    char *buffers, *memory;      /* [threads][EXTENT_BYTES] aligned to blocks, inside of memory */
+    char *buffers;               /* [threads][EXTENT_BYTES] aligned to large pages */
     atomic_int failure;          /* the first status that was not good, */
     char message[512];           /* and its line: a message is a thread's own */
 };
@@ -317,9 +317,14 @@ static enum status write_extent(struct sharded_writing *w, struct task *task, ch
     return file_writer_put(&w->writers[extent->file], extent->begin, data, extent->bytes);
 }
 
+/* The work beside, if there is some, is the first task. */
 static void extent_task(void *context, int64_t index) {
     struct sharded_writing *w = context;
-    char *buffer = w->buffers + (w->way.parallel ? (size_t)thread_index() : 0) * (EXTENT_BYTES + FILE_BLOCK_BYTES);
+    if (w->way.beside && index-- == 0) {
+        note_failure(w, w->way.beside(w->way.beside_context));
+        return;
+    }
+    char *buffer = w->buffers + (w->way.parallel ? (size_t)thread_index() : 0) * EXTENT_BYTES;
     if (atomic_load(&w->failure) == STATUS_OK)
         note_failure(w, write_extent(w, &w->tasks[index], buffer));
 }
@@ -332,7 +337,7 @@ static void flush_task(void *context, int64_t file) {
 
 static void run_tasks(struct sharded_writing *w, int64_t count, void (*task)(void *context, int64_t index)) {
     if (w->way.parallel)
-        parallel_for(count, task, w);
+        parallel_for_waiting(count, task, w);
     else
         for (int64_t i = 0; i < count; i++)
             task(w, i);
@@ -352,10 +357,13 @@ static enum status open_writers(struct sharded_writing *w) {
     return STATUS_OK;
 }
 
+/* An extent ends at a multiple of EXTENT_BYTES or before, so that it fits wherever in a block it begins. */
 static enum status take_buffers(struct sharded_writing *w) {
-    size_t threads = w->way.parallel ? (size_t)threads_count() : 1;
-    TRY(memory_alloc(&w->memory, threads * (EXTENT_BYTES + FILE_BLOCK_BYTES) + FILE_BLOCK_BYTES, 1));
-    w->buffers = w->memory + (FILE_BLOCK_BYTES - (uintptr_t)w->memory % FILE_BLOCK_BYTES) % FILE_BLOCK_BYTES;
+    size_t bytes = (w->way.parallel ? (size_t)waiting_threads_count() : 1) * (size_t)EXTENT_BYTES;
+    w->buffers = aligned_alloc(LARGE_PAGE_BYTES, bytes);
+    if (!w->buffers)
+        return status_fail(STATUS_MEMORY, "no memory for %zu bytes to write from", bytes);
+    memory_want_large_pages(w->buffers, bytes);
     return STATUS_OK;
 }
 
@@ -363,7 +371,7 @@ static enum status write_all(struct sharded_writing *w) {
     TRY(cut_extents(w));
     TRY(open_writers(w));
     TRY(take_buffers(w));
-    run_tasks(w, (int64_t)w->task_count, extent_task);
+    run_tasks(w, (int64_t)w->task_count + (w->way.beside != NULL), extent_task);
     run_tasks(w, w->set->file_count, flush_task);
     enum status status = (enum status)atomic_load(&w->failure);
     return status == STATUS_OK ? STATUS_OK : status_fail(status, "%s", w->message);
@@ -394,6 +402,6 @@ enum status sharded_write(const struct sharded_set *set, const char *root, const
         status = list_extents(&w, extents);
     free(w.writers);
     free(w.tasks);
-    free(w.memory);
+    free(w.buffers);
     return status;
 }

@@ -77,6 +77,8 @@ struct sharded_way {
     const atomic_bool *cancel;   /* STATUS_INTERRUPTED soon after it is set */
     bool parallel;               /* by all threads, each with a buffer of 4 MiB; else by the caller alone, in order */
     struct sharded_shelter *shelter; /* NULL: the data stay as they are. Not with parallel */
+    enum status (*beside)(void *context); /* further work: by one of the threads, while the others write; NULL: none */
+    void *beside_context;
 };
 
 /* Write and flush sorted stretches, which do not overlap those of any other process. extents is an empty list before; the

@@ -16,8 +16,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 enum { COPY_TASK_BYTES = 1 << 20, MESSAGE_BYTES = 1024 };
 
@@ -58,13 +56,6 @@ static bool is_first(const struct saver *s) {
 
 /* ---- the copy ---------------------------------------------------------------------------------------------------- */
 
-/* Large pages where the system has them: the first copy would take as long for small ones as for the copying. */
-static void ask_for_large_pages(char *data, uint64_t bytes) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)data + page - 1) / page * page;
-    if (bytes > 2 * page)
-        madvise((void *)first, ((uintptr_t)data + bytes - first) / page * page, MADV_HUGEPAGE);
-}
-
 /* Where each stretch stands in the copy: next to the one before if it is so in the file, else at the same place of a
  * block. */
 static void place_copies(struct saver *s) {
@@ -89,7 +80,7 @@ static enum status take_copy(struct saver *s) {
         return status_fail(STATUS_MEMORY,
                            "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
                            (unsigned long long)s->copy_bytes);
-    ask_for_large_pages(s->copy, s->copy_bytes);
+    memory_want_large_pages(s->copy, s->copy_bytes);
     for (int i = 0; i < s->shares.count; i++) {
         s->copied[i] = s->shares.stretches[i];
         s->copied[i].data = s->copy + s->copy_offsets[i];
@@ -158,10 +149,18 @@ void saver_detach(struct saver *s) {
 
 /* ---- work, maybe in the thread ----------------------------------------------------------------------------------- */
 
+static enum status write_files(void *context) {
+    const struct saver *s = context;
+    return checkpoint_write_files(s->root, &s->sources);
+}
+
 static enum status write_share(struct saver *s) {
-    if (is_first(s))
-        TRY(checkpoint_write_files(s->root, &s->sources));
-    struct sharded_way way = {s->device, &s->cancel, !s->copy, s->copy ? &s->shelter : NULL};
+    struct sharded_way way = {.device = s->device,
+                              .cancel = &s->cancel,
+                              .parallel = !s->copy,
+                              .shelter = s->copy ? &s->shelter : NULL,
+                              .beside = is_first(s) ? write_files : NULL,
+                              .beside_context = s};
     return sharded_write(&s->shares.set, s->root, s->shares.stretches, s->shares.count, way, &s->extents);
 }
 
