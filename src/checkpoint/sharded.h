@@ -75,7 +75,7 @@ struct sharded_shelter {
 struct sharded_way {
     const struct device *device; /* where the data of the stretches lie */
     const atomic_bool *cancel;   /* STATUS_INTERRUPTED soon after it is set */
-    bool parallel;               /* by all threads, each with a buffer of 4 MiB; else by the caller alone, in order */
+    bool parallel;               /* by waiting_threads_count(), each with a buffer of 4 MiB; else by the caller alone, in order */
     struct sharded_shelter *shelter; /* NULL: the data stay as they are. Not with parallel */
     enum status (*beside)(void *context); /* further work: by one of the threads, while the others write; NULL: none */
     void *beside_context;
