@@ -534,6 +534,30 @@ static void test_damage_is_found(void **state) {
     free(directory);
 }
 
+/* Several threads write and read what one does: each has a buffer of its own. Last, because threads do not live
+ * through the fork of a test before. */
+static void test_several_threads(void **state) {
+    (void)state;
+    char *one = disk_directory_of("one", 0), *canonical = checkpoint_in(one, 3);
+    struct job first = {single, .to = one, .step = 3, .file_bytes = 3000};
+    run_well(&first);
+    threads_set_count(3);
+    assert_int_equal(waiting_threads_count(), 6);
+    for (int i = 0; i < 20; i++) {
+        char *several = disk_directory_of("several", i), *saved = checkpoint_in(several, 3);
+        struct job again = {layouts[i % 3], .from = one, .to = several, .step = 3, .file_bytes = 3000};
+        run_well(&again);
+        assert_same_checkpoint(canonical, saved);
+        remove_all(several);
+        free(saved);
+        free(several);
+    }
+    threads_set_count(1);
+    remove_all(one);
+    free(canonical);
+    free(one);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_any_layout_to_any_other),
@@ -545,6 +569,7 @@ int main(void) {
         cmocka_unit_test(test_allocations_failing),
         cmocka_unit_test(test_another_model),
         cmocka_unit_test(test_damage_is_found),
+        cmocka_unit_test(test_several_threads),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
