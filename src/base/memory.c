@@ -8,7 +8,8 @@
 #endif
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <unistd.h>
+
+static const size_t LARGE_PAGE_BYTES = (size_t)2 << 20;
 
 enum status memory_alloc(void *out, size_t count, size_t size) {
     void *memory = calloc(count ? count : 1, size ? size : 1);
@@ -55,8 +56,12 @@ void memory_return_freed(void) {
 #endif
 }
 
-void memory_want_large_pages(void *data, size_t bytes) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)data + page - 1) / page * page;
-    if (bytes > 2 * page)
-        madvise((void *)first, ((uintptr_t)data + bytes - first) / page * page, MADV_HUGEPAGE);
+enum status memory_alloc_large_pages(void *out, size_t bytes) {
+    size_t whole = (bytes / LARGE_PAGE_BYTES + (bytes % LARGE_PAGE_BYTES > 0 || bytes == 0)) * LARGE_PAGE_BYTES;
+    void *memory = whole >= bytes ? aligned_alloc(LARGE_PAGE_BYTES, whole) : NULL;
+    if (!memory)
+        return status_fail(STATUS_MEMORY, "no memory for %zu bytes", bytes);
+    madvise(memory, whole, MADV_HUGEPAGE); /* only a hint */
+    memcpy(out, &memory, sizeof memory);
+    return STATUS_OK;
 }

@@ -17,9 +17,10 @@ void *memory_must(size_t count, size_t size);
 /* Copy of a string; aborts where no memory is left. The caller frees it. */
 char *memory_copy_string(const char *text);
 
-/* Ask the system for large pages for memory that is about to be written the first time; only a hint. With small ones that
- * first time, and every way of the memory to a disk, costs as much as copying it. */
-void memory_want_large_pages(void *data, size_t bytes);
+/* Memory for much that comes from a disk or goes there, in large pages where the system has them, and aligned to them; not
+ * zeroed. In small ones to touch it the first time, and every way between it and a disk, costs as much as copying it. *out
+ * must be a pointer variable; the caller frees with free(). */
+enum status memory_alloc_large_pages(void *out, size_t bytes) MUST_USE;
 
 /* Peak resident size of this process so far, bytes; 0 where the system does not tell. */
 size_t memory_peak_bytes(void);

@@ -17,7 +17,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { PIECE_BYTES = 4 << 20, PIECE_ALIGNMENT = 2 << 20, STEPS_LEAST = 3 };
+enum { PIECE_BYTES = 4 << 20, STEPS_LEAST = 3 };
 
 struct saving {
     struct training training;
@@ -234,10 +234,7 @@ static enum status saving_open(struct saving *s, const struct bench *bench, enum
     double sum = (double)s->share_bytes;
     TRY(comm_sum_f64(s->training.world, &sum, 1));
     s->all_bytes = (uint64_t)sum;
-    s->piece = aligned_alloc(PIECE_ALIGNMENT, PIECE_BYTES);
-    if (!s->piece)
-        return status_fail(STATUS_MEMORY, "no memory for a piece of %d bytes", PIECE_BYTES);
-    memory_want_large_pages(s->piece, PIECE_BYTES);
+    TRY(memory_alloc_large_pages(&s->piece, PIECE_BYTES));
     for (int i = 0; i < PIECE_BYTES; i++)
         s->piece[i] = (char)(unsigned char)((uint32_t)i * 2654435761u >> 13);
     return STATUS_OK;

@@ -20,8 +20,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* BUFFER_BYTES: an extent and the rest of two blocks, in large pages. */
-enum { LARGE_PAGE_BYTES = 2 << 20, BUFFER_BYTES = CHECKPOINT_EXTENT_BYTES_MAX + LARGE_PAGE_BYTES };
+/* BUFFER_BYTES: an extent and the rest of two blocks; a whole number of large pages, so that none is shared by two threads. */
+enum { BUFFER_BYTES = CHECKPOINT_EXTENT_BYTES_MAX + (2 << 20) };
 enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, MANIFEST_BYTES_MAX = 512 << 20, STEP_DIGITS_MAX = 15, HASH_DIGITS = 16 };
 enum { MANIFEST_VERSION = 3, MANIFEST_VERSION_OF_PIECES = 2 };
 
@@ -530,11 +530,7 @@ static enum status plan_reading(struct reading *r, const char *root) {
         most += r->manifest->files[i].extent_count;
     TRY(memory_alloc(&r->readers, r->manifest->file_count, sizeof *r->readers));
     TRY(memory_alloc(&r->tasks, most, sizeof *r->tasks));
-    size_t bytes = (size_t)waiting_threads_count() * BUFFER_BYTES;
-    r->buffers = aligned_alloc(LARGE_PAGE_BYTES, bytes);
-    if (!r->buffers)
-        return status_fail(STATUS_MEMORY, "no memory for %zu bytes to read into", bytes);
-    memory_want_large_pages(r->buffers, bytes);
+    TRY(memory_alloc_large_pages(&r->buffers, (size_t)waiting_threads_count() * BUFFER_BYTES));
     size_t extent = 0;
     for (size_t i = 0; i < r->target_count; i++) {
         const struct checkpoint_target *target = &r->targets[i];

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, LARGE_PAGE_BYTES = 2 << 20 };
+enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX };
 
 /* ---- which files ------------------------------------------------------------------------------------------------- */
 
@@ -359,12 +359,8 @@ static enum status open_writers(struct sharded_writing *w) {
 
 /* An extent ends at a multiple of EXTENT_BYTES or before, so that it fits wherever in a block it begins. */
 static enum status take_buffers(struct sharded_writing *w) {
-    size_t bytes = (w->way.parallel ? (size_t)waiting_threads_count() : 1) * (size_t)EXTENT_BYTES;
-    w->buffers = aligned_alloc(LARGE_PAGE_BYTES, bytes);
-    if (!w->buffers)
-        return status_fail(STATUS_MEMORY, "no memory for %zu bytes to write from", bytes);
-    memory_want_large_pages(w->buffers, bytes);
-    return STATUS_OK;
+    size_t threads = w->way.parallel ? (size_t)waiting_threads_count() : 1;
+    return memory_alloc_large_pages(&w->buffers, threads * EXTENT_BYTES);
 }
 
 static enum status write_all(struct sharded_writing *w) {

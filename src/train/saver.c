@@ -75,12 +75,10 @@ static enum status take_copy(struct saver *s) {
     TRY(memory_alloc(&s->copy_offsets, (size_t)s->shares.count, sizeof *s->copy_offsets));
     TRY(memory_alloc(&s->copied, (size_t)s->shares.count, sizeof *s->copied));
     place_copies(s);
-    s->copy = aligned_alloc(FILE_BLOCK_BYTES, (s->copy_bytes / FILE_BLOCK_BYTES + 1) * FILE_BLOCK_BYTES);
-    if (!s->copy)
+    if (memory_alloc_large_pages(&s->copy, s->copy_bytes) != STATUS_OK)
         return status_fail(STATUS_MEMORY,
                            "no memory for a copy of %llu bytes to save from; --checkpoint.mode sync needs none",
                            (unsigned long long)s->copy_bytes);
-    memory_want_large_pages(s->copy, s->copy_bytes);
     for (int i = 0; i < s->shares.count; i++) {
         s->copied[i] = s->shares.stretches[i];
         s->copied[i].data = s->copy + s->copy_offsets[i];
