@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { ROUNDS_MAX = 1000 };
 static const double ROUND_SECONDS = 0.05;
@@ -38,6 +39,14 @@ struct bench_time bench_call(const struct bench *bench, void (*call)(void *conte
         seconds[i] = (now - begin) / (double)calls;
     }
     return bench_time_of(seconds, rounds);
+}
+
+bool bench_wants(const struct bench *bench, const char *label) {
+    return !bench->cases || strstr(label, bench->cases) != NULL;
+}
+
+enum status bench_no_case(const struct bench *bench) {
+    return status_fail(STATUS_USAGE, "--cases: no name of a case holds \"%s\"", bench->cases);
 }
 
 const char *bench_precision_name(enum dtype precision) {

@@ -24,6 +24,7 @@ struct bench {
     bool threads_follow_launch; /* no --threads: this rank's share of the processors */
     const char *directory; /* of `checkpoint`: on the disk that is meant */
     const char *part; /* of `train`: "step", or "compute" or "transfers" alone */
+    const char *cases; /* of `gemm`, `moe` and `attention`: only those whose name holds this; NULL: all */
 };
 
 struct bench_time { /* seconds */
@@ -45,6 +46,10 @@ struct bench_figure {
     double wire_bytes;        /* of a message among them; 0: none */
     double roof;
 };
+
+/* Whether a case of that name is to be measured. */
+bool bench_wants(const struct bench *bench, const char *label);
+enum status bench_no_case(const struct bench *bench) MUST_USE; /* the failure where none was */
 
 /* One line, or one JSON object, on stdout. */
 void bench_print(const struct bench *bench, const struct bench_figure *figure);

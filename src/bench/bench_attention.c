@@ -33,7 +33,7 @@ static void take(const struct bench *bench, int64_t length, enum dtype dtype, st
     a->logsumexp = bench_tensor(bench, arena, tensor_2d(NULL, DTYPE_F32, rows, HEADS), 1);
 }
 
-static enum status measure(const struct bench *bench, int64_t length, enum dtype dtype, double roof) {
+static enum status measure(const struct bench *bench, int64_t length, enum dtype dtype, int *measured) {
     struct attention a;
     struct arena arena;
     arena_init_counting(&arena);
@@ -41,27 +41,31 @@ static enum status measure(const struct bench *bench, int64_t length, enum dtype
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, length, dtype, &arena, &a);
     /* Only what is below the diagonal counts: two products forward, five backward. */
+    double roof = roof_multiply(bench->ops, dtype, 0.2);
     double product = 2.0 * (double)a.shape.batch * HEADS * HEAD_DIM * (double)length * (double)length / 2;
     for (int backward = 0; backward < 2; backward++) {
         char label[96];
         snprintf(label, sizeof label, "%lld x %lld tokens, 8 heads of 64, %s", (long long)a.shape.batch,
                  (long long)length, backward ? "backward" : "forward");
+        if (!bench_wants(bench, label))
+            continue;
         struct bench_figure figure = {.name = "attention", .label = label, .precision = dtype, .roof = roof,
                                       .operations = (backward ? 5 : 2) * product};
         figure.time = bench_call(bench, backward ? run_backward : run_forward, &a);
         bench_print(bench, &figure);
+        ++*measured;
     }
     arena_release(&arena);
     return STATUS_OK;
 }
 
 enum status bench_attention(const struct bench *bench) {
+    int measured = 0;
     for (int i = 0; i < bench->precision_count; i++) {
-        double roof = roof_multiply(bench->ops, bench->precisions[i], 0.2);
         int64_t first = bench->sequence_length > 0 ? bench->sequence_length : 512;
         int64_t last = bench->sequence_length > 0 ? first : 8192;
         for (int64_t length = first; length <= last; length *= 2)
-            TRY(measure(bench, length, bench->precisions[i], roof));
+            TRY(measure(bench, length, bench->precisions[i], &measured));
     }
-    return STATUS_OK;
+    return measured > 0 ? STATUS_OK : bench_no_case(bench);
 }

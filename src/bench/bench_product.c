@@ -88,20 +88,38 @@ static void take(const struct bench *bench, const struct shape *s, enum dtype dt
     free(row);
 }
 
+static const struct part {
+    const char *label;
+    void (*run)(void *context);
+    double products;
+} parts[] = {{"forward", run_forward, 1},
+             {"input gradient", run_backward_input, 1},
+             {"weight gradient", run_backward_weight, 1},
+             {"packing and all three", run_step, 3}};
+enum { PARTS = sizeof parts / sizeof *parts, LABEL_BYTES = 96 };
+
+static void print_label(const struct shape *s, int part, char label[LABEL_BYTES]) {
+    snprintf(label, LABEL_BYTES, "%s, %s", s->label, parts[part].label);
+}
+
+static bool wants_shape(const struct bench *bench, const struct shape *s) {
+    char label[LABEL_BYTES];
+    bool wants = false;
+    for (int i = 0; i < PARTS && !wants; i++) {
+        print_label(s, i, label);
+        wants = bench_wants(bench, label);
+    }
+    return wants;
+}
+
 static void measure(const struct bench *bench, const char *name, const struct shape *s, struct product *p, double roof) {
-    static const struct {
-        const char *label;
-        void (*run)(void *context);
-        double products;
-    } parts[] = {{"forward", run_forward, 1},
-                 {"input gradient", run_backward_input, 1},
-                 {"weight gradient", run_backward_weight, 1},
-                 {"packing and all three", run_step, 3}};
     double operations = 2 * (double)s->rows * (double)s->out * (double)s->in;
     run_pack(p);
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        char label[96];
-        snprintf(label, sizeof label, "%s, %s", s->label, parts[i].label);
+    for (int i = 0; i < PARTS; i++) {
+        char label[LABEL_BYTES];
+        print_label(s, i, label);
+        if (!bench_wants(bench, label))
+            continue;
         struct bench_figure figure = {.name = name, .label = label, .precision = p->packed.dtype,
                                       .operations = parts[i].products * operations, .roof = roof};
         figure.time = bench_call(bench, parts[i].run, p);
@@ -109,26 +127,28 @@ static void measure(const struct bench *bench, const char *name, const struct sh
     }
 }
 
-static enum status measure_shape(const struct bench *bench, const char *name, const struct shape *s, enum dtype dtype,
-                                 double roof) {
+/* The roof is measured anew for every shape: on a machine with neighbours it moves within seconds. */
+static enum status measure_shape(const struct bench *bench, const char *name, const struct shape *s, enum dtype dtype) {
     struct product p;
     struct arena arena;
     arena_init_counting(&arena);
     take(bench, s, dtype, &arena, &p);
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, s, dtype, &arena, &p);
-    measure(bench, name, s, &p, roof);
+    measure(bench, name, s, &p, roof_multiply(bench->ops, dtype, ROOF_SECONDS));
     arena_release(&arena);
     return STATUS_OK;
 }
 
 static enum status measure_all(const struct bench *bench, const char *name, const struct shape *shapes, int count) {
-    for (int i = 0; i < bench->precision_count; i++) {
-        double roof = roof_multiply(bench->ops, bench->precisions[i], ROOF_SECONDS);
+    int measured = 0;
+    for (int i = 0; i < bench->precision_count; i++)
         for (int k = 0; k < count; k++)
-            TRY(measure_shape(bench, name, &shapes[k], bench->precisions[i], roof));
-    }
-    return STATUS_OK;
+            if (wants_shape(bench, &shapes[k])) {
+                TRY(measure_shape(bench, name, &shapes[k], bench->precisions[i]));
+                measured++;
+            }
+    return measured > 0 ? STATUS_OK : bench_no_case(bench);
 }
 
 enum status bench_gemm(const struct bench *bench) {

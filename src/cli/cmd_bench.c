@@ -26,7 +26,7 @@ static const struct bench_verb verbs[] = {
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
 
 struct bench_flags {
-    const char *what, *precision, *kernels, *preset, *peer, *part, *directory;
+    const char *what, *precision, *kernels, *preset, *peer, *part, *directory, *cases;
     int64_t threads, rounds, sequence_length;
     bool json;
 };
@@ -78,6 +78,8 @@ static enum status check_flags(const struct bench_flags *f) {
     if (f->sequence_length < 0 || f->sequence_length > 1 << 20)
         return status_fail(STATUS_USAGE, "--sequence-length is 1 to %d, not %lld", 1 << 20,
                            (long long)f->sequence_length);
+    if (f->cases && strcmp(f->what, "gemm") != 0 && strcmp(f->what, "moe") != 0 && strcmp(f->what, "attention") != 0)
+        return status_fail(STATUS_USAGE, "--cases is for cadre bench gemm, moe and attention");
     if (f->peer && strcmp(f->what, "train") != 0)
         return status_fail(STATUS_USAGE, "--peer is for cadre bench train");
     if (strcmp(f->part, "step") != 0 && strcmp(f->part, "compute") != 0 && strcmp(f->part, "transfers") != 0)
@@ -118,6 +120,7 @@ enum status cmd_bench(int argc, char **argv) {
         {"directory", ARGUMENT_STRING, &f.directory, "of checkpoint: written to, on the disk to be measured (.)"},
         {"peer", ARGUMENT_STRING, &f.peer, "of train: a command to alternate with; prints {\"tokens_per_s\": N}"},
         {"part", ARGUMENT_STRING, &f.part, "of train: step, or what it computes or transfers alone (step)"},
+        {"cases", ARGUMENT_STRING, &f.cases, "of gemm, moe and attention: only those whose name holds this"},
         {"kernels", ARGUMENT_STRING, &f.kernels, "instruction set (auto)"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object a line"},
     };
@@ -145,7 +148,8 @@ enum status cmd_bench(int argc, char **argv) {
                           .pairs = pairs,
                           .pair_count = pair_count,
                           .part = f.part,
-                          .directory = f.directory};
+                          .directory = f.directory,
+                          .cases = f.cases};
     TRY(choose_precisions(f.precision, &bench));
     TRY(kernels_choose(f.kernels, &bench.ops));
     threads_set_count((int)f.threads);

@@ -5,11 +5,12 @@
  * last pair of an odd k is filled with 0. Lanes beyond an operand hold anything: they only reach numbers of C that
  * are not stored.
  *
- *      A:  panels of four row tiles          B:  column panels of TILE_COLUMNS
+ *      A:  panels of several row tiles       B:  column panels of TILE_COLUMNS
  *          [panel][k word][A_LANES]              [panel][k word][TILE_COLUMNS]
  *
- * (Four tiles of rows are whole vectors: one tile would be three quarters of one, and packing would store all of it.)
- * Packing stores whole vectors: what a vector has beyond its panel falls on the next k word, which is stored later, or
+ * (A tile of rows is three quarters of a vector, and packing would store all of it. Four tiles are whole vectors; but they
+ * spread the tile that is multiplied over four times the lines, which the first cache of AVX2 machines does not hold.)
+ * Packing stores whole vectors: what a vector has beyond its panel falls on the next k word, whose own is stored later, or
  * behind the panel, where VECTOR_LANES words are left free. (That also keeps panels from lying on the same cache sets.)
  *
  * Where the copy multiplies bf16 in tiles, A is arranged as amx.h says, and k is filled up with zeros to whole chunks.
@@ -21,24 +22,25 @@
 #include "kernels/cpu/isa/amx.h"
 #endif
 
+/* Words of k between two jumps, and how far ahead of the product the panel of B is asked for. With AVX2 a core has hardly
+ * more instructions than it can take: there a word of B is one line, which the processor asks for by itself. */
 #if defined(__AVX512F__)
-enum { TILE_ROWS = 12, TILE_STEP = 4 };
+enum { TILE_ROWS = 12, TILE_STEP = 4, A_TILES = 4, PREFETCH_WORDS = 12, TILE_UNROLL = 1 };
 #elif defined(__AVX2__)
-enum { TILE_ROWS = 6, TILE_STEP = 2 };
+enum { TILE_ROWS = 6, TILE_STEP = 2, A_TILES = 2, PREFETCH_WORDS = 0, TILE_UNROLL = 4 };
 #else
-enum { TILE_ROWS = 4, TILE_STEP = 2 };
+enum { TILE_ROWS = 4, TILE_STEP = 2, A_TILES = 4, PREFETCH_WORDS = 12, TILE_UNROLL = 1 };
 #endif
-enum { A_LANES = 4 * TILE_ROWS }; /* whole vectors */
-enum { PREFETCH_WORDS = 12 }; /* how far ahead of the product the panel of B is asked for */
+enum { A_LANES = A_TILES * TILE_ROWS };
 enum { TILE_VECTORS = 2, TILE_COLUMNS = TILE_VECTORS * VECTOR_LANES };
 
-/* Lanes of a panel when `lanes` are left: the last panel of A may be narrower, in steps; in whole vectors where it is more
- * than one, for then what a vector has beyond the panel would fall on what the first vector stored before. */
+/* Lanes of a panel when `lanes` are left: the last panel of A may be narrower, in steps, or in whole vectors where it is more
+ * than one. */
 ALWAYS_INLINE int panel_width(int64_t lanes, int width) {
     if (width == TILE_COLUMNS || lanes >= width)
         return width;
     int step = lanes > VECTOR_LANES ? VECTOR_LANES : TILE_STEP;
-    return (int)((lanes + step - 1) / step * step);
+    return (int)at_most((lanes + step - 1) / step * step, width);
 }
 
 /* From one panel to the next: room for what the last vector stores beyond its panel. */
@@ -84,12 +86,14 @@ ALWAYS_INLINE void pack_rows_lanes(int element_bytes, const struct matrix *m, in
     }
 }
 
-/* Lanes first..first+lane_count-1 of k..k+count-1 into panels of `width` lanes, the last one maybe narrower. */
+/* Lanes first..first+lane_count-1 of k..k+count-1 into panels of `width` lanes, the last one maybe narrower. The last vector
+ * of a panel goes first: what it has beyond the panel falls on the beginning of the next word. */
 ALWAYS_INLINE void pack_rows(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                              int64_t count, int width, float *out) {
     for (int64_t j = 0; j < lane_count; j += width, out += panel_floats(words_of(m, count), width)) {
         int stride = panel_width(lane_count - j, width);
-        for (int v = 0; v < stride && j + v < lane_count; v += VECTOR_LANES)
+        int last_lane = (int)at_most(stride, lane_count - j) - 1;
+        for (int v = last_lane / VECTOR_LANES * VECTOR_LANES; v >= 0; v -= VECTOR_LANES)
             pack_rows_lanes(element_bytes, m, first + j + v, lane_count - j - v, k, count, stride, out + v);
     }
 }
@@ -151,15 +155,56 @@ ALWAYS_INLINE void ask_for_rows(const struct matrix *m, int64_t k, int64_t end, 
             __builtin_prefetch(from);
 }
 
+/* `words` words, a constant of at most COPY_WORDS, of all panels of pack_whole_columns. */
+ALWAYS_INLINE void copy_words(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
+                              int words, int64_t end, int width, int64_t panel_words, float *out) {
+    const int bytes = width * element_bytes;
+    const char *from[COPY_WORDS], *next[COPY_WORDS];
+    for (int i = 0; i < words; i++) {
+        from[i] = matrix_at(m, k + i, first);
+        next[i] = matrix_at(m, at_most(k + COPY_WORDS + i, end - 1), first);
+    }
+    for (int64_t at = 0; at < lane_count * element_bytes; at += bytes, out += panel_floats(panel_words, width))
+#pragma GCC unroll 4
+        for (int i = 0; i < words; i++) {
+            for (int line = 0; line < bytes && at % 64 < bytes; line += 64)
+                __builtin_prefetch(next[i] + at + line);
+#pragma GCC unroll 4
+            for (int v = 0; v < width; v += VECTOR_LANES) {
+                const char *row = from[i] + at + v * element_bytes;
+                vector_store(out + i * width + v,
+                             element_bytes == 4 ? vector_load(row) : vector_load_bf16((const uint16_t *)row));
+            }
+        }
+}
+
+/* pack_columns for whole panels, where a word is one element and every vector lies within its row. */
+ALWAYS_INLINE void pack_whole_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count,
+                                      int64_t k, int64_t count, int width, int64_t panel_words, float *out) {
+    int64_t end = k + count;
+    for (; k + COPY_WORDS <= end; k += COPY_WORDS, out += COPY_WORDS * width)
+        copy_words(element_bytes, m, first, lane_count, k, COPY_WORDS, end, width, panel_words, out);
+    for (; k < end; k++, out += width)
+        copy_words(element_bytes, m, first, lane_count, k, 1, end, width, panel_words, out);
+}
+
 /* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower.
  * panel_words: of the panels written to, which may be parts of longer ones. */
 ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                                 int64_t count, int width, int64_t panel_words, float *out) {
     const int elements = BF16_PAIRS && element_bytes == 2 ? 2 : 1;
-    int64_t words = words_of(m, count), end = k + count;
+    int64_t words = words_of(m, count), end = k + count, whole = 0;
+    if (elements == 1) {
+        const int beyond = (width + VECTOR_LANES - 1) / VECTOR_LANES * VECTOR_LANES - width; /* of a panel's last vector */
+        int64_t readable = at_most(lane_count, m->columns - first - beyond);
+        whole = readable > 0 ? readable / width * width : 0;
+        pack_whole_columns(element_bytes, m, first, whole, k, count, width, panel_words, out);
+        if (whole == lane_count)
+            return;
+    }
     for (int64_t word = 0; word < words; word += COPY_WORDS) {
         int64_t word_end = at_most(word + COPY_WORDS, words);
-        for (int64_t j = 0; j < lane_count; j += width) {
+        for (int64_t j = whole; j < lane_count; j += width) {
             int stride = panel_width(lane_count - j, width);
             float *panel = out + j / width * panel_floats(panel_words, width);
             ask_for_rows(m, k + word_end * elements, at_most(end, k + (word_end + COPY_WORDS) * elements), first + j,
@@ -249,10 +294,13 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, int64_t
         __builtin_prefetch(c + i * c_stride, 1);
         __builtin_prefetch(c + i * c_stride + TILE_COLUMNS - 1, 1);
     }
+#pragma GCC unroll TILE_UNROLL
     for (int64_t k = 0; k < words; k++, a += a_lanes, b += TILE_COLUMNS) {
         vector_f32 right0 = vector_load(b), right1 = vector_load(b + VECTOR_LANES);
-        __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS);
-        __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS + VECTOR_LANES);
+        if (PREFETCH_WORDS > 0) {
+            __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS);
+            __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS + VECTOR_LANES);
+        }
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
             vector_f32 left = vector_splat_word(pairs, a + i);
