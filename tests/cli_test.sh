@@ -110,6 +110,13 @@ expect 0 '' -- "$cadre" bench attention --rounds 1 --precision bf16 --sequence-l
 grep -q 'backward .*% of' "$work/out" || complain "bench attention printed $(cat "$work/out")"
 expect 0 '' -- "$cadre" bench train --preset tiny --rounds 2 --precision fp32 --json --peer "echo '{\"tokens_per_s\": 1000}'"
 grep -q '"ratio":' "$work/out" || complain "bench --peer printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" bench moe --rounds 1 --precision fp32 --cases '64 experts top-8 of 128, forward'
+grep -q '64 experts top-8 of 128, forward .*% of' "$work/out" && [ "$(wc -l < "$work/out")" -eq 1 ] || complain "bench --cases printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" bench attention --rounds 1 --precision fp32 --sequence-length 64 --cases backward
+[ "$(grep -c backward "$work/out")" -eq 1 ] && [ "$(wc -l < "$work/out")" -eq 1 ] || complain "bench --cases printed $(cat "$work/out")"
+expect 2 'no name of a case holds "none"' -- "$cadre" bench moe --cases none
+expect 2 'no name of a case holds "none"' -- "$cadre" bench attention --cases none
+expect 2 'cases is for cadre bench gemm, moe and attention' -- "$cadre" bench roof --cases gemm
 expect 2 'nearest known word is gemm' -- "$cadre" bench gem
 expect 2 'fp32, bf16 or both' -- "$cadre" bench moe --precision fp8
 expect 2 'rounds' -- "$cadre" bench roof --rounds 0

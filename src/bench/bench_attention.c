@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { HEADS = 8, HEAD_DIM = 64, TOKENS = 8192 };
+enum { HEADS = 8, HEAD_DIM = 64, TOKENS = 8192, LABEL_BYTES = 96 };
 
 struct attention {
     const struct kernel_ops *ops;
@@ -22,8 +22,12 @@ static void run_backward(void *context) {
     a->ops->attention_backward(a->shape, a->dout, a->q, a->k, a->v, a->out, a->logsumexp, a->dq, a->dk, a->dv);
 }
 
+static int64_t batch_of(int64_t length) {
+    return length < TOKENS ? TOKENS / length : 1;
+}
+
 static void take(const struct bench *bench, int64_t length, enum dtype dtype, struct arena *arena, struct attention *a) {
-    int64_t batch = length < TOKENS ? TOKENS / length : 1, rows = batch * length;
+    int64_t batch = batch_of(length), rows = batch * length;
     struct tensor shape = tensor_2d(NULL, dtype, rows, HEADS * HEAD_DIM);
     *a = (struct attention){.ops = bench->ops,
                             .shape = {batch, length, length, HEADS, HEADS, HEAD_DIM, 1 / sqrt(HEAD_DIM)}};
@@ -33,7 +37,19 @@ static void take(const struct bench *bench, int64_t length, enum dtype dtype, st
     a->logsumexp = bench_tensor(bench, arena, tensor_2d(NULL, DTYPE_F32, rows, HEADS), 1);
 }
 
-static enum status measure(const struct bench *bench, int64_t length, enum dtype dtype, int *measured) {
+static void print_label(int64_t length, bool backward, char label[LABEL_BYTES]) {
+    snprintf(label, LABEL_BYTES, "%lld x %lld tokens, 8 heads of 64, %s", (long long)batch_of(length), (long long)length,
+             backward ? "backward" : "forward");
+}
+
+static bool wants_length(const struct bench *bench, int64_t length) {
+    char forward[LABEL_BYTES], backward[LABEL_BYTES];
+    print_label(length, false, forward);
+    print_label(length, true, backward);
+    return bench_wants(bench, forward) || bench_wants(bench, backward);
+}
+
+static enum status measure(const struct bench *bench, int64_t length, enum dtype dtype) {
     struct attention a;
     struct arena arena;
     arena_init_counting(&arena);
@@ -44,16 +60,14 @@ static enum status measure(const struct bench *bench, int64_t length, enum dtype
     double roof = roof_multiply(bench->ops, dtype, 0.2);
     double product = 2.0 * (double)a.shape.batch * HEADS * HEAD_DIM * (double)length * (double)length / 2;
     for (int backward = 0; backward < 2; backward++) {
-        char label[96];
-        snprintf(label, sizeof label, "%lld x %lld tokens, 8 heads of 64, %s", (long long)a.shape.batch,
-                 (long long)length, backward ? "backward" : "forward");
+        char label[LABEL_BYTES];
+        print_label(length, backward, label);
         if (!bench_wants(bench, label))
             continue;
         struct bench_figure figure = {.name = "attention", .label = label, .precision = dtype, .roof = roof,
                                       .operations = (backward ? 5 : 2) * product};
         figure.time = bench_call(bench, backward ? run_backward : run_forward, &a);
         bench_print(bench, &figure);
-        ++*measured;
     }
     arena_release(&arena);
     return STATUS_OK;
@@ -65,7 +79,10 @@ enum status bench_attention(const struct bench *bench) {
         int64_t first = bench->sequence_length > 0 ? bench->sequence_length : 512;
         int64_t last = bench->sequence_length > 0 ? first : 8192;
         for (int64_t length = first; length <= last; length *= 2)
-            TRY(measure(bench, length, bench->precisions[i], &measured));
+            if (wants_length(bench, length)) {
+                TRY(measure(bench, length, bench->precisions[i]));
+                measured++;
+            }
     }
     return measured > 0 ? STATUS_OK : bench_no_case(bench);
 }

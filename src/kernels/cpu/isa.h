@@ -2,7 +2,7 @@
  *
  * Each file there is compiled once for every instruction set (cmake/folder.cmake) with CADRE_ISA as its name. All its
  * functions are static but one, a filler that overrides entries of the table; ISA_NAME gives it a name of its own:
- * ISA_NAME(grouped_fill) is grouped_fill_avx512 in the avx512 copy. kernels/cpu/cpu.c declares and calls them.
+ * ISA_NAME(product_fill) is product_fill_avx512 in the avx512 copy. kernels/cpu/cpu.c declares and calls them.
  */
 #pragma once
 
