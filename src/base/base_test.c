@@ -1,5 +1,8 @@
 #include "base/file.h"
+#include "base/hash_avx2.h"
+#include "base/hash.h"
 #include "base/json.h"
+#include "base/memory.h"
 #include "base/random.h"
 #include "base/setting.h"
 #include "base/text.h"
@@ -180,6 +183,121 @@ static void test_files(void **state) {
     free(pattern);
 }
 
+/* Answers the n-th question with a short write, or all of them. */
+struct short_writes {
+    int countdown;
+    bool always;
+};
+
+static int write_short(void *context, enum file_operation operation, const char *path) {
+    (void)path;
+    struct short_writes *writes = context;
+    bool hit = operation == FILE_WRITE && (writes->always || writes->countdown-- == 0);
+    return hit ? FILE_FAULT_SHORT : 0;
+}
+
+enum { BLOCK = FILE_BLOCK_BYTES, PIECES = 70 };
+
+/* Parts of whole blocks that lie apart in memory, the last one longer than blocks, behind a place within a block or at one;
+ * and parts that do not lie to the blocks at all. */
+static void put_and_check(const char *path, uint64_t position, size_t shift, bool ragged, struct short_writes *writes) {
+    char *memory, *found;
+    enum { MEMORY_BYTES = (3 * PIECES + 8) * BLOCK };
+    struct file_part parts[PIECES];
+    size_t total = 0, size;
+    assert_int_equal(memory_alloc_large_pages(&memory, MEMORY_BYTES), STATUS_OK);
+    for (size_t i = 0; i < MEMORY_BYTES; i++)
+        memory[i] = (char)random_bits(3, 1, i / 8);
+    for (int i = 0; i < PIECES; i++) {
+        parts[i] = (struct file_part){memory + (size_t)3 * (size_t)i * BLOCK + shift, (size_t)(1 + i % 2) * BLOCK};
+        if (ragged && i % 3 == 0)
+            parts[i].bytes -= 7;
+        total += parts[i].bytes;
+    }
+    parts[PIECES - 1].bytes += 100;
+    total += 100;
+    assert_int_equal(file_create(path, position + total), STATUS_OK);
+    struct file_writer writer;
+    assert_int_equal(file_writer_open_at(&writer, path), STATUS_OK);
+    file_set_fault(writes ? write_short : NULL, writes);
+    assert_int_equal(file_writer_put_parts(&writer, position, parts, PIECES), STATUS_OK);
+    file_set_fault(NULL, NULL);
+    assert_int_equal(file_writer_close(&writer), STATUS_OK);
+    assert_int_equal(file_read(path, 1 << 30, &found, &size), STATUS_OK);
+    assert_int_equal(size, position + total);
+    const char *at = found + position;
+    for (int i = 0; i < PIECES; at += parts[i++].bytes)
+        assert_memory_equal(at, parts[i].data, parts[i].bytes);
+    for (uint64_t i = 0; i < position; i++)
+        assert_int_equal(found[i], 0);
+    free(found);
+    free(memory);
+}
+
+static void test_parts(void **state) {
+    (void)state;
+    char *path = path_join(directory, "parts");
+    static const uint64_t positions[] = {0, 3 * BLOCK, 123};
+    for (int p = 0; p < 3; p++)
+        for (int form = 0; form < 4; form++)
+            put_and_check(path, positions[p], form % 2 ? 123 : 0, form > 1, NULL);
+    for (int at = 0; at < 8; at++) {
+        struct short_writes writes = {at, false};
+        put_and_check(path, BLOCK, 0, at % 2, &writes);
+    }
+    struct short_writes always = {0, true};
+    put_and_check(path, 2 * BLOCK, 0, false, &always);
+    free(path);
+}
+
+static void test_parts_fail(void **state) {
+    (void)state;
+    char *path = path_join(directory, "parts"), *memory;
+    assert_int_equal(memory_alloc_large_pages(&memory, 4 * BLOCK), STATUS_OK);
+    memset(memory, 1, 4 * BLOCK);
+    const struct file_part parts[] = {{memory, BLOCK}, {memory + 2 * BLOCK, BLOCK}};
+    struct file_writer writer;
+    int countdown = 0;
+    assert_int_equal(file_create(path, 2 * BLOCK), STATUS_OK);
+    assert_int_equal(file_writer_open_at(&writer, path), STATUS_OK);
+    file_set_fault(fail_from, &countdown);
+    assert_int_equal(file_writer_put_parts(&writer, 0, parts, 2), STATUS_IO);
+    file_set_fault(NULL, NULL);
+    assert_non_null(strstr(status_text(), path));
+    assert_int_equal(file_writer_close(&writer), STATUS_OK);
+    free(memory);
+    free(path);
+}
+
+/* Whatever the instructions, and wherever the bytes lie. */
+static void test_hashes(void **state) {
+    (void)state;
+    enum { SIZE = 3 * HASH_BLOCK_BYTES + 77, HASHES = 4 };
+    static char data[SIZE + 1];
+    for (size_t i = 0; i < SIZE + 1; i++)
+        data[i] = (char)random_bits(5, 1, i);
+    assert_true(hash_bytes("", 0, 0) == 0x2d06800538d394c2); /* XXH3-64 of nothing, from its specification */
+    uint64_t hashes[HASHES + 1] = {[HASHES] = 1}, moved[HASHES];
+    hash_blocks(data, SIZE, hashes);
+    assert_true(hashes[HASHES] == 1);
+    for (size_t i = 0; i < HASHES; i++) {
+        size_t bytes = i < 3 ? HASH_BLOCK_BYTES : 77;
+        assert_true(hashes[i] == hash_bytes(data + i * HASH_BLOCK_BYTES, bytes, 0));
+    }
+    memmove(data + 1, data, SIZE);
+    hash_blocks(data + 1, SIZE, moved);
+    assert_memory_equal(hashes, moved, sizeof moved);
+#ifdef __x86_64__
+    for (size_t size = 0; size < 3000 && __builtin_cpu_supports("avx2"); size += 1 + size / 9)
+        assert_true(hash_bytes_avx2(data, size, size % 5) == hash_bytes_plain(data, size, size % 5));
+#endif
+    struct known_hashes known = {data + HASH_BLOCK_BYTES, 2, hashes};
+    assert_ptr_equal(known_hashes_at(&known, data + 2 * HASH_BLOCK_BYTES), hashes + 1);
+    assert_null(known_hashes_at(&known, data + 3 * HASH_BLOCK_BYTES));
+    assert_null(known_hashes_at(&known, data));
+    assert_null(known_hashes_at(NULL, data));
+}
+
 static void test_json_refusals(void **state) {
     (void)state;
     json_t *value;
@@ -220,6 +338,9 @@ int main(void) {
         cmocka_unit_test(test_settings_round_trip),
         cmocka_unit_test(test_file_write_survives_any_failure),
         cmocka_unit_test(test_files),
+        cmocka_unit_test(test_parts),
+        cmocka_unit_test(test_parts_fail),
+        cmocka_unit_test(test_hashes),
         cmocka_unit_test(test_json_refusals),
         cmocka_unit_test(test_parallel_for_visits_each_once),
     };

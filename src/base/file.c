@@ -10,7 +10,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
+
+enum { GATHER_MAX = 64 }; /* parts of one write */
 
 static int (*fault_hook)(void *context, enum file_operation operation, const char *path);
 static void *fault_context;
@@ -195,9 +198,8 @@ static size_t size_to_write(const struct file_writer *writer, size_t size) {
 }
 
 /* A write that is not whole leaves the blocks: the rest goes the other way. */
-enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) {
-    uint64_t first = position, total = size;
-    for (const char *bytes = data; size > 0;) {
+static enum status put_one(const struct file_writer *writer, uint64_t position, const char *bytes, size_t size) {
+    while (size > 0) {
         bool direct = writer->direct > 0;
         size_t part = size_to_write(writer, choose_way(position, bytes, size, &direct));
         direct = direct && is_block(part);
@@ -212,8 +214,78 @@ enum status file_writer_put(struct file_writer *writer, uint64_t position, const
         size -= (size_t)put;
         position += (uint64_t)put;
     }
-    sync_file_range(writer->descriptor, (off_t)first, (off_t)total, SYNC_FILE_RANGE_WRITE);
     return STATUS_OK;
+}
+
+/* The whole blocks that begin the parts, the first without its `skip` bytes, in one write past the system's cache. Ends with a
+ * part that has more than whole blocks. */
+static int gather_blocks(const struct file_part *parts, int count, size_t skip, struct iovec blocks[GATHER_MAX], size_t *total) {
+    int gathered = 0;
+    for (*total = 0; gathered < count && gathered < GATHER_MAX; skip = 0) {
+        const char *data = (const char *)parts[gathered].data + skip;
+        size_t left = parts[gathered].bytes - skip, whole = left / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
+        if (!is_block((uintptr_t)data) || whole == 0)
+            break;
+        blocks[gathered++] = (struct iovec){(void *)(uintptr_t)data, whole};
+        *total += whole;
+        if (whole < left)
+            break;
+    }
+    return gathered;
+}
+
+/* How much of it was written, at least a byte. */
+static enum status put_gathered(const struct file_writer *writer, uint64_t position, struct iovec *blocks, int count,
+                                size_t total, size_t *done) {
+    size_t part = size_to_write(writer, total);
+    if (part < total) { /* a test's short write */
+        count = 1;
+        blocks->iov_len = part < blocks->iov_len ? part : blocks->iov_len;
+    }
+    int descriptor = is_block(blocks->iov_len) ? writer->direct : writer->descriptor;
+    ssize_t put;
+    do {
+        put = part == 0 ? -1 : pwritev(descriptor, blocks, count, (off_t)position);
+        if (put < 0 && part > 0 && errno == EINVAL) /* it takes larger blocks, or none */
+            put = pwritev(writer->descriptor, blocks, count, (off_t)position);
+    } while (put < 0 && errno == EINTR);
+    if (put < 0)
+        return fail_errno("write", writer->path);
+    *done = (size_t)put;
+    return STATUS_OK;
+}
+
+/* Several parts at once where they are whole blocks, else one after the other. */
+static enum status put_parts(const struct file_writer *writer, uint64_t position, const struct file_part *parts, int count) {
+    size_t skip = 0; /* of the first of the parts */
+    while (count > 0) {
+        struct iovec blocks[GATHER_MAX];
+        size_t total, done = parts->bytes - skip;
+        bool direct = writer->direct > 0 && is_block(position);
+        int gathered = direct ? gather_blocks(parts, count, skip, blocks, &total) : 0;
+        if (gathered > 1)
+            TRY(put_gathered(writer, position, blocks, gathered, total, &done));
+        else
+            TRY(put_one(writer, position, (const char *)parts->data + skip, done));
+        position += done;
+        for (skip += done; count > 0 && skip >= parts->bytes; parts++, count--)
+            skip -= parts->bytes;
+    }
+    return STATUS_OK;
+}
+
+enum status file_writer_put_parts(struct file_writer *writer, uint64_t position, const struct file_part *parts, int count) {
+    uint64_t total = 0;
+    for (int i = 0; i < count; i++)
+        total += parts[i].bytes;
+    TRY(put_parts(writer, position, parts, count));
+    sync_file_range(writer->descriptor, (off_t)position, (off_t)total, SYNC_FILE_RANGE_WRITE);
+    return STATUS_OK;
+}
+
+enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) {
+    struct file_part part = {data, size};
+    return file_writer_put_parts(writer, position, &part, 1);
 }
 
 enum status file_writer_add(struct file_writer *writer, const void *data, size_t size) {
@@ -253,6 +325,15 @@ enum status file_flush(const char *path) {
     struct file_writer writer = {.descriptor = -1};
     TRY(file_writer_open(&writer, path, true));
     enum status status = file_writer_flush(&writer);
+    enum status closed = file_writer_close(&writer);
+    return status == STATUS_OK ? closed : status;
+}
+
+enum status file_write_draft(const char *path, const void *data, size_t size) {
+    struct file_writer writer = {.descriptor = -1};
+    TRY(file_writer_open(&writer, path, false));
+    enum status status = file_writer_add(&writer, data, size);
+    sync_file_range(writer.descriptor, 0, 0, SYNC_FILE_RANGE_WRITE); /* a hint: what follows finds it done */
     enum status closed = file_writer_close(&writer);
     return status == STATUS_OK ? closed : status;
 }

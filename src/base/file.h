@@ -32,6 +32,10 @@ enum status file_read(const char *path, uint64_t limit_bytes, char **data, size_
  * written beside it, flushed, renamed, directory flushed. */
 enum status file_write(const char *path, const void *data, size_t size) MUST_USE;
 
+/* A new file in a directory that nobody reads yet, such as a checkpoint's draft: not whole at any moment, and not flushed; the
+ * system begins to bring it to the disk. */
+enum status file_write_draft(const char *path, const void *data, size_t size) MUST_USE;
+
 /* A file open for reading at any place; several threads may read at once. What lies in memory to the blocks of
  * FILE_BLOCK_BYTES as it does in the file comes from the disk without a copy in between, which is fastest into large pages
  * (into small ones a virtual disk gave half of that); the rest through the system's cache. */
@@ -65,6 +69,13 @@ enum status file_writer_open_at(struct file_writer *writer, const char *path) MU
  * the disk, past the system's cache, where the file system can: several times as fast, for less work. */
 enum { FILE_BLOCK_BYTES = 4096 };
 enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) MUST_USE;
+/* Parts of memory one after the other in the file; those that are whole blocks as above, together. */
+struct file_part {
+    const void *data;
+    size_t bytes;
+};
+enum status file_writer_put_parts(struct file_writer *writer, uint64_t position, const struct file_part *parts,
+                                  int count) MUST_USE;
 enum status file_writer_flush(struct file_writer *writer) MUST_USE; /* to the disk: fsync */
 enum status file_writer_close(struct file_writer *writer) MUST_USE; /* does not flush; also after an error */
 

@@ -21,15 +21,24 @@ enum status json_read_file(const char *path, uint64_t limit_bytes, json_t **out)
     return status;
 }
 
-enum status json_write_file(const char *path, const json_t *value) {
+static enum status write_with(enum status (*write)(const char *path, const void *data, size_t size), const char *path,
+                              const json_t *value) {
     char *data = json_dumps(value, JSON_INDENT(2) | JSON_PRESERVE_ORDER | JSON_ENCODE_ANY);
     if (!data)
         return status_fail(STATUS_MEMORY, "%s: no memory to write it", path);
     size_t size = strlen(data);
     data[size++] = '\n'; /* in place of the zero byte: size is passed on */
-    enum status status = file_write(path, data, size);
+    enum status status = write(path, data, size);
     free(data);
     return status;
+}
+
+enum status json_write_file(const char *path, const json_t *value) {
+    return write_with(file_write, path, value);
+}
+
+enum status json_write_draft(const char *path, const json_t *value) {
+    return write_with(file_write_draft, path, value);
 }
 
 static enum status find(struct json_source source, const char *key, bool required, const json_t **member) {

@@ -12,6 +12,7 @@ enum status json_parse(const char *label, const char *data, size_t size, json_t 
 
 /* Write indented JSON so that the file is always whole (file_write). */
 enum status json_write_file(const char *path, const json_t *value) MUST_USE;
+enum status json_write_draft(const char *path, const json_t *value) MUST_USE; /* the same by file_write_draft */
 
 /* Members of `object`. `label` names the file in messages. A missing or null member leaves *out as it was, so that the
  * caller's default stands; `required` makes that an error. A number outside [low, high] or of another type is one. */

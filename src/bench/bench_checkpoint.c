@@ -26,7 +26,8 @@ struct saving {
     char directory[CHECKPOINT_PATH_BYTES]; /* of the benchmark: rank 0's, on all */
     char *checkpoints, *tokenizer_path, *config_path, *raw_path;
     char *piece; /* [PIECE_BYTES] aligned, not zeros */
-    int64_t step;
+    int64_t step;      /* of the last save */
+    bool saves_next;   /* a save begins after this step of training */
     uint64_t share_bytes, all_bytes; /* of this rank, of all */
 };
 
@@ -174,12 +175,16 @@ static enum status run_step(struct saving *s) {
     return busy == 0 ? saver_advance(s->async) : STATUS_OK;
 }
 
-/* Steps until a save beside them is over, and as many without one. */
+/* A step that a save follows, then steps until it is over; and as many without one. */
 static enum status measure_steps(struct saving *s, struct saving_times *t, int round) {
-    int steps = 0;
+    int steps = 1;
     double begin = clock_seconds();
+    s->saves_next = true;
+    TRY(run_step(s));
+    s->saves_next = false;
+    double start_begin = clock_seconds();
     TRY(start(s, s->async));
-    t->start[round] = clock_seconds() - begin;
+    t->start[round] = clock_seconds() - start_begin;
     for (; saver_is_under_way(s->async) || steps < STEPS_LEAST; steps++)
         TRY(run_step(s));
     t->beside[round] = clock_seconds() - begin;
@@ -218,8 +223,11 @@ static enum status make_places(struct saving *s, const struct bench *bench) {
     return comm_agree(world, status);
 }
 
-static void before_update(void *saver) {
-    saver_detach(saver);
+/* As the trainer does it. */
+static void before_update(void *context) {
+    struct saving *s = context;
+    saver_detach(s->async);
+    s->training.runner.hashes = s->saves_next ? saver_expect(s->async, s->step + 1) : NULL;
 }
 
 static enum status saving_open(struct saving *s, const struct bench *bench, enum dtype dtype) {
@@ -229,7 +237,7 @@ static enum status saving_open(struct saving *s, const struct bench *bench, enum
     TRY(saver_create(&s->sync, s->training.model, NULL, &s->training.ranks, &settings));
     settings.asynchronous = true;
     TRY(saver_create(&s->async, s->training.model, NULL, &s->training.ranks, &settings));
-    s->training.runner.herald = (struct step_herald){before_update, s->async};
+    s->training.runner.herald = (struct step_herald){before_update, s};
     s->share_bytes = saver_share_bytes(s->sync);
     double sum = (double)s->share_bytes;
     TRY(comm_sum_f64(s->training.world, &sum, 1));

@@ -23,7 +23,7 @@
 /* BUFFER_BYTES: an extent and the rest of two blocks; a whole number of large pages, so that none is shared by two threads. */
 enum { BUFFER_BYTES = CHECKPOINT_EXTENT_BYTES_MAX + (2 << 20) };
 enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, MANIFEST_BYTES_MAX = 512 << 20, STEP_DIGITS_MAX = 15, HASH_DIGITS = 16 };
-enum { MANIFEST_VERSION = 3, MANIFEST_VERSION_OF_PIECES = 2 };
+enum { MANIFEST_VERSION = 4, MANIFEST_VERSION_OF_WHOLE_EXTENTS = 3, MANIFEST_VERSION_OF_PIECES = 2 };
 
 static const char MANIFEST[] = "training/manifest.json";
 static const char STEP_PREFIX[] = "step-", DRAFT[] = ".tmp-", ASIDE[] = ".old-";
@@ -138,8 +138,21 @@ static enum status list_contents(const char *root, const char *below, struct con
     return status;
 }
 
+static size_t count_blocks(uint64_t begin, size_t bytes) {
+    return (size_t)((begin % HASH_BLOCK_BYTES + bytes + HASH_BLOCK_BYTES - 1) / HASH_BLOCK_BYTES);
+}
+
+uint64_t checkpoint_hash_of_blocks(const uint64_t *hashes, uint64_t begin, size_t bytes) {
+    return hash_bytes(hashes, count_blocks(begin, bytes) * sizeof *hashes, begin);
+}
+
 uint64_t checkpoint_extent_hash(const void *data, size_t bytes, uint64_t begin) {
-    return hash_bytes(data, bytes, begin);
+    uint64_t hashes[CHECKPOINT_EXTENT_BLOCKS_MAX];
+    size_t to_block = (size_t)(-begin % HASH_BLOCK_BYTES), first = bytes < to_block ? bytes : to_block;
+    CHECK_OP(bytes, <=, CHECKPOINT_EXTENT_BYTES_MAX);
+    hash_blocks(data, first, hashes);
+    hash_blocks((const char *)data + first, bytes - first, hashes + (first > 0));
+    return checkpoint_hash_of_blocks(hashes, begin, bytes);
 }
 
 /* Takes nothing; {"bytes", "extent_bytes", "xxh3_64"} of a file. */
@@ -250,7 +263,9 @@ static enum status write_sealed(const char *path, const json_t *manifest) {
     CHECK(digits != NULL);
     seal_hash(text, size, digits, hash);
     memcpy(digits, hash, HASH_DIGITS);
-    enum status status = file_write(path, text, size);
+    enum status status = file_write_draft(path, text, size);
+    if (status == STATUS_OK)
+        status = file_flush(path);
     free(text);
     return status;
 }
@@ -399,7 +414,7 @@ static enum status read_file_entry(const char *path, const char *name, const jso
     const json_t *sizes = json_object_get(described, "extent_bytes");
     if (*name == '/' || strstr(name, ".."))
         return status_fail(STATUS_FORMAT, "%s: the manifest names a file outside", path);
-    if (bytes < 0 || (version == MANIFEST_VERSION) != json_is_array(sizes))
+    if (bytes < 0 || (version == MANIFEST_VERSION_OF_PIECES) == json_is_array(sizes))
         return status_fail(STATUS_FORMAT, "%s: does not say how long \"%.100s\" is", path, name);
     struct checkpoint_file *file = &manifest->files[manifest->file_count++];
     *file = (struct checkpoint_file){.name = memory_copy_string(name), .bytes = (uint64_t)bytes};
@@ -410,9 +425,10 @@ static enum status read_files(const char *path, const json_t *object, struct che
     json_t *files = json_object_get(object, "files"), *described;
     const char *name;
     json_int_t version = json_integer_value(json_object_get(object, "version"));
-    if ((version != MANIFEST_VERSION && version != MANIFEST_VERSION_OF_PIECES) || !json_is_object(files))
-        return status_fail(STATUS_FORMAT, "%s: is a manifest of version %lld, this program reads versions %d and %d", path,
+    if (version < MANIFEST_VERSION_OF_PIECES || version > MANIFEST_VERSION || !json_is_object(files))
+        return status_fail(STATUS_FORMAT, "%s: is a manifest of version %lld, this program reads versions %d to %d", path,
                            (long long)version, MANIFEST_VERSION_OF_PIECES, MANIFEST_VERSION);
+    manifest->hashes_whole_extents = version <= MANIFEST_VERSION_OF_WHOLE_EXTENTS;
     TRY(memory_alloc(&manifest->files, json_object_size(files), sizeof *manifest->files));
     json_object_foreach(files, name, described) {
         TRY(read_file_entry(path, name, described, version, manifest));
@@ -569,13 +585,18 @@ static enum status read_blocks(const struct file_reader *reader, const struct ch
     return file_reader_at(reader, first, buffer, (size_t)((end < file->bytes ? end : file->bytes) - first));
 }
 
+static uint64_t hash_extent(const struct checkpoint_manifest *manifest, const struct checkpoint_extent *extent, const char *data) {
+    return manifest->hashes_whole_extents ? hash_bytes(data, extent->bytes, extent->begin)
+                                          : checkpoint_extent_hash(data, extent->bytes, extent->begin);
+}
+
 static enum status read_extent(const struct reading *r, const struct read_task *task, char *buffer) {
     const struct checkpoint_file *file = &r->manifest->files[task->file];
     const struct checkpoint_extent *extent = &file->extents[task->extent];
     const struct file_reader *reader = &r->readers[task->file];
     const char *data = buffer + extent->begin % FILE_BLOCK_BYTES;
     TRY(read_blocks(reader, file, extent, buffer));
-    if (checkpoint_extent_hash(data, extent->bytes, extent->begin) != extent->hash)
+    if (hash_extent(r->manifest, extent, data) != extent->hash)
         return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", reader->path, extent->bytes,
                            (unsigned long long)extent->begin);
     deliver(r, task, extent, data);

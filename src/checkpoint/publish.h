@@ -7,17 +7,20 @@
  * step-000100.old-PID, which still counts and gets its name back at the next save.
  *
  * The manifest, training/manifest.json:
- *   {"manifest_xxh3_64": hash of this text with its own digits as zeros, "version": 3,
+ *   {"manifest_xxh3_64": hash of this text with its own digits as zeros, "version": 4,
  *    "files": {"model.safetensors": {"bytes": N, "extent_bytes": [...], "xxh3_64": [...]}, ...}}
- * A file is covered by extents without holes, each with the hash of what was written there, seeded with where it begins. How
- * it is cut says nothing: whoever wrote a part hashed it from his own memory. Version 2, without extent_bytes, cut every
- * file into pieces of 4 MiB, and is still read.
+ * A file is covered by extents without holes, each with a hash of what was written there. How it is cut says nothing: whoever
+ * wrote a part hashed it from his own memory. The hash of an extent is that of the hashes of its blocks (what lies of it in each
+ * block of 4096 bytes of the file; u64, little-endian), seeded with where it begins: blocks can be hashed long before it is
+ * known how a file is cut. Still read: version 3, where it is the hash of the extent itself, likewise seeded; version 2, which
+ * moreover has no extent_bytes, and cuts every file into pieces of 4 MiB.
  *
  * Nothing here is collective. One process at a time begins, commits and deletes in a directory of checkpoints; many may
  * read, and many may write into the files of a draft (checkpoint/sharded.h).
  */
 #pragma once
 
+#include "base/hash.h"
 #include "base/status.h"
 #include <stdbool.h>
 #include <stddef.h>
@@ -32,6 +35,9 @@ struct checkpoint_extent {
     int32_t file; /* index among some names */
 };
 
+/* The most blocks that an extent lies in. Its hash from theirs; or from its bytes. */
+enum { CHECKPOINT_EXTENT_BLOCKS_MAX = CHECKPOINT_EXTENT_BYTES_MAX / HASH_BLOCK_BYTES + 1 };
+uint64_t checkpoint_hash_of_blocks(const uint64_t *hashes, uint64_t begin, size_t bytes);
 uint64_t checkpoint_extent_hash(const void *data, size_t bytes, uint64_t begin);
 
 struct checkpoint_draft {
@@ -72,6 +78,7 @@ struct checkpoint_file {
 struct checkpoint_manifest {
     struct checkpoint_file *files; /* in the order of the manifest */
     size_t file_count;
+    bool hashes_whole_extents; /* before version 4 */
 };
 
 /* Read the manifest of a published directory and check it against its own hash. */

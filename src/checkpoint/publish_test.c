@@ -219,7 +219,7 @@ static int record(void *context, enum file_operation operation, const char *path
 static void test_flushes(void **state) {
     (void)state;
     static const char *const before[] = {"flush deep.txt\n",   "flush config.json\n",       "flush model.safetensors\n",
-                                         "flush state.json\n", "flush manifest.json.tmp\n", "flush b\n",
+                                         "flush state.json\n", "flush manifest.json\n",     "flush b\n",
                                          "flush a\n",          "flush training\n",          "flush .\n"};
     struct checkpoint_draft draft;
     struct text log = {0};
@@ -368,6 +368,51 @@ static void damage_everywhere(const char *name) {
     free(path);
 }
 
+/* The manifest of a checkpoint as an older program wrote it: hashes of extents as a whole; version 2: of pieces of 4 MiB. */
+static void write_older_manifest(const char *checkpoint, int version) {
+    struct checkpoint_manifest manifest;
+    struct text text = {0};
+    char *path = path_join(checkpoint, "training/manifest.json"), seal[17];
+    assert_int_equal(checkpoint_manifest_open(&manifest, checkpoint), STATUS_OK);
+    text_printf(&text, "{\"manifest_xxh3_64\": \"%016d\", \"version\": %d, \"files\": {", 0, version);
+    for (size_t i = 0; i < manifest.file_count; i++) {
+        const struct checkpoint_file *file = &manifest.files[i];
+        char *name = path_join(checkpoint, file->name), *data;
+        size_t size;
+        assert_int_equal(file_read(name, 1 << 20, &data, &size), STATUS_OK);
+        text_printf(&text, "%s\"%s\": {\"bytes\": %zu, ", i ? ", " : "", file->name, size);
+        if (version == 3)
+            text_printf(&text, "\"extent_bytes\": [5, %zu], \"xxh3_64\": [\"%016llx\", \"%016llx\"]}", size - 5,
+                        (unsigned long long)hash_bytes(data, 5, 0), (unsigned long long)hash_bytes(data + 5, size - 5, 5));
+        else
+            text_printf(&text, "\"xxh3_64\": [\"%016llx\"]}", (unsigned long long)hash_bytes(data, size, 0));
+        free(data);
+        free(name);
+    }
+    text_add_string(&text, "}}");
+    snprintf(seal, sizeof seal, "%016llx", (unsigned long long)hash_bytes(text.data, text.size, 0));
+    memcpy(strstr(text.data, "0000000000000000"), seal, 16);
+    write_bytes(path, text.data, text.size);
+    checkpoint_manifest_close(&manifest);
+    text_release(&text);
+    free(path);
+}
+
+static void test_older_manifests(void **state) {
+    (void)state;
+    for (int version = 2; version <= 5; version++) {
+        empty_directory();
+        assert_int_equal(save(1), STATUS_OK);
+        char *checkpoint = path_join(directory, "step-000001");
+        if (version != 4)
+            write_older_manifest(checkpoint, version);
+        assert_int_equal(checkpoint_verify(checkpoint), version == 5 ? STATUS_FORMAT : STATUS_OK);
+        damage_model(1);
+        assert_int_equal(checkpoint_verify(checkpoint), STATUS_FORMAT);
+        free(checkpoint);
+    }
+}
+
 static void test_damage_is_found(void **state) {
     (void)state;
     empty_directory();
@@ -479,7 +524,8 @@ int main(void) {
                                        cmocka_unit_test(test_flushes),
                                        cmocka_unit_test(test_new_directories_are_flushed),
                                        cmocka_unit_test(test_every_operation_failing),
-                                       cmocka_unit_test(test_damage_is_found),
+                                       cmocka_unit_test(test_older_manifests),
+        cmocka_unit_test(test_damage_is_found),
                                        cmocka_unit_test(test_damage_in_a_large_file),
                                        cmocka_unit_test(test_killed_while_saving)};
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -344,9 +344,18 @@ enum status safetensors_read(const struct safetensors *file, const struct safete
 
 /* ---- writing ----------------------------------------------------------------------------------------------------- */
 
-/* Widest dtype first, then by name: the order of the reference writer, which keeps every tensor aligned. */
+/* What is whole blocks of a disk, and so begins and ends at one. */
+static bool is_blocks(const struct named_tensor *item) {
+    size_t bytes = tensor_bytes(item->tensor);
+    return bytes > 0 && bytes % FILE_BLOCK_BYTES == 0;
+}
+
+/* Whole blocks first; else widest dtype first, then by name: the order of the reference writer, which keeps every tensor
+ * aligned. */
 static int compare_items(const void *a, const void *b) {
     const struct named_tensor *x = *(const struct named_tensor *const *)a, *y = *(const struct named_tensor *const *)b;
+    if (is_blocks(x) != is_blocks(y))
+        return is_blocks(x) ? -1 : 1;
     size_t x_size = dtype_size(x->tensor.dtype), y_size = dtype_size(y->tensor.dtype);
     if (x_size != y_size)
         return x_size > y_size ? -1 : 1;
@@ -390,9 +399,11 @@ static char *make_json(struct safetensors_plan *plan, json_t *metadata) {
     return text;
 }
 
+/* Spaces at its end are allowed: they bring the data to a block where a tensor is whole blocks. */
 static void make_header(struct safetensors_plan *plan, const char *json) {
     struct text header = {0};
-    size_t size = strlen(json), padded = (size + 7) / 8 * 8;
+    size_t unit = plan->count > 0 && is_blocks(plan->order[0]) ? FILE_BLOCK_BYTES : LENGTH_BYTES;
+    size_t size = strlen(json), padded = (LENGTH_BYTES + size + unit - 1) / unit * unit - LENGTH_BYTES;
     for (int i = 0; i < LENGTH_BYTES; i++) {
         char byte = (char)(padded >> 8 * i & 0xFF);
         text_add(&header, &byte, 1);

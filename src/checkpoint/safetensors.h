@@ -71,8 +71,8 @@ enum status safetensors_read(const struct safetensors *file, const struct safete
 /* What a file of some items looks like: how it begins, and where each of them stands. A function of their names, dtypes and
  * shapes alone. */
 struct safetensors_plan {
-    /* [count] owned; as they stand in the file: widest dtype first, then by name, as the reference writer does. The items
-     * are the caller's. */
+    /* [count] owned; as they stand in the file: those that are whole blocks of FILE_BLOCK_BYTES, which begin at one; of these
+     * and of the others widest dtype first, then by name, as the reference writer does. The items are the caller's. */
     const struct named_tensor **order;
     uint64_t *begins;                  /* [count] owned; byte of the file */
     int count;

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX };
+enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, PARTS_MAX = 64, OWN_WRITE_BYTES = 64 << 10 };
 
 /* ---- which files ------------------------------------------------------------------------------------------------- */
 
@@ -156,7 +156,7 @@ enum status sharded_create(const struct sharded_set *set, const char *root) {
     }
     for (int i = 0; i < set->index_count && status == STATUS_OK; i++) {
         char *path = path_join(root, set->index_names[i]);
-        status = file_write(path, set->index_texts[i], strlen(set->index_texts[i]));
+        status = file_write_draft(path, set->index_texts[i], strlen(set->index_texts[i]));
         free(path);
     }
     return status;
@@ -198,8 +198,9 @@ void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stre
 /* An extent that is to be written, and the stretch and byte of it that it begins with. */
 struct task {
     struct checkpoint_extent extent;
-    int stretch;
+    int stretch, stretch_count; /* of at most PARTS_MAX stretches, */
     uint64_t skip;
+    bool in_place; /* which lie to the blocks of memory as they do in the file, and meet at blocks: they need no buffer */
 };
 
 struct sharded_writing {
@@ -232,37 +233,65 @@ static enum status add_task(struct sharded_writing *w, struct task task) {
     return STATUS_OK;
 }
 
-/* Extents end at multiples of EXTENT_BYTES, and where what follows belongs to somebody else. */
+/* Whether a stretch lies to the blocks as in the file, and is worth a write of its own where its neighbours do not. */
+static bool is_in_place(const struct device *device, const struct sharded_stretch *stretch) {
+    bool blocks = stretch->begin % FILE_BLOCK_BYTES == 0 && stretch->bytes % FILE_BLOCK_BYTES == 0;
+    return device == device_cpu() && (uintptr_t)stretch->data % FILE_BLOCK_BYTES == stretch->begin % FILE_BLOCK_BYTES &&
+           (blocks || stretch->bytes >= OWN_WRITE_BYTES);
+}
+
+/* Whether a stretch that begins at `at` belongs to an extent that ends there. */
+static bool goes_on(const struct task *open, const struct sharded_stretch *stretch, uint64_t at, bool in_place) {
+    const struct checkpoint_extent *extent = &open->extent;
+    return extent->file == stretch->file && extent->begin + extent->bytes == at && at % EXTENT_BYTES != 0 &&
+           open->stretch_count < PARTS_MAX && open->in_place == in_place && (!in_place || at % FILE_BLOCK_BYTES == 0);
+}
+
+/* Extents end at multiples of EXTENT_BYTES, where what follows belongs to somebody else, and between what needs a buffer and what
+ * does not. */
 static enum status cut_extents(struct sharded_writing *w) {
     struct task open = {.extent.file = -1};
     for (int i = 0; i < w->stretch_count; i++) {
         const struct sharded_stretch *stretch = &w->stretches[i];
+        bool in_place = is_in_place(w->way.device, stretch);
         for (uint64_t done = 0; done < stretch->bytes;) {
             uint64_t at = stretch->begin + done, end = (at / EXTENT_BYTES + 1) * EXTENT_BYTES;
             uint64_t part = stretch->bytes - done < end - at ? stretch->bytes - done : end - at;
-            struct checkpoint_extent *extent = &open.extent;
-            bool goes_on = extent->file == stretch->file && extent->begin + extent->bytes == at && at % EXTENT_BYTES != 0;
-            if (!goes_on && extent->file >= 0)
+            bool joins = goes_on(&open, stretch, at, in_place);
+            if (!joins && open.extent.file >= 0)
                 TRY(add_task(w, open));
-            if (!goes_on)
-                open = (struct task){{.begin = at, .file = stretch->file}, i, done};
-            extent->bytes += (uint32_t)part;
+            if (!joins)
+                open = (struct task){{.begin = at, .file = stretch->file}, i, 0, done, in_place};
+            open.extent.bytes += (uint32_t)part;
+            open.stretch_count++;
             done += part;
         }
     }
     return open.extent.file >= 0 ? add_task(w, open) : STATUS_OK;
 }
 
-/* Where the bytes of an extent are, and on which device. */
-struct source {
-    const struct device *device;
-    const struct sharded_stretch *stretches;
-};
+/* Where the bytes of an extent lie in some stretches; neighbours in memory are one part. Returns how many there are. */
+static int find_parts(const struct sharded_stretch *stretches, const struct task *task, struct file_part parts[PARTS_MAX]) {
+    const struct sharded_stretch *stretch = &stretches[task->stretch];
+    uint64_t skip = task->skip;
+    int count = 0;
+    for (size_t found = 0; found < task->extent.bytes; stretch++, skip = 0) {
+        uint64_t has = stretch->bytes - skip, left = task->extent.bytes - found;
+        size_t bytes = (size_t)(has < left ? has : left);
+        const char *data = (const char *)stretch->data + skip;
+        if (count > 0 && (const char *)parts[count - 1].data + parts[count - 1].bytes == data)
+            parts[count - 1].bytes += bytes;
+        else
+            parts[count++] = (struct file_part){data, bytes};
+        found += bytes;
+    }
+    return count;
+}
 
 /* Its bytes one after the other in a buffer that lies to the blocks as the file does. */
-static const char *assemble(struct source source, const struct task *task, char *buffer) {
+static struct file_part assemble(const struct sharded_writing *w, const struct task *task, char *buffer) {
     char *to = buffer + task->extent.begin % FILE_BLOCK_BYTES;
-    const struct sharded_stretch *stretch = &source.stretches[task->stretch];
+    const struct sharded_stretch *stretch = &w->stretches[task->stretch];
     uint64_t skip = task->skip;
     for (size_t filled = 0; filled < task->extent.bytes; stretch++, skip = 0) {
         uint64_t has = stretch->bytes - skip, left = task->extent.bytes - filled;
@@ -271,50 +300,106 @@ static const char *assemble(struct source source, const struct task *task, char 
         if (stretch->begin == 0) /* a header is in the host's memory everywhere */
             memcpy(to + filled, from, part);
         else
-            source.device->copy_to_host(to + filled, from, part);
+            w->way.device->copy_to_host(to + filled, from, part);
         filled += part;
     }
-    return to;
+    return (struct file_part){to, task->extent.bytes};
 }
 
-/* Whether its bytes lie one after the other, too, and to the blocks as the file does: they need no buffer. */
-static bool lies_in_place(struct source source, const struct task *task) {
-    const struct sharded_stretch *stretch = &source.stretches[task->stretch];
-    const char *data = (const char *)stretch->data + task->skip;
-    uint64_t together = stretch->bytes - task->skip;
-    for (; together < task->extent.bytes && stretch[1].data == (const char *)stretch->data + stretch->bytes; stretch++)
-        together += stretch[1].bytes;
-    return source.device == device_cpu() && together >= task->extent.bytes &&
-           (uintptr_t)data % FILE_BLOCK_BYTES == task->extent.begin % FILE_BLOCK_BYTES;
+/* Of what lies at `data` of a block of the file. */
+static uint64_t hash_block(const struct known_hashes *known, const char *data, size_t bytes) {
+    const uint64_t *hash = bytes == HASH_BLOCK_BYTES ? known_hashes_at(known, data) : NULL;
+    return hash && *hash ? *hash : hash_bytes(data, bytes, 0);
 }
 
-static const char *find_data(struct source source, const struct task *task, char *buffer) {
-    if (lies_in_place(source, task))
-        return (const char *)source.stretches[task->stretch].data + task->skip;
-    return assemble(source, task, buffer);
+/* Parts meet at blocks, and lie to them as in the file where some are known. */
+static uint64_t hash_parts(const struct known_hashes *known, const struct checkpoint_extent *extent,
+                           const struct file_part *parts, int count) {
+    uint64_t hashes[CHECKPOINT_EXTENT_BLOCKS_MAX], at = extent->begin;
+    size_t blocks = 0;
+    for (int i = 0; i < count; i++)
+        for (size_t done = 0, bytes; done < parts[i].bytes; done += bytes, at += bytes) {
+            size_t to_block = (size_t)(HASH_BLOCK_BYTES - at % HASH_BLOCK_BYTES), left = parts[i].bytes - done;
+            bytes = left < to_block ? left : to_block;
+            hashes[blocks++] = hash_block(known, (const char *)parts[i].data + done, bytes);
+        }
+    return checkpoint_hash_of_blocks(hashes, extent->begin, extent->bytes);
 }
 
-/* As long as the data stand where others change them they are copied, under the mutex. */
-static const char *take_sheltered(const struct sharded_writing *w, const struct task *task, char *buffer) {
-    struct sharded_shelter *shelter = w->way.shelter;
+static enum status put_extent(struct sharded_writing *w, const struct task *task, const struct file_part *parts, int count) {
+    return file_writer_put_parts(&w->writers[task->extent.file], task->extent.begin, parts, count);
+}
+
+static enum status put_hashed(struct sharded_writing *w, struct task *task, const struct file_part *parts, int count,
+                              const struct known_hashes *known) {
+    task->extent.hash = hash_parts(known, &task->extent, parts, count);
+    return put_extent(w, task, parts, count);
+}
+
+/* Of stretches that stay as they are. */
+static enum status write_in_place(struct sharded_writing *w, struct task *task, const struct sharded_stretch *stretches,
+                                  const struct known_hashes *known) {
+    struct file_part parts[PARTS_MAX];
+    int count = find_parts(stretches, task, parts);
+    return put_hashed(w, task, parts, count, known);
+}
+
+/* The writer stands at what follows a task. */
+static void advance(const struct sharded_writing *w, const struct task *task) {
     bool is_last = task + 1 == w->tasks + w->task_count;
+    w->way.shelter->stretch = is_last ? w->stretch_count : task[1].stretch;
+    w->way.shelter->skip = is_last ? 0 : task[1].skip;
+}
+
+/* What stands where others change it is copied under the mutex where it needs a buffer anyway. */
+static enum status write_sheltered_copy(struct sharded_writing *w, struct task *task, char *buffer) {
+    struct sharded_shelter *shelter = w->way.shelter;
+    struct file_part copy;
     pthread_mutex_lock(&shelter->mutex);
     const struct sharded_stretch *moved = shelter->moved;
-    const char *data = moved ? NULL : assemble((struct source){w->way.device, w->stretches}, task, buffer);
-    shelter->stretch = is_last ? w->stretch_count : task[1].stretch;
-    shelter->skip = is_last ? 0 : task[1].skip;
+    if (!moved) {
+        copy = assemble(w, task, buffer);
+        advance(w, task);
+    }
     pthread_mutex_unlock(&shelter->mutex);
-    return moved ? find_data((struct source){device_cpu(), moved}, task, buffer) : data;
+    return moved ? write_in_place(w, task, moved, NULL) : put_hashed(w, task, &copy, 1, NULL);
+}
+
+/* Else it is hashed under the mutex and written from where it stands. Was it taken away meanwhile, then the disk may have got
+ * some of it from before a change and some from after: it is written again, from the shelter. */
+static enum status write_sheltered_live(struct sharded_writing *w, struct task *task) {
+    struct sharded_shelter *shelter = w->way.shelter;
+    struct file_part parts[PARTS_MAX];
+    int count = find_parts(w->stretches, task, parts);
+    pthread_mutex_lock(&shelter->mutex);
+    const struct sharded_stretch *moved = shelter->moved;
+    if (!moved)
+        task->extent.hash = hash_parts(w->way.known, &task->extent, parts, count);
+    pthread_mutex_unlock(&shelter->mutex);
+    if (!moved) {
+        TRY(put_extent(w, task, parts, count));
+        pthread_mutex_lock(&shelter->mutex);
+        moved = shelter->moved;
+        if (!moved)
+            advance(w, task);
+        pthread_mutex_unlock(&shelter->mutex);
+    }
+    return moved ? write_in_place(w, task, moved, NULL) : STATUS_OK;
+}
+
+static enum status write_task(struct sharded_writing *w, struct task *task, char *buffer) {
+    if (w->way.shelter)
+        return task->in_place ? write_sheltered_live(w, task) : write_sheltered_copy(w, task, buffer);
+    if (task->in_place)
+        return write_in_place(w, task, w->stretches, w->way.known);
+    struct file_part copy = assemble(w, task, buffer);
+    return put_hashed(w, task, &copy, 1, NULL);
 }
 
 static enum status write_extent(struct sharded_writing *w, struct task *task, char *buffer) {
-    struct checkpoint_extent *extent = &task->extent;
     if (atomic_load(w->way.cancel))
         return status_fail(STATUS_INTERRUPTED, "%s: given up", w->root);
-    const char *data = w->way.shelter ? take_sheltered(w, task, buffer)
-                                      : find_data((struct source){w->way.device, w->stretches}, task, buffer);
-    extent->hash = checkpoint_extent_hash(data, extent->bytes, extent->begin);
-    return file_writer_put(&w->writers[extent->file], extent->begin, data, extent->bytes);
+    return write_task(w, task, buffer);
 }
 
 /* The work beside, if there is some, is the first task. */

@@ -63,7 +63,8 @@ struct sharded_extents {
 };
 
 /* Lets another thread take away what is being written. It holds the mutex, copies all stretches from the byte at which the
- * writer stands to the host's memory, and sets moved; from then on the writer reads there. */
+ * writer stands to the host's memory, so that neighbours in a file are neighbours there, and sets moved; from then on the writer
+ * reads there. What it was just writing from where it stood is among what is copied, and written once more. */
 struct sharded_shelter {
     pthread_mutex_t mutex;
     int stretch; /* the writer needs what begins at byte `skip` of this one, and all after it */
@@ -76,13 +77,14 @@ struct sharded_way {
     const struct device *device; /* where the data of the stretches lie */
     const atomic_bool *cancel;   /* STATUS_INTERRUPTED soon after it is set */
     bool parallel;               /* by waiting_threads_count(), each with a buffer of 4 MiB; else by the caller alone, in order */
+    const struct known_hashes *known; /* of the data's blocks, until they are sheltered; NULL: none */
     struct sharded_shelter *shelter; /* NULL: the data stay as they are. Not with parallel */
     enum status (*beside)(void *context); /* further work: by one of the threads, while the others write; NULL: none */
     void *beside_context;
 };
 
 /* Write and flush sorted stretches, which do not overlap those of any other process. extents is an empty list before; the
- * caller frees its items, always. Straight from memory, without a copy, what begins at the same place of a block of
- * FILE_BLOCK_BYTES in memory as in the file. */
+ * caller frees its items, always. Straight from memory, without a copy, what lies to the blocks of FILE_BLOCK_BYTES in memory as
+ * in the file, and meets at blocks. */
 enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
                           struct sharded_way way, struct sharded_extents *extents) MUST_USE;

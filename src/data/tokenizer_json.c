@@ -308,7 +308,7 @@ enum status tokenizer_save_config(const struct tokenizer *t, const char *path, i
         json_object_set_new(config, "eos_token", json_string(END_OF_TEXT));
         json_object_set_new(config, "pad_token", json_string(END_OF_TEXT));
     }
-    enum status status = json_write_file(path, config);
+    enum status status = json_write_draft(path, config);
     json_decref(config);
     return status;
 }

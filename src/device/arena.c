@@ -21,15 +21,26 @@ void arena_release(struct arena *arena) {
     *arena = (struct arena){0};
 }
 
-void *arena_take(struct arena *arena, size_t bytes) {
-    size_t begin = arena->used;
-    size_t end = begin + (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+static size_t align(size_t value, size_t to) {
+    return (value + to - 1) / to * to;
+}
+
+static void *take_at(struct arena *arena, size_t begin, size_t bytes) {
+    size_t end = begin + align(bytes, ALIGNMENT);
     if (arena->device)
         CHECK_OP(end, <=, arena->size);
     arena->used = end;
     if (end > arena->peak)
         arena->peak = end;
     return arena->device ? arena->base + begin : NULL;
+}
+
+void *arena_take(struct arena *arena, size_t bytes) {
+    return take_at(arena, arena->used, bytes);
+}
+
+void *arena_take_blocks(struct arena *arena, size_t bytes) {
+    return take_at(arena, bytes < ARENA_BLOCK_BYTES ? arena->used : align(arena->used, ARENA_BLOCK_BYTES), bytes);
 }
 
 void arena_rewind(struct arena *arena, size_t mark) {

@@ -10,10 +10,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+enum { ARENA_BLOCK_BYTES = 4096 };
+
 /* A kind of memory and how to reach it. Plain functions; one constant struct a device. */
 struct device {
     const char *name;
-    enum status (*alloc)(void **out, size_t bytes); /* 64-byte aligned, zeroed */
+    enum status (*alloc)(void **out, size_t bytes); /* aligned to ARENA_BLOCK_BYTES, zeroed */
     void (*release)(void *data, size_t bytes);
     void (*copy_to_host)(void *host, const void *data, size_t bytes);
     void (*copy_from_host)(void *data, const void *host, size_t bytes);
@@ -37,6 +39,9 @@ void arena_release(struct arena *arena);
 /* The next `bytes`, aligned to 64. Taking more than the arena has is our own mistake: sizes come from a counting
  * pass. */
 void *arena_take(struct arena *arena, size_t bytes);
+
+/* The same, but what has a block or more begins at one: it can go to a disk and come from there without a copy (base/file.h). */
+void *arena_take_blocks(struct arena *arena, size_t bytes);
 
 /* Give back everything taken after `mark` (a former value of arena->used): scratch that the next step of a plan
  * reuses. */

@@ -50,6 +50,11 @@ struct adamw_settings {
     double grad_scale; /* gradients are multiplied by it first: clipping */
 };
 
+/* Where hashes of what an update wrote go (base/hash.h): one for each block of HASH_BLOCK_BYTES of a tensor; NULL: none. */
+struct update_hashes {
+    uint64_t *param, *m, *v;
+};
+
 /* The gradient that the router's two losses add: d(loss)/d(prob[s,e]) += balance_scale * count[e] and
  * d(loss)/d(logit[s,e]) += 2 * z_scale * logsumexp(logits[s]) * prob[s,e]. */
 struct router_loss_scales {
@@ -232,9 +237,10 @@ struct kernel_ops {
     /* ---- optimizer ----------------------------------------------------------------------------------------------- */
 
     /* AdamW, decoupled decay, one pass: param, grad, m, v real, same number of elements; `packed`, with data or without,
-     * gets the new parameters as `pack` would. Source: arXiv 1711.05101. */
+     * gets the new parameters as `pack` would. Of `hashes` those of whole blocks are written while these are in a cache; which
+     * ones the backend finds it good to hash is its own matter: the others stay as they are. Source: arXiv 1711.05101. */
     void (*adamw)(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
-                  struct adamw_settings settings, struct packed packed);
+                  struct adamw_settings settings, struct packed packed, struct update_hashes hashes);
 
     /* ---- outer step ---------------------------------------------------------------------------------------------- */
 

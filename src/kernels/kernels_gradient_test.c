@@ -602,7 +602,7 @@ static void test_adamw(void **state) {
     for (; settings.step <= 2; settings.step++) {
         ref->adamw(tensor_1d(&param, DTYPE_F64, 1), tensor_1d(&grad, DTYPE_F64, 1),
                    tensor_1d(&m, DTYPE_F64, 1), tensor_1d(&v, DTYPE_F64, 1), settings,
-                   (struct packed){&copy, DTYPE_F64, 1, 1, 1, true});
+                   (struct packed){&copy, DTYPE_F64, 1, 1, 1, true}, (struct update_hashes){0});
         double g = 0.25 * grad, steps = (double)settings.step;
         first = 0.9 * first + 0.1 * g;
         second = 0.99 * second + 0.01 * g * g;

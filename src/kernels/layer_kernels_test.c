@@ -1,4 +1,5 @@
 /* Cases of what layers, loss and optimizer are made of, in every backend; how they are run: kernels_cases_testing.h. */
+#include "base/hash.h"
 #include "kernels/kernels_cases_testing.h"
 
 /* ---- normalisation ---- */
@@ -719,14 +720,16 @@ static void test_cross_entropy(void **state) {
 
 /* ---- optimizer ---- */
 
+static const struct update_hashes no_hashes = {NULL, NULL, NULL};
+
 /* What was packed is read back by a product with the identity. */
 static void make_adamw(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
     if (!tensor_exists(t[4])) {
-        ops->adamw(t[0], t[1], t[2], t[3], call->adamw, (struct packed){0});
+        ops->adamw(t[0], t[1], t[2], t[3], call->adamw, (struct packed){0}, no_hashes);
         return;
     }
     struct packed packed = test_packed(ops, t[5], true); /* of other weights: all must be written anew */
-    ops->adamw(t[0], t[1], t[2], t[3], call->adamw, packed);
+    ops->adamw(t[0], t[1], t[2], t[3], call->adamw, packed, no_hashes);
     ops->product_forward(t[4], tensor_none(), tensor_none(), packed, t[6], false);
     ops->product_backward_input(t[7], tensor_none(), tensor_none(), packed, t[8], false);
 }
@@ -776,6 +779,58 @@ static void test_adamw(void **state) {
     expect_no_failures();
 }
 
+/* Of the blocks of what was updated: how many hashes were noted, all of which must be right; where no block ends none may be. */
+static int check_hashes(struct tensor t, const uint64_t *hashes) {
+    int64_t whole = (int64_t)tensor_bytes(t) / HASH_BLOCK_BYTES;
+    int noted = 0;
+    for (int64_t block = 0; block < whole; block++) {
+        if (hashes[block] == 0)
+            continue;
+        assert_true(hashes[block] == hash_bytes((const char *)t.data + block * HASH_BLOCK_BYTES, HASH_BLOCK_BYTES, 0));
+        noted++;
+    }
+    assert_true(hashes[whole] == 0);
+    return noted;
+}
+
+static void case_hashes(const struct kernel_ops *ops, int64_t groups, int64_t out, int64_t in, bool is_packed, int least_noted) {
+    enum { BLOCKS_MAX = 256 };
+    uint64_t hashes[3][BLOCKS_MAX] = {{0}};
+    int64_t bytes = groups * out * in * 4;
+    assert_true(bytes / HASH_BLOCK_BYTES < BLOCKS_MAX);
+    struct tensor arrays[4];
+    for (int i = 0; i < 4; i++)
+        arrays[i] = test_random(tensor_3d(NULL, DTYPE_F32, groups, out, in), 1);
+    for (int64_t i = 0; i < groups * out * in; i++)
+        test_set(arrays[3], i, fabs(test_get(arrays[3], i)));
+    struct packed packed = is_packed ? test_packed(ops, arrays[0], true) : (struct packed){0};
+    struct adamw_settings settings = {1e-2, 0.9, 0.95, 1e-8, 0.1, 3, 0.5};
+    ops->adamw(arrays[0], arrays[1], arrays[2], arrays[3], settings, packed,
+               (struct update_hashes){hashes[0], hashes[1], hashes[2]});
+    assert_true(check_hashes(arrays[0], hashes[0]) >= least_noted);
+    assert_true(check_hashes(arrays[2], hashes[1]) >= least_noted);
+    assert_true(check_hashes(arrays[3], hashes[2]) >= least_noted);
+}
+
+static void test_adamw_hashes(void **state) {
+    (void)state;
+    for (const char *const *name = kernels_available(); *name; name++) {
+        const struct kernel_ops *ops;
+        assert_int_equal(kernels_choose(*name, &ops), STATUS_OK);
+        for (int is_packed = 0; is_packed < 2; is_packed++) {
+            case_hashes(ops, 1, 1, 1, is_packed, 0);
+            case_hashes(ops, 1, 1, 1023, is_packed, 0);
+            case_hashes(ops, 1, 64, 64, is_packed, 4); /* all */
+            case_hashes(ops, 3, 96, 128, is_packed, 36);
+            case_hashes(ops, 2, 200, 256, is_packed, 100);
+            case_hashes(ops, 1, 130, 71, is_packed, 1); /* some blocks lie across what is updated at once */
+            case_hashes(ops, 5, 33, 100, is_packed, 1);
+        }
+        case_hashes(ops, 1, 1, 25000, false, 24);
+    }
+    test_release();
+}
+
 int main(void) {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rmsnorm),
@@ -788,6 +843,7 @@ int main(void) {
         cmocka_unit_test(test_embedding),
         cmocka_unit_test(test_cross_entropy),
         cmocka_unit_test(test_adamw),
+        cmocka_unit_test(test_adamw_hashes),
     };
     return cmocka_run_group_tests(tests, find_backends, summarize);
 }

@@ -228,7 +228,7 @@ enum status model_config_write(const struct model_config *c, const char *path, i
         json_object_set_new(object, "bos_token_id", json_integer(end_of_text));
         json_object_set_new(object, "eos_token_id", json_integer(end_of_text));
     }
-    enum status status = json_write_file(path, object);
+    enum status status = json_write_draft(path, object);
     json_decref(object);
     return status;
 }

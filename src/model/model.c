@@ -38,7 +38,8 @@ static struct tensor take_row(const struct model *model, int row, enum form form
     const struct parameter *p = &model->table.rows[row];
     struct layout layout = form == FORM_OWN ? sharding_own_layout(&model->sharding, p) : sharding_compute_layout(p);
     struct parameter_part part = sharding_part(&model->sharding, p, &layout);
-    void *data = layer_take(arena, dtype, padded(parameter_part_elements(&part)), 1).data;
+    size_t bytes = (size_t)padded(parameter_part_elements(&part)) * dtype_size(dtype);
+    void *data = form == FORM_OWN ? arena_take_blocks(arena, bytes) : arena_take(arena, bytes);
     return tensor_make(data, dtype, p->dim_count, part.shape[0], part.shape[1], part.shape[2]);
 }
 

@@ -66,7 +66,7 @@ static void test_adamw_by_hand(void **state) {
     s.clip = 0.25; /* the norm of the gradient is 0.5: halved */
     for (int step = 1; step <= 2; step++) {
         kernels_ref()->adamw(tw, tg, tm, tv, optimizer_update_settings(&s, step, 10, 0.5, true),
-                             (struct packed){0});
+                             (struct packed){0}, (struct update_hashes){0});
         em = s.beta1 * em + (1 - s.beta1) * 0.25;
         ev = s.beta2 * ev + (1 - s.beta2) * 0.0625;
         double mean = em / (1 - pow(s.beta1, step)), square = ev / (1 - pow(s.beta2, step));

@@ -103,7 +103,7 @@ int64_t outer_island_bytes(const struct model *model, const struct outer_options
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
 static struct tensor take_like(struct tensor own, struct arena *arena) {
-    own.data = arena_take(arena, tensor_bytes(own));
+    own.data = arena_take_blocks(arena, tensor_bytes(own));
     return own;
 }
 

@@ -266,6 +266,15 @@ static enum status run_gradient_norm(struct step_runner *runner, struct step_sta
     return STATUS_OK;
 }
 
+/* A tensor that begins within a block has no whole ones. */
+static struct update_hashes hashes_of(const struct step_runner *runner, int row) {
+    const struct model *model = runner->model;
+    const struct known_hashes *known = runner->hashes;
+    return (struct update_hashes){known_hashes_at(known, model->own_weight[row].data),
+                                  known_hashes_at(known, model->moment1[row].data),
+                                  known_hashes_at(known, model->moment2[row].data)};
+}
+
 static void run_optimizer(struct step_runner *runner, const struct step_state *state, int group) {
     struct model *model = runner->model;
     const struct packed none = {0};
@@ -276,7 +285,7 @@ static void run_optimizer(struct step_runner *runner, const struct step_state *s
         struct adamw_settings settings = optimizer_update_settings(
             runner->optimizer, state->input.step, state->input.step_count, state->result.gradient_norm, row->is_matrix);
         model->context.ops->adamw(model->own_weight[i], model->own_gradient[i], model->moment1[i], model->moment2[i],
-                                  settings, model_row_is_whole(model, i) ? model->packed[i] : none);
+                                  settings, model_row_is_whole(model, i) ? model->packed[i] : none, hashes_of(runner, i));
     }
 }
 

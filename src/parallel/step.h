@@ -10,6 +10,7 @@
  */
 #pragma once
 
+#include "base/hash.h"
 #include "model/block.h"
 #include "optim/optimizer.h"
 #include "parallel/balance.h"
@@ -94,6 +95,7 @@ struct step_runner {
     struct arena arena;
     struct step_observer observer; /* event_done NULL: none */
     struct step_herald herald;     /* before_update NULL: none */
+    struct known_hashes *hashes;   /* of weights and moments, noted by the update: set before it; NULL: not wanted */
     enum step_part part;           /* STEP_WHOLE, but for measurements */
 };
 

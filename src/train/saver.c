@@ -33,6 +33,8 @@ struct saver {
     uint64_t *copy_offsets;         /* [shares.count] of each stretch in the copy */
     struct sharded_stretch *copied; /* [shares.count] the same bytes, in the copy */
     struct sharded_shelter shelter; /* of the share that is being written */
+    struct known_hashes hashes;     /* of the model's memory after the update of */
+    int64_t hashed_step;            /* this step; -1: of none */
 
     enum stage stage;
     struct checkpoint_sources sources;
@@ -145,6 +147,26 @@ void saver_detach(struct saver *s) {
     pthread_mutex_unlock(&s->shelter.mutex);
 }
 
+/* ---- hashes ------------------------------------------------------------------------------------------------------ */
+
+/* Of islands' weights more than the update changes something. */
+static enum status take_hashes(struct saver *s, const struct model *model) {
+    s->hashed_step = -1;
+    if (s->outer || model->device != device_cpu())
+        return STATUS_OK;
+    s->hashes.base = model->arena.base;
+    s->hashes.block_count = model->arena.size / HASH_BLOCK_BYTES;
+    return memory_alloc(&s->hashes.items, s->hashes.block_count, sizeof *s->hashes.items);
+}
+
+struct known_hashes *saver_expect(struct saver *s, int64_t step) {
+    if (!s->hashes.items)
+        return NULL;
+    memset(s->hashes.items, 0, s->hashes.block_count * sizeof *s->hashes.items);
+    s->hashed_step = step;
+    return &s->hashes;
+}
+
 /* ---- work, maybe in the thread ----------------------------------------------------------------------------------- */
 
 static enum status write_files(void *context) {
@@ -156,6 +178,7 @@ static enum status write_share(struct saver *s) {
     struct sharded_way way = {.device = s->device,
                               .cancel = &s->cancel,
                               .parallel = !s->copy,
+                              .known = s->hashed_step == s->sources.state.step ? &s->hashes : NULL,
                               .shelter = s->copy ? &s->shelter : NULL,
                               .beside = is_first(s) ? write_files : NULL,
                               .beside_context = s};
@@ -347,6 +370,8 @@ enum status saver_create(struct saver **out, const struct model *model, const st
     s->island_count = checkpoint_island_count(model, outer);
     s->device = model->device;
     enum status status = shares_init(&s->shares, model, outer, settings->file_bytes);
+    if (status == STATUS_OK)
+        status = take_hashes(s, model);
     if (status == STATUS_OK && settings->asynchronous)
         status = take_copy(s);
     if (status != STATUS_OK)
@@ -367,6 +392,7 @@ void saver_destroy(struct saver *s) {
     free(s->copy);
     free(s->copy_offsets);
     free(s->copied);
+    free(s->hashes.items);
     pthread_mutex_destroy(&s->shelter.mutex);
     free(s);
 }

@@ -36,6 +36,11 @@ void saver_destroy(struct saver *saver);
  * published when it returns. What the sources point to stays as it is until then; so do tensors, until saver_detach. */
 enum status saver_start(struct saver *saver, const struct checkpoint_sources *sources) MUST_USE;
 
+/* Hashes of the state after the update of `step`, for that update to note (step_runner.hashes): a save of just this state then
+ * need not hash what was noted. None is known yet. After saver_detach; NULL where it is of no use. Whoever changes tensors
+ * between the update and the save makes it damaged. Not collective. */
+struct known_hashes *saver_expect(struct saver *saver, int64_t step);
+
 /* From here on tensors may change, whatever is under way. At once where nothing is to be written from them. Not
  * collective. */
 void saver_detach(struct saver *saver);

@@ -28,7 +28,11 @@ struct job {
     bool dense;
     int64_t vocab_size; /* 0: of the small model */
     bool asynchronous, mutates; /* changes every tensor once it may, */
-    int pause_us;               /* so long after saver_start returned */
+    int pause_us;               /* so long after saver_start returned, */
+    int write;                  /* or while its writer is about to begin this write, from 1 */
+    bool write_came;
+    int64_t expected_step;      /* of which hashes are noted before; 0: none */
+    bool spoils;                /* one of them is wrong */
     enum checkpoint_read read;
     enum { SAVE_ONCE, SAVE_TWICE_WAITING, SAVE_TWICE_REPLACING, SAVE_AND_LEAVE } course;
     /* what came out, of rank 0 */
@@ -84,21 +88,72 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     return comm_agree(world, status);
 }
 
-static enum status start(struct rank *r, const struct job *job, int64_t step) {
+/* As an update that writes what stands there would. */
+static void note_hashes(struct rank *r, const struct job *job) {
+    struct known_hashes *known = saver_expect(r->saver, job->expected_step);
+    assert_non_null(known);
+    for (int i = 0; i < r->model->table.count; i++) {
+        struct tensor arrays[] = {r->model->own_weight[i], r->model->moment1[i], r->model->moment2[i]};
+        for (int a = 0; a < 3; a++)
+            hash_blocks(arrays[a].data, tensor_bytes(arrays[a]) / HASH_BLOCK_BYTES * HASH_BLOCK_BYTES,
+                        known_hashes_at(known, arrays[a].data));
+    }
+    if (job->spoils)
+        ++*known_hashes_at(known, (char *)r->model->own_weight[0].data + 5 * HASH_BLOCK_BYTES);
+}
+
+/* Holds the writer at a write. */
+static struct gate {
+    _Atomic int countdown;
+    _Atomic bool reached, open;
+} gate;
+
+static int wait_at_gate(void *context, enum file_operation operation, const char *path) {
+    (void)context;
+    (void)path;
+    if (operation == FILE_WRITE && --gate.countdown == 0) {
+        gate.reached = true;
+        while (!gate.open)
+            usleep(100);
+    }
+    return 0;
+}
+
+/* Lets everything change as soon as it may. */
+static void mutate(struct rank *r, struct job *job) {
+    if (job->write > 0) {
+        while (!gate.reached && saver_is_busy(r->saver))
+            usleep(100);
+        job->write_came = gate.reached;
+    } else {
+        usleep((useconds_t)job->pause_us);
+    }
+    saver_detach(r->saver);
+    fill(r->model, 99);
+    gate.open = true;
+}
+
+static enum status start(struct rank *r, struct job *job, int64_t step) {
+    if (job->expected_step > 0)
+        note_hashes(r, job);
     struct checkpoint_sources sources = {
         tokenizer_path,    config_path,  NULL,
         &r->model->config, r->tokenizer, {.step = step, .sequences = 8 * step, .tokens = 128 * step, .best_step = -1},
         {9, 0, -1, -1},    NULL};
-    TRY(saver_start(r->saver, &sources));
-    if (job->mutates) {
-        usleep((useconds_t)job->pause_us);
-        saver_detach(r->saver);
-        fill(r->model, 99);
+    if (job->write > 0) {
+        gate.countdown = job->write;
+        gate.reached = gate.open = false;
+        file_set_fault(wait_at_gate, NULL);
     }
+    TRY(saver_start(r->saver, &sources));
+    if (job->mutates)
+        mutate(r, job);
+    if (job->write > 0)
+        file_set_fault(NULL, NULL);
     return STATUS_OK;
 }
 
-static enum status save(struct rank *r, const struct job *job) {
+static enum status save(struct rank *r, struct job *job) {
     TRY(start(r, job, job->step));
     if (job->course == SAVE_AND_LEAVE)
         return STATUS_OK;
@@ -248,28 +303,65 @@ static void test_many_files(void **state) {
         free(joined);
 }
 
-/* Tensors of several extents that change at any moment of the writing: what was there is saved, and nothing of what came. */
+/* VOCABULARY_OF_BLOCKS: the embedding is whole blocks, and written from where it stands; else it is copied. */
+enum { VOCABULARY_OF_BLOCKS = 81920, VOCABULARY_ODD = 82001 };
+
+/* Tensors of several extents that change at some moment of the writing: what was there is saved, and nothing of what came. */
+static void change_while_it_is_written(struct job *job, const char *expected) {
+    char *async = disk_directory_of("async", 0), *found = checkpoint_in(async, 5);
+    job->to = async;
+    job->asynchronous = job->mutates = true;
+    run_well(job);
+    assert_same_checkpoint(expected, found);
+    assert_int_equal(checkpoint_verify(found), STATUS_OK);
+    remove_all(async);
+    free(found);
+    free(async);
+}
+
+/* In the middle of each write, and at some moments between. */
 static void test_changed_while_it_is_written(void **state) {
     (void)state;
-    enum { MOMENTS = 16, LONGEST_US = 60000 };
-    char *sync = directory_of("sync", 0), *expected = checkpoint_in(sync, 5);
-    struct job plain = {single, .to = sync, .step = 5, .file_bytes = 1 << 30, .vocab_size = 150001};
-    run_well(&plain);
-    for (int moment = 0; moment < MOMENTS; moment++) {
-        char *async = disk_directory_of("async", moment), *found = checkpoint_in(async, 5);
-        struct job job = plain;
-        job.to = async;
-        job.asynchronous = job.mutates = true;
-        job.pause_us = LONGEST_US * moment / MOMENTS;
+    enum { MOMENTS = 3, LONGEST_US = 20000 };
+    static const struct {
+        int64_t vocab_size, expected_step;
+    } forms[] = {{VOCABULARY_ODD, 0}, {VOCABULARY_OF_BLOCKS, 0}, {VOCABULARY_OF_BLOCKS, 5}};
+    for (int form = 0; form < 3; form++) {
+        char *sync = directory_of("sync", 0), *expected = checkpoint_in(sync, 5);
+        struct job job = {single, .to = sync, .step = 5, .file_bytes = 1 << 30, .vocab_size = forms[form].vocab_size};
         run_well(&job);
-        assert_same_checkpoint(expected, found);
-        remove_all(async);
-        free(found);
-        free(async);
+        job.expected_step = forms[form].expected_step;
+        job.write_came = true;
+        for (job.write = 1 + form; job.write_came; job.write += 3)
+            change_while_it_is_written(&job, expected);
+        assert_true(job.write > 8);
+        job.write = 0;
+        for (int moment = 0; moment < MOMENTS; moment++) {
+            job.pause_us = LONGEST_US * moment / MOMENTS;
+            change_while_it_is_written(&job, expected);
+        }
+        remove_all(sync);
+        free(expected);
+        free(sync);
     }
-    remove_all(sync);
-    free(expected);
-    free(sync);
+}
+
+/* What an update noted is believed, of the step that it was noted for. */
+static void test_noted_hashes(void **state) {
+    (void)state;
+    for (int form = 0; form < 8; form++) {
+        char *directory = disk_directory_of("noted", form), *found = checkpoint_in(directory, 5);
+        bool spoils = form & 1, of_this_step = form & 2;
+        struct job job = {single, .to = directory, .step = 5, .file_bytes = 1 << 30, .vocab_size = VOCABULARY_OF_BLOCKS};
+        job.asynchronous = form & 4;
+        job.expected_step = of_this_step ? 5 : 4;
+        job.spoils = spoils;
+        run_well(&job);
+        assert_int_equal(checkpoint_verify(found), spoils && of_this_step ? STATUS_FORMAT : STATUS_OK);
+        remove_all(directory);
+        free(found);
+        free(directory);
+    }
 }
 
 /* What is changed after the call is not in it; a second save waits for the first or replaces it; a run that ends in the
@@ -565,6 +657,7 @@ int main(void) {
         cmocka_unit_test(test_many_files),
         cmocka_unit_test(test_asynchronous),
         cmocka_unit_test(test_changed_while_it_is_written),
+        cmocka_unit_test(test_noted_hashes),
         cmocka_unit_test(test_every_operation_failing),
         cmocka_unit_test(test_allocations_failing),
         cmocka_unit_test(test_another_model),

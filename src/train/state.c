@@ -26,7 +26,7 @@ static enum status copy_file(const char *from, const char *directory, const char
     size_t size;
     enum status status = file_read(from, SMALL_FILE_BYTES_MAX, &data, &size);
     if (status == STATUS_OK) {
-        status = file_write(to, data, size);
+        status = file_write_draft(to, data, size);
         free(data);
     }
     free(to);
@@ -35,7 +35,7 @@ static enum status copy_file(const char *from, const char *directory, const char
 
 static enum status write_json(const char *directory, const char *name, json_t *object) {
     char *path = path_join(directory, name);
-    enum status status = json_write_file(path, object);
+    enum status status = json_write_draft(path, object);
     json_decref(object);
     free(path);
     return status;

@@ -205,11 +205,22 @@ static enum status create_islands(struct trainer *t) {
     return STATUS_OK;
 }
 
-/* A save that is under way reads what a step changes. */
+static bool is_due(int64_t step, int64_t every) {
+    return every > 0 && step % every == 0;
+}
+
+static bool is_save_due(const struct trainer *t, int64_t step) {
+    return step == t->config->train.steps || is_due(step, t->config->checkpoint.every_steps);
+}
+
+/* A save that is under way reads what a step changes; one that follows the step wants what it changed hashed. */
 static void before_update(void *context) {
     struct trainer *t = context;
-    if (t->saver)
-        saver_detach(t->saver);
+    int64_t step = t->state.step + 1;
+    if (!t->saver)
+        return;
+    saver_detach(t->saver);
+    t->runner.hashes = is_save_due(t, step) ? saver_expect(t->saver, step) : NULL;
 }
 
 static enum status create_model(struct trainer *t) {
@@ -615,10 +626,6 @@ static enum status add_sample(struct trainer *t) {
     return status;
 }
 
-static bool is_due(int64_t step, int64_t every) {
-    return every > 0 && step % every == 0;
-}
-
 static bool is_time_over(const struct trainer *t) {
     return is_first(t) && t->hooks.max_seconds > 0 && clock_seconds() - t->begin_s >= t->hooks.max_seconds;
 }
@@ -716,7 +723,7 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
     TRY(agree_after_step(t, &rolls_back));
     if (rolls_back)
         return roll_back(t);
-    bool saves = last || t->stopping || is_due(step, c->checkpoint.every_steps);
+    bool saves = t->stopping || is_save_due(t, step);
     TRY(verify(t, saves));
     if (saves) {
         if (evaluated)

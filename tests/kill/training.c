@@ -12,10 +12,11 @@
 
 enum { STEPS = 48, LINES = 120, WORDS_MAX = 96, ERROR_BYTES_MAX = 1 << 20 };
 
+/* An expert's matrix is a block of a disk, which is written from where it stands. */
 static const char *const settings[] = {
-    "--model.hidden_size", "16", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2",
+    "--model.hidden_size", "32", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2",
     "--model.num_key_value_heads", "1", "--model.num_experts", "3", "--model.num_experts_per_tok", "2",
-    "--model.moe_intermediate_size", "16", "--model.max_position_embeddings", "32", "--data.vocab_size", "260",
+    "--model.moe_intermediate_size", "32", "--model.max_position_embeddings", "32", "--data.vocab_size", "260",
     "--train.sequence_length", "16", "--train.batch_sequences", "8", "--train.precision", "fp32", "--run.threads", "1",
     "--train.eval_every_steps", "12", "--train.eval_tokens", "64", "--quiet", NULL};
 

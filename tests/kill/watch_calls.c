@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -213,6 +214,23 @@ ssize_t pwrite(int descriptor, const void *data, size_t bytes, off_t begin) {
     return write_watched(descriptor, data, bytes, begin, false);
 }
 ssize_t pwrite64(int descriptor, const void *data, size_t bytes, off_t begin) __attribute__((alias("pwrite")));
+
+/* Each part is a call of its own: what arrives of several is what arrives of the first ones, or half of one. */
+ssize_t pwritev(int descriptor, const struct iovec *parts, int count, off_t begin) {
+    ssize_t all = 0;
+    if (kind_of(descriptor) != WATCHED_FILE)
+        return syscall(SYS_pwritev, descriptor, parts, count, (long)begin, 0L);
+    for (int i = 0; i < count; i++) {
+        ssize_t done = write_watched(descriptor, parts[i].iov_base, parts[i].iov_len, begin + all, false);
+        if (done < 0)
+            return all > 0 ? all : done;
+        all += done;
+        if ((size_t)done < parts[i].iov_len)
+            break;
+    }
+    return all;
+}
+ssize_t pwritev64(int descriptor, const struct iovec *parts, int count, off_t begin) __attribute__((alias("pwritev")));
 
 /* What has a descriptor, a length and no data. */
 static int watched_call(enum call_kind kind, int descriptor, uint64_t size, long number, long a, long b, long c) {

@@ -1,6 +1,8 @@
 /* Operations that look at one element at a time, the gated activation, and the optimizer. */
 #include "kernels/ref/ref.h"
 
+#include "base/hash.h"
+
 #include <string.h>
 
 void ref_fill(struct tensor t, double value) {
@@ -110,8 +112,13 @@ void ref_swiglu_backward(struct tensor dact, struct tensor gate, struct tensor u
     }
 }
 
+static void hash_whole_blocks(struct tensor t, uint64_t *hashes) {
+    if (hashes)
+        hash_blocks(t.data, tensor_bytes(t) / HASH_BLOCK_BYTES * HASH_BLOCK_BYTES, hashes);
+}
+
 void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
-               struct adamw_settings settings, struct packed packed) {
+               struct adamw_settings settings, struct packed packed, struct update_hashes hashes) {
     int64_t count = tensor_elements(param);
     CHECK(ref_is_real(param, param.dtype) && grad.dtype == param.dtype);
     CHECK(m.dtype == param.dtype && v.dtype == param.dtype);
@@ -128,6 +135,9 @@ void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct 
         ref_store(v, i, second);
         ref_store(param, i, p - settings.lr * (update + settings.weight_decay * p));
     }
+    hash_whole_blocks(param, hashes.param);
+    hash_whole_blocks(m, hashes.m);
+    hash_whole_blocks(v, hashes.v);
     if (packed.data)
         ref_pack(param, packed);
 }

@@ -106,7 +106,7 @@ void ref_embedding_backward(struct tensor ids, struct tensor dx, struct tensor d
 void ref_cross_entropy(struct tensor logits, struct tensor target, double scale, struct tensor loss_sum,
                        struct tensor row_loss, struct tensor dlogits);
 void ref_adamw(struct tensor param, struct tensor grad, struct tensor m, struct tensor v,
-               struct adamw_settings settings, struct packed packed);
+               struct adamw_settings settings, struct packed packed, struct update_hashes hashes);
 void ref_outer_encode(struct tensor global, struct tensor local, enum outer_format format, void *wire,
                       struct tensor stats);
 void ref_outer_decode_add(const void *wire, enum outer_format format, struct tensor sum, bool accumulate);
