@@ -13,7 +13,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { GATHER_MAX = 64 }; /* parts of one write */
+enum { GATHER_MAX = 64 }; /* parts of one call */
 
 static int (*fault_hook)(void *context, enum file_operation operation, const char *path);
 static void *fault_context;
@@ -112,6 +112,23 @@ static size_t choose_way(uint64_t position, const void *data, size_t size, bool 
     return can && to_block > 0 && to_block < size ? (size_t)to_block : size;
 }
 
+/* The whole blocks that begin the parts, the first without its `skip` bytes, for one call past the system's cache. Ends with a
+ * part that has more than whole blocks. */
+static int gather_blocks(const struct file_part *parts, int count, size_t skip, struct iovec blocks[GATHER_MAX], size_t *total) {
+    int gathered = 0;
+    for (*total = 0; gathered < count && gathered < GATHER_MAX; skip = 0) {
+        char *data = (char *)parts[gathered].data + skip;
+        size_t left = parts[gathered].bytes - skip, whole = left / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
+        if (!is_block((uintptr_t)data) || whole == 0)
+            break;
+        blocks[gathered++] = (struct iovec){data, whole};
+        *total += whole;
+        if (whole < left)
+            break;
+    }
+    return gathered;
+}
+
 enum status file_reader_open(struct file_reader *reader, const char *path) {
     *reader = (struct file_reader){.descriptor = faulted(FILE_OPEN, path) ? -1 : open(path, O_RDONLY | O_CLOEXEC)};
     if (reader->descriptor < 0)
@@ -139,6 +156,37 @@ enum status file_reader_at(const struct file_reader *reader, uint64_t position, 
         if (got == 0)
             return status_fail(STATUS_IO, "%s: shrank while it was read", reader->path);
         done += (size_t)got;
+    }
+    return STATUS_OK;
+}
+
+/* How much of it was read: the rest, after a read that was not whole or could not be, comes one by one. */
+static enum status read_gathered(const struct file_reader *reader, uint64_t position, const struct iovec *blocks, int count,
+                                 size_t *done) {
+    ssize_t got = faulted(FILE_READ, reader->path) ? -1 : preadv(reader->direct, blocks, count, (off_t)position);
+    bool other_way = got < 0 && (errno == EINVAL || errno == EINTR);
+    if (got < 0 && !other_way)
+        return fail_errno("read", reader->path);
+    *done = other_way ? 0 : (size_t)got;
+    return STATUS_OK;
+}
+
+enum status file_reader_parts(const struct file_reader *reader, uint64_t position, const struct file_part *parts, int count) {
+    size_t skip = 0; /* of the first of the parts */
+    while (count > 0) {
+        struct iovec blocks[GATHER_MAX];
+        size_t total, done = 0;
+        bool direct = reader->direct > 0 && is_block(position);
+        int gathered = direct ? gather_blocks(parts, count, skip, blocks, &total) : 0;
+        if (gathered > 1)
+            TRY(read_gathered(reader, position, blocks, gathered, &done));
+        if (done == 0) {
+            done = parts->bytes - skip;
+            TRY(file_reader_at(reader, position, (char *)parts->data + skip, done));
+        }
+        position += done;
+        for (skip += done; count > 0 && skip >= parts->bytes; parts++, count--)
+            skip -= parts->bytes;
     }
     return STATUS_OK;
 }
@@ -217,23 +265,6 @@ static enum status put_one(const struct file_writer *writer, uint64_t position, 
     return STATUS_OK;
 }
 
-/* The whole blocks that begin the parts, the first without its `skip` bytes, in one write past the system's cache. Ends with a
- * part that has more than whole blocks. */
-static int gather_blocks(const struct file_part *parts, int count, size_t skip, struct iovec blocks[GATHER_MAX], size_t *total) {
-    int gathered = 0;
-    for (*total = 0; gathered < count && gathered < GATHER_MAX; skip = 0) {
-        const char *data = (const char *)parts[gathered].data + skip;
-        size_t left = parts[gathered].bytes - skip, whole = left / FILE_BLOCK_BYTES * FILE_BLOCK_BYTES;
-        if (!is_block((uintptr_t)data) || whole == 0)
-            break;
-        blocks[gathered++] = (struct iovec){(void *)(uintptr_t)data, whole};
-        *total += whole;
-        if (whole < left)
-            break;
-    }
-    return gathered;
-}
-
 /* How much of it was written, at least a byte. */
 static enum status put_gathered(const struct file_writer *writer, uint64_t position, struct iovec *blocks, int count,
                                 size_t total, size_t *done) {
@@ -266,7 +297,7 @@ static enum status put_parts(const struct file_writer *writer, uint64_t position
         if (gathered > 1)
             TRY(put_gathered(writer, position, blocks, gathered, total, &done));
         else
-            TRY(put_one(writer, position, (const char *)parts->data + skip, done));
+            TRY(put_one(writer, position, (char *)parts->data + skip, done));
         position += done;
         for (skip += done; count > 0 && skip >= parts->bytes; parts++, count--)
             skip -= parts->bytes;
@@ -284,7 +315,7 @@ enum status file_writer_put_parts(struct file_writer *writer, uint64_t position,
 }
 
 enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) {
-    struct file_part part = {data, size};
+    struct file_part part = {(void *)(uintptr_t)data, size}; /* not written to */
     return file_writer_put_parts(writer, position, &part, 1);
 }
 

@@ -36,6 +36,12 @@ enum status file_write(const char *path, const void *data, size_t size) MUST_USE
  * system begins to bring it to the disk. */
 enum status file_write_draft(const char *path, const void *data, size_t size) MUST_USE;
 
+/* Some memory, one of several pieces that stand one after the other in a file. Written to where it is read into. */
+struct file_part {
+    void *data;
+    size_t bytes;
+};
+
 /* A file open for reading at any place; several threads may read at once. What lies in memory to the blocks of
  * FILE_BLOCK_BYTES as it does in the file comes from the disk without a copy in between, which is fastest into large pages
  * (into small ones a virtual disk gave half of that); the rest through the system's cache. */
@@ -47,6 +53,9 @@ struct file_reader {
 enum status file_reader_open(struct file_reader *reader, const char *path) MUST_USE;
 /* Exactly `size` bytes; STATUS_IO where the file ends before. */
 enum status file_reader_at(const struct file_reader *reader, uint64_t position, void *data, size_t size) MUST_USE;
+/* The same into parts, one after the other; those that are whole blocks together. */
+enum status file_reader_parts(const struct file_reader *reader, uint64_t position, const struct file_part *parts,
+                              int count) MUST_USE;
 void file_reader_close(struct file_reader *reader);
 
 /* A new file of `size` bytes, all zero, with its room on the disk taken where the file system can do that at once: a full
@@ -70,10 +79,6 @@ enum status file_writer_open_at(struct file_writer *writer, const char *path) MU
 enum { FILE_BLOCK_BYTES = 4096 };
 enum status file_writer_put(struct file_writer *writer, uint64_t position, const void *data, size_t size) MUST_USE;
 /* Parts of memory one after the other in the file; those that are whole blocks as above, together. */
-struct file_part {
-    const void *data;
-    size_t bytes;
-};
 enum status file_writer_put_parts(struct file_writer *writer, uint64_t position, const struct file_part *parts,
                                   int count) MUST_USE;
 enum status file_writer_flush(struct file_writer *writer) MUST_USE; /* to the disk: fsync */

@@ -22,6 +22,7 @@
 
 /* BUFFER_BYTES: an extent and the rest of two blocks; a whole number of large pages, so that none is shared by two threads. */
 enum { BUFFER_BYTES = CHECKPOINT_EXTENT_BYTES_MAX + (2 << 20) };
+enum { EXTENT_BLOCKS_MAX = CHECKPOINT_EXTENT_BYTES_MAX / HASH_BLOCK_BYTES + 1, PARTS_MAX = 64 };
 enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, MANIFEST_BYTES_MAX = 512 << 20, STEP_DIGITS_MAX = 15, HASH_DIGITS = 16 };
 enum { MANIFEST_VERSION = 4, MANIFEST_VERSION_OF_WHOLE_EXTENTS = 3, MANIFEST_VERSION_OF_PIECES = 2 };
 
@@ -138,21 +139,27 @@ static enum status list_contents(const char *root, const char *below, struct con
     return status;
 }
 
-static size_t count_blocks(uint64_t begin, size_t bytes) {
-    return (size_t)((begin % HASH_BLOCK_BYTES + bytes + HASH_BLOCK_BYTES - 1) / HASH_BLOCK_BYTES);
+static uint64_t hash_block(const char *data, size_t bytes, const struct known_hashes *known) {
+    const uint64_t *hash = bytes == HASH_BLOCK_BYTES ? known_hashes_at(known, data) : NULL;
+    return hash && *hash ? *hash : hash_bytes(data, bytes, 0);
 }
 
-uint64_t checkpoint_hash_of_blocks(const uint64_t *hashes, uint64_t begin, size_t bytes) {
-    return hash_bytes(hashes, count_blocks(begin, bytes) * sizeof *hashes, begin);
+uint64_t checkpoint_parts_hash(const struct file_part *parts, int count, uint64_t begin, const struct known_hashes *known) {
+    uint64_t hashes[EXTENT_BLOCKS_MAX], at = begin;
+    size_t blocks = 0;
+    for (int i = 0; i < count; i++)
+        for (size_t done = 0, bytes; done < parts[i].bytes; done += bytes, at += bytes) {
+            size_t to_block = (size_t)(HASH_BLOCK_BYTES - at % HASH_BLOCK_BYTES), left = parts[i].bytes - done;
+            CHECK_OP(blocks, <, EXTENT_BLOCKS_MAX);
+            bytes = left < to_block ? left : to_block;
+            hashes[blocks++] = hash_block((const char *)parts[i].data + done, bytes, known);
+        }
+    return hash_bytes(hashes, blocks * sizeof *hashes, begin);
 }
 
 uint64_t checkpoint_extent_hash(const void *data, size_t bytes, uint64_t begin) {
-    uint64_t hashes[CHECKPOINT_EXTENT_BLOCKS_MAX];
-    size_t to_block = (size_t)(-begin % HASH_BLOCK_BYTES), first = bytes < to_block ? bytes : to_block;
-    CHECK_OP(bytes, <=, CHECKPOINT_EXTENT_BYTES_MAX);
-    hash_blocks(data, first, hashes);
-    hash_blocks((const char *)data + first, bytes - first, hashes + (first > 0));
-    return checkpoint_hash_of_blocks(hashes, begin, bytes);
+    struct file_part part = {(void *)(uintptr_t)data, bytes}; /* not written to */
+    return checkpoint_parts_hash(&part, 1, begin, NULL);
 }
 
 /* Takes nothing; {"bytes", "extent_bytes", "xxh3_64"} of a file. */
@@ -585,21 +592,54 @@ static enum status read_blocks(const struct file_reader *reader, const struct ch
     return file_reader_at(reader, first, buffer, (size_t)((end < file->bytes ? end : file->bytes) - first));
 }
 
-static uint64_t hash_extent(const struct checkpoint_manifest *manifest, const struct checkpoint_extent *extent, const char *data) {
-    return manifest->hashes_whole_extents ? hash_bytes(data, extent->bytes, extent->begin)
-                                          : checkpoint_extent_hash(data, extent->bytes, extent->begin);
+static bool is_as_written(const struct reading *r, const struct checkpoint_extent *extent, const struct file_part *parts,
+                          int count) {
+    if (r->manifest->hashes_whole_extents)
+        return hash_bytes(parts->data, extent->bytes, extent->begin) == extent->hash;
+    return checkpoint_parts_hash(parts, count, extent->begin, NULL) == extent->hash;
+}
+
+/* Where the targets want the bytes of an extent, if it is all of them and each part lies to the blocks of memory as it does in
+ * the file, and meets the next one at a block: then they need no buffer. Returns how many parts; 0: they need one. */
+static int find_places(const struct reading *r, const struct read_task *task, const struct checkpoint_extent *extent,
+                       struct file_part parts[PARTS_MAX]) {
+    uint64_t at = extent->begin;
+    int count = 0;
+    if (r->device != device_cpu())
+        return 0;
+    for (size_t i = task->target; i < r->target_count && at < extent_end(extent); i++) {
+        const struct checkpoint_target *target = &r->targets[i];
+        if (target->file != task->file || target->begin > at || !target->data || count == PARTS_MAX)
+            return 0;
+        uint64_t end = target_end(target) < extent_end(extent) ? target_end(target) : extent_end(extent);
+        char *data = (char *)target->data + (at - target->begin);
+        if ((uintptr_t)data % FILE_BLOCK_BYTES != at % FILE_BLOCK_BYTES || (count > 0 && at % FILE_BLOCK_BYTES != 0))
+            return 0;
+        parts[count++] = (struct file_part){data, (size_t)(end - at)};
+        at = end;
+    }
+    return at == extent_end(extent) && !(r->manifest->hashes_whole_extents && count > 1) ? count : 0;
 }
 
 static enum status read_extent(const struct reading *r, const struct read_task *task, char *buffer) {
     const struct checkpoint_file *file = &r->manifest->files[task->file];
     const struct checkpoint_extent *extent = &file->extents[task->extent];
     const struct file_reader *reader = &r->readers[task->file];
-    const char *data = buffer + extent->begin % FILE_BLOCK_BYTES;
-    TRY(read_blocks(reader, file, extent, buffer));
-    if (hash_extent(r->manifest, extent, data) != extent->hash)
+    struct file_part parts[PARTS_MAX];
+    int count = find_places(r, task, extent, parts);
+    bool in_place = count > 0;
+    if (in_place) {
+        TRY(file_reader_parts(reader, extent->begin, parts, count));
+    } else {
+        TRY(read_blocks(reader, file, extent, buffer));
+        parts[0] = (struct file_part){buffer + extent->begin % FILE_BLOCK_BYTES, extent->bytes};
+        count = 1;
+    }
+    if (!is_as_written(r, extent, parts, count))
         return status_fail(STATUS_FORMAT, "%s: is damaged within %u bytes of byte %llu", reader->path, extent->bytes,
                            (unsigned long long)extent->begin);
-    deliver(r, task, extent, data);
+    if (!in_place)
+        deliver(r, task, extent, parts->data);
     return STATUS_OK;
 }
 

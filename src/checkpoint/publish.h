@@ -35,10 +35,11 @@ struct checkpoint_extent {
     int32_t file; /* index among some names */
 };
 
-/* The most blocks that an extent lies in. Its hash from theirs; or from its bytes. */
-enum { CHECKPOINT_EXTENT_BLOCKS_MAX = CHECKPOINT_EXTENT_BYTES_MAX / HASH_BLOCK_BYTES + 1 };
-uint64_t checkpoint_hash_of_blocks(const uint64_t *hashes, uint64_t begin, size_t bytes);
+/* The hash of an extent that begins at `begin` of its file, from its bytes. Or from parts of it, which meet at blocks of the
+ * file; known, where not NULL, spares hashing blocks that lie to the blocks of memory as in the file. */
+struct file_part;
 uint64_t checkpoint_extent_hash(const void *data, size_t bytes, uint64_t begin);
+uint64_t checkpoint_parts_hash(const struct file_part *parts, int count, uint64_t begin, const struct known_hashes *known);
 
 struct checkpoint_draft {
     char *directory; /* that checkpoints live in */

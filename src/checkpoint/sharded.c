@@ -278,8 +278,8 @@ static int find_parts(const struct sharded_stretch *stretches, const struct task
     for (size_t found = 0; found < task->extent.bytes; stretch++, skip = 0) {
         uint64_t has = stretch->bytes - skip, left = task->extent.bytes - found;
         size_t bytes = (size_t)(has < left ? has : left);
-        const char *data = (const char *)stretch->data + skip;
-        if (count > 0 && (const char *)parts[count - 1].data + parts[count - 1].bytes == data)
+        char *data = (char *)(uintptr_t)stretch->data + skip; /* not written to */
+        if (count > 0 && (char *)parts[count - 1].data + parts[count - 1].bytes == data)
             parts[count - 1].bytes += bytes;
         else
             parts[count++] = (struct file_part){data, bytes};
@@ -306,33 +306,13 @@ static struct file_part assemble(const struct sharded_writing *w, const struct t
     return (struct file_part){to, task->extent.bytes};
 }
 
-/* Of what lies at `data` of a block of the file. */
-static uint64_t hash_block(const struct known_hashes *known, const char *data, size_t bytes) {
-    const uint64_t *hash = bytes == HASH_BLOCK_BYTES ? known_hashes_at(known, data) : NULL;
-    return hash && *hash ? *hash : hash_bytes(data, bytes, 0);
-}
-
-/* Parts meet at blocks, and lie to them as in the file where some are known. */
-static uint64_t hash_parts(const struct known_hashes *known, const struct checkpoint_extent *extent,
-                           const struct file_part *parts, int count) {
-    uint64_t hashes[CHECKPOINT_EXTENT_BLOCKS_MAX], at = extent->begin;
-    size_t blocks = 0;
-    for (int i = 0; i < count; i++)
-        for (size_t done = 0, bytes; done < parts[i].bytes; done += bytes, at += bytes) {
-            size_t to_block = (size_t)(HASH_BLOCK_BYTES - at % HASH_BLOCK_BYTES), left = parts[i].bytes - done;
-            bytes = left < to_block ? left : to_block;
-            hashes[blocks++] = hash_block(known, (const char *)parts[i].data + done, bytes);
-        }
-    return checkpoint_hash_of_blocks(hashes, extent->begin, extent->bytes);
-}
-
 static enum status put_extent(struct sharded_writing *w, const struct task *task, const struct file_part *parts, int count) {
     return file_writer_put_parts(&w->writers[task->extent.file], task->extent.begin, parts, count);
 }
 
 static enum status put_hashed(struct sharded_writing *w, struct task *task, const struct file_part *parts, int count,
                               const struct known_hashes *known) {
-    task->extent.hash = hash_parts(known, &task->extent, parts, count);
+    task->extent.hash = checkpoint_parts_hash(parts, count, task->extent.begin, known);
     return put_extent(w, task, parts, count);
 }
 
@@ -374,7 +354,7 @@ static enum status write_sheltered_live(struct sharded_writing *w, struct task *
     pthread_mutex_lock(&shelter->mutex);
     const struct sharded_stretch *moved = shelter->moved;
     if (!moved)
-        task->extent.hash = hash_parts(w->way.known, &task->extent, parts, count);
+        task->extent.hash = checkpoint_parts_hash(parts, count, task->extent.begin, w->way.known);
     pthread_mutex_unlock(&shelter->mutex);
     if (!moved) {
         TRY(put_extent(w, task, parts, count));
