@@ -28,13 +28,16 @@ struct saving {
     char *piece; /* [PIECE_BYTES] aligned, not zeros */
     int64_t step;      /* of the last save */
     bool saves_next;   /* a save begins after this step of training */
+    double update_s;   /* of the last step */
     uint64_t share_bytes, all_bytes; /* of this rank, of all */
 };
 
 /* Seconds of each round, and steps. */
 struct saving_times {
     double *write, *write_direct, *save, *read, *read_direct, *load, *plain, *beside, *start, *steps;
+    double *thread, *update, *update_hashing; /* processor time of the save's thread; the update of a step, also with its hashes */
 };
+enum { TIMES = 13 };
 
 /* ---- the disk alone ---------------------------------------------------------------------------------------------- */
 
@@ -175,24 +178,45 @@ static enum status run_step(struct saving *s) {
     return busy == 0 ? saver_advance(s->async) : STATUS_OK;
 }
 
-/* A step that a save follows, then steps until it is over; and as many without one. */
-static enum status measure_steps(struct saving *s, struct saving_times *t, int round) {
+/* A step that a save follows, then steps until it is over. */
+static enum status measure_beside(struct saving *s, struct saving_times *t, int round) {
     int steps = 1;
     double begin = clock_seconds();
     s->saves_next = true;
     TRY(run_step(s));
     s->saves_next = false;
+    t->update_hashing[round] = s->update_s;
     double start_begin = clock_seconds();
     TRY(start(s, s->async));
     t->start[round] = clock_seconds() - start_begin;
     for (; saver_is_under_way(s->async) || steps < STEPS_LEAST; steps++)
         TRY(run_step(s));
     t->beside[round] = clock_seconds() - begin;
-    begin = clock_seconds();
+    t->thread[round] = saver_thread_seconds(s->async);
+    t->steps[round] = steps;
+    return STATUS_OK;
+}
+
+static enum status measure_plain(struct saving *s, struct saving_times *t, int round, int steps) {
+    double begin = clock_seconds();
     for (int i = 0; i < steps; i++)
         TRY(run_step(s));
     t->plain[round] = clock_seconds() - begin;
-    t->steps[round] = steps;
+    t->update[round] = s->update_s;
+    return STATUS_OK;
+}
+
+/* Steps with a save and as many without one; which of them first takes turns, since a machine becomes slower or faster. */
+static enum status measure_steps(struct saving *s, struct saving_times *t, int round) {
+    bool plain_first = round % 2;
+    int steps = plain_first ? (int)t->steps[round - 1] : 0;
+    if (plain_first)
+        TRY(measure_plain(s, t, round, steps));
+    TRY(measure_beside(s, t, round));
+    if (plain_first)
+        t->plain[round] *= t->steps[round] / steps;
+    else
+        TRY(measure_plain(s, t, round, (int)t->steps[round]));
     return clear_checkpoints(s);
 }
 
@@ -226,8 +250,15 @@ static enum status make_places(struct saving *s, const struct bench *bench) {
 /* As the trainer does it. */
 static void before_update(void *context) {
     struct saving *s = context;
+    s->update_s = 0;
     saver_detach(s->async);
     s->training.runner.hashes = s->saves_next ? saver_expect(s->async, s->step + 1) : NULL;
+}
+
+static void event_done(void *context, const struct event *event, double seconds) {
+    struct saving *s = context;
+    if (event->kind == EVENT_OPTIMIZER)
+        s->update_s += seconds;
 }
 
 static enum status saving_open(struct saving *s, const struct bench *bench, enum dtype dtype) {
@@ -238,6 +269,7 @@ static enum status saving_open(struct saving *s, const struct bench *bench, enum
     settings.asynchronous = true;
     TRY(saver_create(&s->async, s->training.model, NULL, &s->training.ranks, &settings));
     s->training.runner.herald = (struct step_herald){before_update, s};
+    s->training.runner.observer = (struct step_observer){event_done, s};
     s->share_bytes = saver_share_bytes(s->sync);
     double sum = (double)s->share_bytes;
     TRY(comm_sum_f64(s->training.world, &sum, 1));
@@ -266,8 +298,9 @@ static void saving_close(struct saving *s) {
 
 struct saving_result {
     double write, save, read, load; /* bytes a second */
-    double sync_s, start_s,
-        slowed_s; /* what a save takes: of a run that waits; to begin one beside it; in all beside it */
+    double sync_s, start_s, slowed_s; /* what a save takes: of a run that waits; to begin one beside it; in all beside it, */
+    double slowed_error_s;            /* with the standard error of that; */
+    double thread_s, hashing_s;       /* processor time of its thread; longer update before it */
     double step_s;
     int steps;
 };
@@ -276,19 +309,31 @@ static double median(double *values, int count) {
     return bench_time_of(values, count).median;
 }
 
+/* Standard error of a median, from the median distance to it as if the values were normal. Changes them. */
+static double median_error(double *values, int count) {
+    double middle = median(values, count);
+    for (int i = 0; i < count; i++)
+        values[i] = fabs(values[i] - middle);
+    return 1.2533 * 1.4826 * median(values, count) / sqrt(count);
+}
+
 static struct saving_result conclude(const struct saving *s, struct saving_times *t, int rounds) {
     double bytes = (double)s->all_bytes, *slowed = t->beside;
     for (int i = 0; i < rounds; i++) {
         slowed[i] = t->beside[i] - t->plain[i];
         t->plain[i] /= t->steps[i];
     }
+    double slowed_s = median(slowed, rounds);
     return (struct saving_result){bytes / fmin(median(t->write, rounds), median(t->write_direct, rounds)),
                                   bytes / median(t->save, rounds),
                                   bytes / fmin(median(t->read, rounds), median(t->read_direct, rounds)),
                                   bytes / median(t->load, rounds),
                                   median(t->save, rounds),
                                   median(t->start, rounds),
-                                  median(slowed, rounds),
+                                  slowed_s,
+                                  median_error(slowed, rounds),
+                                  median(t->thread, rounds),
+                                  median(t->update_hashing, rounds) - median(t->update, rounds),
                                   median(t->plain, rounds),
                                   (int)median(t->steps, rounds)};
 }
@@ -301,21 +346,21 @@ static void print_result(const struct bench *bench, const struct saving *s, cons
                bench->preset, text_bytes(bytes, (double)s->all_bytes), layout_describe(&s->training.sharding, line),
                1e-6 * r->save, 1e-6 * r->write, 100 * r->save / r->write, 1e-6 * r->load, 1e-6 * r->read,
                100 * r->load / r->read);
-        printf("             beside %d steps of %.0f ms a save takes %.0f ms (%.0f of them to begin), %.1f%% of the "
-               "%.0f ms that it "
-               "takes alone\n",
-               r->steps, 1e3 * r->step_s, 1e3 * r->slowed_s, 1e3 * r->start_s, 100 * r->slowed_s / r->sync_s,
-               1e3 * r->sync_s);
+        printf("             beside %d steps of %.0f ms a save takes %.1f +- %.1f ms (%.1f of them to begin), %.1f%% of the "
+               "%.0f ms that it takes alone; its thread %.1f ms of processor time, hashes in the update before it %.1f ms\n",
+               r->steps, 1e3 * r->step_s, 1e3 * r->slowed_s, 1e3 * r->slowed_error_s, 1e3 * r->start_s,
+               100 * r->slowed_s / r->sync_s, 1e3 * r->sync_s, 1e3 * r->thread_s, 1e3 * r->hashing_s);
         return;
     }
     json_t *object = json_pack(
-        "{s:s,s:s,s:s,s:s,s:i,s:i,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:i,s:f,s:f}", "name", "checkpoint", "case",
+        "{s:s,s:s,s:s,s:s,s:i,s:i,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:i,s:f,s:f}", "name", "checkpoint", "case",
         bench->preset, "layout", layout_describe(&s->training.sharding, line), "precision",
         bench_precision_name(s->training.model->context.compute), "threads", threads_count(), "ranks",
         s->training.world->size, "bytes", (json_int_t)s->all_bytes, "disk_write_mb_s", 1e-6 * r->write, "save_mb_s",
         1e-6 * r->save, "save_share", r->save / r->write, "disk_read_mb_s", 1e-6 * r->read, "load_mb_s", 1e-6 * r->load,
-        "load_share", r->load / r->read, "sync_ms", 1e3 * r->sync_s, "async_ms", 1e3 * r->slowed_s, "async_begin_ms",
-        1e3 * r->start_s, "steps", r->steps, "step_ms", 1e3 * r->step_s, "async_share", r->slowed_s / r->sync_s);
+        "load_share", r->load / r->read, "sync_ms", 1e3 * r->sync_s, "async_ms", 1e3 * r->slowed_s, "async_error_ms",
+        1e3 * r->slowed_error_s, "async_begin_ms", 1e3 * r->start_s, "async_thread_ms", 1e3 * r->thread_s, "async_hashing_ms",
+        1e3 * r->hashing_s, "steps", r->steps, "step_ms", 1e3 * r->step_s, "async_share", r->slowed_s / r->sync_s);
     CHECK(object != NULL);
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
     putchar('\n');
@@ -341,7 +386,7 @@ static enum status measure_dtype(const struct bench *bench, enum dtype dtype) {
     struct saving s = {.step = 0};
     size_t rounds = (size_t)bench->rounds;
     double *memory;
-    TRY(memory_alloc(&memory, 10 * rounds, sizeof *memory));
+    TRY(memory_alloc(&memory, TIMES * rounds, sizeof *memory));
     struct saving_times times = {memory,
                                  memory + rounds,
                                  memory + 2 * rounds,
@@ -351,7 +396,10 @@ static enum status measure_dtype(const struct bench *bench, enum dtype dtype) {
                                  memory + 6 * rounds,
                                  memory + 7 * rounds,
                                  memory + 8 * rounds,
-                                 memory + 9 * rounds};
+                                 memory + 9 * rounds,
+                                 memory + 10 * rounds,
+                                 memory + 11 * rounds,
+                                 memory + 12 * rounds};
     enum status status = saving_open(&s, bench, dtype);
     if (status == STATUS_OK)
         status = measure(bench, &s, &times);

@@ -7,6 +7,7 @@
  */
 #include "train/saver.h"
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/threads.h"
@@ -47,6 +48,7 @@ struct saver {
     enum status (*work)(struct saver *saver);
     pthread_t thread;
     bool has_thread;
+    double thread_seconds; /* of processor time, since the save began; read when the thread was joined */
     atomic_bool busy, cancel;
     enum status result;          /* of the work */
     char message[MESSAGE_BYTES]; /* where it failed: status_text belongs to a thread */
@@ -201,9 +203,11 @@ static enum status commit(struct saver *s) {
 
 static void *run_work(void *context) {
     struct saver *s = context;
+    double begin = clock_thread_seconds();
     s->result = s->work(s);
     if (s->result != STATUS_OK)
         snprintf(s->message, sizeof s->message, "%s", status_text());
+    s->thread_seconds += clock_thread_seconds() - begin;
     atomic_store(&s->busy, false);
     return NULL;
 }
@@ -265,6 +269,7 @@ enum status saver_start(struct saver *s, const struct checkpoint_sources *source
     s->shelter.stretch = 0;
     s->shelter.skip = 0;
     s->shelter.moved = NULL;
+    s->thread_seconds = 0;
     s->stage = STAGE_WRITE;
     start_work(s, write_share);
     return s->settings.asynchronous ? STATUS_OK : saver_finish(s);
@@ -347,6 +352,10 @@ bool saver_is_under_way(const struct saver *s) {
 
 bool saver_is_busy(const struct saver *s) {
     return atomic_load(&s->busy);
+}
+
+double saver_thread_seconds(const struct saver *s) {
+    return s->thread_seconds;
 }
 
 uint64_t saver_share_bytes(const struct saver *s) {

@@ -59,6 +59,9 @@ enum status saver_finish(struct saver *saver) MUST_USE;
  * waited for. */
 enum status saver_cancel(struct saver *saver) MUST_USE;
 
+/* Processor time of the thread in the last asynchronous save, of the stages that have ended. */
+double saver_thread_seconds(const struct saver *saver);
+
 /* Bytes that this rank writes; that the copy takes. */
 uint64_t saver_share_bytes(const struct saver *saver);
 uint64_t saver_copy_bytes(const struct saver *saver);
