@@ -245,6 +245,11 @@ static size_t size_to_write(const struct file_writer *writer, size_t size) {
     return errno == FILE_FAULT_SHORT ? (size + 1) / 2 : 0;
 }
 
+/* Bytes that are in the system's cache begin their way to the disk. */
+static void hurry(const struct file_writer *writer, uint64_t position, size_t size) {
+    sync_file_range(writer->descriptor, (off_t)position, (off_t)size, SYNC_FILE_RANGE_WRITE);
+}
+
 /* A write that is not whole leaves the blocks: the rest goes the other way. */
 static enum status put_one(const struct file_writer *writer, uint64_t position, const char *bytes, size_t size) {
     while (size > 0) {
@@ -252,12 +257,16 @@ static enum status put_one(const struct file_writer *writer, uint64_t position, 
         size_t part = size_to_write(writer, choose_way(position, bytes, size, &direct));
         direct = direct && is_block(part);
         ssize_t put = part == 0 ? -1 : pwrite(direct ? writer->direct : writer->descriptor, bytes, part, (off_t)position);
-        if (put < 0 && direct && part > 0 && errno == EINVAL) /* it takes larger blocks, or none */
+        if (put < 0 && direct && part > 0 && errno == EINVAL) { /* it takes larger blocks, or none */
+            direct = false;
             put = pwrite(writer->descriptor, bytes, part, (off_t)position);
+        }
         if (put < 0 && errno == EINTR)
             continue;
         if (put < 0)
             return fail_errno("write", writer->path);
+        if (!direct)
+            hurry(writer, position, (size_t)put);
         bytes += put;
         size -= (size_t)put;
         position += (uint64_t)put;
@@ -273,21 +282,25 @@ static enum status put_gathered(const struct file_writer *writer, uint64_t posit
         count = 1;
         blocks->iov_len = part < blocks->iov_len ? part : blocks->iov_len;
     }
-    int descriptor = is_block(blocks->iov_len) ? writer->direct : writer->descriptor;
+    bool direct = is_block(blocks->iov_len);
     ssize_t put;
     do {
-        put = part == 0 ? -1 : pwritev(descriptor, blocks, count, (off_t)position);
-        if (put < 0 && part > 0 && errno == EINVAL) /* it takes larger blocks, or none */
+        put = part == 0 ? -1 : pwritev(direct ? writer->direct : writer->descriptor, blocks, count, (off_t)position);
+        if (put < 0 && direct && part > 0 && errno == EINVAL) { /* it takes larger blocks, or none */
+            direct = false;
             put = pwritev(writer->descriptor, blocks, count, (off_t)position);
+        }
     } while (put < 0 && errno == EINTR);
     if (put < 0)
         return fail_errno("write", writer->path);
+    if (!direct)
+        hurry(writer, position, (size_t)put);
     *done = (size_t)put;
     return STATUS_OK;
 }
 
 /* Several parts at once where they are whole blocks, else one after the other. */
-static enum status put_parts(const struct file_writer *writer, uint64_t position, const struct file_part *parts, int count) {
+enum status file_writer_put_parts(struct file_writer *writer, uint64_t position, const struct file_part *parts, int count) {
     size_t skip = 0; /* of the first of the parts */
     while (count > 0) {
         struct iovec blocks[GATHER_MAX];
@@ -302,15 +315,6 @@ static enum status put_parts(const struct file_writer *writer, uint64_t position
         for (skip += done; count > 0 && skip >= parts->bytes; parts++, count--)
             skip -= parts->bytes;
     }
-    return STATUS_OK;
-}
-
-enum status file_writer_put_parts(struct file_writer *writer, uint64_t position, const struct file_part *parts, int count) {
-    uint64_t total = 0;
-    for (int i = 0; i < count; i++)
-        total += parts[i].bytes;
-    TRY(put_parts(writer, position, parts, count));
-    sync_file_range(writer->descriptor, (off_t)position, (off_t)total, SYNC_FILE_RANGE_WRITE);
     return STATUS_OK;
 }
 

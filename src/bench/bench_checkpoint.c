@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,15 +28,19 @@ struct saving {
     char *checkpoints, *tokenizer_path, *config_path, *raw_path;
     char *piece; /* [PIECE_BYTES] aligned, not zeros */
     int64_t step;      /* of the last save */
+    int steps;         /* that a save beside them takes at most */
     bool saves_next;   /* a save begins after this step of training */
     double update_s;   /* of the last step */
     uint64_t share_bytes, all_bytes; /* of this rank, of all */
+    enum status raw_status;          /* of the thread that writes beside steps */
+    char raw_message[512];
 };
 
 /* Seconds of each round, and steps. */
 struct saving_times {
-    double *write, *write_direct, *save, *read, *read_direct, *load, *plain, *beside, *start, *steps;
-    double *thread, *update, *update_hashing; /* processor time of the save's thread; the update of a step, also with its hashes */
+    double *write, *write_direct, *save, *read, *read_direct, *load, *plain, *beside, *start;
+    double *disk_beside;                      /* steps beside the bytes alone */
+    double *thread, *update, *update_hashing; /* processor time of the save's thread; the update of a step, also with hashes */
 };
 enum { TIMES = 13 };
 
@@ -189,34 +194,54 @@ static enum status measure_beside(struct saving *s, struct saving_times *t, int 
     double start_begin = clock_seconds();
     TRY(start(s, s->async));
     t->start[round] = clock_seconds() - start_begin;
-    for (; saver_is_under_way(s->async) || steps < STEPS_LEAST; steps++)
+    for (; saver_is_under_way(s->async) || steps < s->steps; steps++)
         TRY(run_step(s));
-    t->beside[round] = clock_seconds() - begin;
+    t->beside[round] = (clock_seconds() - begin) * s->steps / steps; /* seldom more than s->steps */
     t->thread[round] = saver_thread_seconds(s->async);
-    t->steps[round] = steps;
+    s->steps = steps > s->steps ? steps : s->steps;
     return STATUS_OK;
 }
 
-static enum status measure_plain(struct saving *s, struct saving_times *t, int round, int steps) {
+static enum status measure_plain(struct saving *s, struct saving_times *t, int round) {
     double begin = clock_seconds();
-    for (int i = 0; i < steps; i++)
+    for (int i = 0; i < s->steps; i++)
         TRY(run_step(s));
     t->plain[round] = clock_seconds() - begin;
     t->update[round] = s->update_s;
     return STATUS_OK;
 }
 
-/* Steps with a save and as many without one; which of them first takes turns, since a machine becomes slower or faster. */
+static void *run_raw(void *context) {
+    struct saving *s = context;
+    s->raw_status = write_raw(s, true);
+    if (s->raw_status != STATUS_OK)
+        snprintf(s->raw_message, sizeof s->raw_message, "%s", status_text());
+    return NULL;
+}
+
+/* The least that any save takes: a thread does nothing but write as many bytes from one buffer past the cache, and flush. */
+static enum status measure_disk_beside(struct saving *s, struct saving_times *t, int round) {
+    pthread_t thread;
+    double begin = clock_seconds();
+    TRY(run_step(s));
+    if (pthread_create(&thread, NULL, run_raw, s) != 0)
+        return status_fail(STATUS_MEMORY, "no thread to write with");
+    enum status status = STATUS_OK;
+    for (int i = 1; i < s->steps && status == STATUS_OK; i++)
+        status = run_step(s);
+    pthread_join(thread, NULL);
+    t->disk_beside[round] = clock_seconds() - begin;
+    unlink(s->raw_path);
+    TRY(status);
+    return s->raw_status == STATUS_OK ? STATUS_OK : status_fail(s->raw_status, "%s", s->raw_message);
+}
+
+/* Which of them is first takes turns, since a machine becomes slower or faster. */
 static enum status measure_steps(struct saving *s, struct saving_times *t, int round) {
-    bool plain_first = round % 2;
-    int steps = plain_first ? (int)t->steps[round - 1] : 0;
-    if (plain_first)
-        TRY(measure_plain(s, t, round, steps));
-    TRY(measure_beside(s, t, round));
-    if (plain_first)
-        t->plain[round] *= t->steps[round] / steps;
-    else
-        TRY(measure_plain(s, t, round, (int)t->steps[round]));
+    enum status (*const measures[])(struct saving *s, struct saving_times *t, int round) = {measure_beside, measure_plain,
+                                                                                            measure_disk_beside};
+    for (int i = 0; i < 3; i++)
+        TRY(measures[(round + i) % 3](s, t, round));
     return clear_checkpoints(s);
 }
 
@@ -302,7 +327,7 @@ struct saving_result {
     double slowed_error_s;            /* with the standard error of that; */
     double thread_s, hashing_s;       /* processor time of its thread; longer update before it */
     double step_s;
-    int steps;
+    double disk_s, disk_error_s;      /* what the bytes alone, written by a thread that does nothing else, take beside steps */
 };
 
 static double median(double *values, int count) {
@@ -321,9 +346,10 @@ static struct saving_result conclude(const struct saving *s, struct saving_times
     double bytes = (double)s->all_bytes, *slowed = t->beside;
     for (int i = 0; i < rounds; i++) {
         slowed[i] = t->beside[i] - t->plain[i];
-        t->plain[i] /= t->steps[i];
+        t->disk_beside[i] -= t->plain[i];
+        t->plain[i] /= s->steps;
     }
-    double slowed_s = median(slowed, rounds);
+    double slowed_s = median(slowed, rounds), disk_s = median(t->disk_beside, rounds);
     return (struct saving_result){bytes / fmin(median(t->write, rounds), median(t->write_direct, rounds)),
                                   bytes / median(t->save, rounds),
                                   bytes / fmin(median(t->read, rounds), median(t->read_direct, rounds)),
@@ -335,7 +361,8 @@ static struct saving_result conclude(const struct saving *s, struct saving_times
                                   median(t->thread, rounds),
                                   median(t->update_hashing, rounds) - median(t->update, rounds),
                                   median(t->plain, rounds),
-                                  (int)median(t->steps, rounds)};
+                                  disk_s,
+                                  median_error(t->disk_beside, rounds)};
 }
 
 static void print_result(const struct bench *bench, const struct saving *s, const struct saving_result *r) {
@@ -347,20 +374,23 @@ static void print_result(const struct bench *bench, const struct saving *s, cons
                1e-6 * r->save, 1e-6 * r->write, 100 * r->save / r->write, 1e-6 * r->load, 1e-6 * r->read,
                100 * r->load / r->read);
         printf("             beside %d steps of %.0f ms a save takes %.1f +- %.1f ms (%.1f of them to begin), %.1f%% of the "
-               "%.0f ms that it takes alone; its thread %.1f ms of processor time, hashes in the update before it %.1f ms\n",
-               r->steps, 1e3 * r->step_s, 1e3 * r->slowed_s, 1e3 * r->slowed_error_s, 1e3 * r->start_s,
-               100 * r->slowed_s / r->sync_s, 1e3 * r->sync_s, 1e3 * r->thread_s, 1e3 * r->hashing_s);
+               "%.0f ms that it takes alone; the bytes alone take %.1f +- %.1f ms\n",
+               s->steps, 1e3 * r->step_s, 1e3 * r->slowed_s, 1e3 * r->slowed_error_s, 1e3 * r->start_s,
+               100 * r->slowed_s / r->sync_s, 1e3 * r->sync_s, 1e3 * r->disk_s, 1e3 * r->disk_error_s);
+        printf("             the save's thread takes %.1f ms of processor time, hashes in the update before it %.1f ms\n",
+               1e3 * r->thread_s, 1e3 * r->hashing_s);
         return;
     }
     json_t *object = json_pack(
-        "{s:s,s:s,s:s,s:s,s:i,s:i,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:i,s:f,s:f}", "name", "checkpoint", "case",
-        bench->preset, "layout", layout_describe(&s->training.sharding, line), "precision",
+        "{s:s,s:s,s:s,s:s,s:i,s:i,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:i,s:f,s:f}", "name", "checkpoint",
+        "case", bench->preset, "layout", layout_describe(&s->training.sharding, line), "precision",
         bench_precision_name(s->training.model->context.compute), "threads", threads_count(), "ranks",
         s->training.world->size, "bytes", (json_int_t)s->all_bytes, "disk_write_mb_s", 1e-6 * r->write, "save_mb_s",
         1e-6 * r->save, "save_share", r->save / r->write, "disk_read_mb_s", 1e-6 * r->read, "load_mb_s", 1e-6 * r->load,
         "load_share", r->load / r->read, "sync_ms", 1e3 * r->sync_s, "async_ms", 1e3 * r->slowed_s, "async_error_ms",
         1e3 * r->slowed_error_s, "async_begin_ms", 1e3 * r->start_s, "async_thread_ms", 1e3 * r->thread_s, "async_hashing_ms",
-        1e3 * r->hashing_s, "steps", r->steps, "step_ms", 1e3 * r->step_s, "async_share", r->slowed_s / r->sync_s);
+        1e3 * r->hashing_s, "disk_beside_ms", 1e3 * r->disk_s, "disk_beside_error_ms", 1e3 * r->disk_error_s, "steps",
+        s->steps, "step_ms", 1e3 * r->step_s, "async_share", r->slowed_s / r->sync_s);
     CHECK(object != NULL);
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
     putchar('\n');
@@ -374,6 +404,10 @@ static enum status measure(const struct bench *bench, struct saving *s, struct s
         TRY(measure_disk(s, t, i));
     for (int i = 0; i < 2; i++) /* the first ones warm */
         TRY(training_step(&s->training, &unused));
+    s->steps = STEPS_LEAST;
+    TRY(measure_beside(s, t, 0)); /* how many steps a save takes */
+    TRY(clear_checkpoints(s));
+    s->steps++;
     for (int i = 0; i < rounds; i++)
         TRY(measure_steps(s, t, i));
     struct saving_result result = conclude(s, t, rounds);

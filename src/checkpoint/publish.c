@@ -187,17 +187,31 @@ static enum status hash_file(const struct file_reader *file, uint64_t size, char
     return STATUS_OK;
 }
 
+static enum status describe_small_file(const char *path, json_t **described) {
+    struct checkpoint_extent extent = {0};
+    char *data;
+    size_t size;
+    TRY(file_read(path, EXTENT_BYTES, &data, &size));
+    extent.bytes = (uint32_t)size;
+    extent.hash = checkpoint_extent_hash(data, size, 0);
+    free(data);
+    *described = describe_extents(&extent, size > 0);
+    return STATUS_OK;
+}
+
 static enum status describe_file(const char *path, json_t **described) {
     struct file_reader file;
     struct checkpoint_extent *extents = NULL;
     char *buffer = NULL;
     uint64_t size;
     TRY(file_size(path, &size));
+    if (size <= EXTENT_BYTES)
+        return describe_small_file(path, described);
     size_t count = (size_t)((size + EXTENT_BYTES - 1) / EXTENT_BYTES);
     TRY(file_reader_open(&file, path));
     enum status status = memory_alloc(&extents, count, sizeof *extents);
     if (status == STATUS_OK)
-        status = memory_alloc(&buffer, size < EXTENT_BYTES ? size : EXTENT_BYTES, 1);
+        status = memory_alloc(&buffer, EXTENT_BYTES, 1);
     if (status == STATUS_OK)
         status = hash_file(&file, size, buffer, extents);
     if (status == STATUS_OK)
