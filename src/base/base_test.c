@@ -196,13 +196,38 @@ static int write_short(void *context, enum file_operation operation, const char 
     return hit ? FILE_FAULT_SHORT : 0;
 }
 
-enum { BLOCK = FILE_BLOCK_BYTES, PIECES = 70 };
+enum { BLOCK = FILE_BLOCK_BYTES, PIECES = 70, MEMORY_BYTES = (3 * PIECES + 8) * BLOCK };
+
+/* The same places are filled from the file, and nothing between them is touched. */
+static void read_and_check(const char *path, uint64_t position, const char *expected, const struct file_part *parts,
+                           char *memory) {
+    struct file_reader reader;
+    memset(memory, 'x', MEMORY_BYTES);
+    assert_int_equal(file_reader_open(&reader, path), STATUS_OK);
+    assert_int_equal(file_reader_parts(&reader, position, parts, PIECES), STATUS_OK);
+    const char *between = memory;
+    for (int i = 0; i < PIECES; expected += parts[i++].bytes) {
+        for (; between < (char *)parts[i].data; between++)
+            assert_int_equal(*between, 'x');
+        assert_memory_equal(parts[i].data, expected, parts[i].bytes);
+        between += parts[i].bytes;
+    }
+    int countdown = 1; /* the file is open: of the reads that follow the second one fails */
+    file_set_fault(fail_from, &countdown);
+    assert_int_equal(file_reader_parts(&reader, position, parts, PIECES), STATUS_IO);
+    file_set_fault(NULL, NULL);
+    const struct file_part beyond[] = {{memory, BLOCK}, {memory + BLOCK, BLOCK}};
+    uint64_t size;
+    assert_int_equal(file_size(path, &size), STATUS_OK);
+    assert_int_equal(file_reader_parts(&reader, size - BLOCK - 1, beyond, 2), STATUS_IO);
+    assert_int_equal(file_reader_parts(&reader, size / BLOCK * BLOCK - BLOCK, beyond, 2), STATUS_IO);
+    file_reader_close(&reader);
+}
 
 /* Parts of whole blocks that lie apart in memory, the last one longer than blocks, behind a place within a block or at one;
  * and parts that do not lie to the blocks at all. */
 static void put_and_check(const char *path, uint64_t position, size_t shift, bool ragged, struct short_writes *writes) {
     char *memory, *found;
-    enum { MEMORY_BYTES = (3 * PIECES + 8) * BLOCK };
     struct file_part parts[PIECES];
     size_t total = 0, size;
     assert_int_equal(memory_alloc_large_pages(&memory, MEMORY_BYTES), STATUS_OK);
@@ -228,6 +253,7 @@ static void put_and_check(const char *path, uint64_t position, size_t shift, boo
     const char *at = found + position;
     for (int i = 0; i < PIECES; at += parts[i++].bytes)
         assert_memory_equal(at, parts[i].data, parts[i].bytes);
+    read_and_check(path, position, found + position, parts, memory);
     for (uint64_t i = 0; i < position; i++)
         assert_int_equal(found[i], 0);
     free(found);

@@ -348,6 +348,42 @@ static int fail_at(void *context, enum file_operation operation, const char *pat
 }
 
 /* Whichever operation fails, the caller is told. */
+/* Tensors of whole blocks come first, each at a block; all of them are read back. */
+static void test_plan_of_blocks(void **state) {
+    (void)state;
+    enum { FLOATS = 2 * FILE_BLOCK_BYTES / 4 + 1 };
+    static float values[FLOATS], found[FLOATS];
+    for (int i = 0; i < FLOATS; i++)
+        values[i] = (float)i;
+    const struct named_tensor items[] = {{"a", tensor_1d(values, DTYPE_F64, 3), 0, 0},
+                                         {"z", tensor_1d(values, DTYPE_F32, FILE_BLOCK_BYTES / 4), 0, 0},
+                                         {"none", tensor_1d(values, DTYPE_F32, 0), 0, 0},
+                                         {"m", tensor_1d(values, DTYPE_BF16, FILE_BLOCK_BYTES / 2), 0, 0},
+                                         {"b", tensor_1d(values, DTYPE_F32, FLOATS), 0, 0},
+                                         {"y", tensor_1d(values, DTYPE_F32, FLOATS - 1), 0, 0}};
+    const char *const expected[] = {"y", "z", "m", "a", "b", "none"};
+    struct safetensors_plan plan;
+    struct safetensors file;
+    assert_int_equal(safetensors_plan_init(&plan, items, 6, NULL, 0), STATUS_OK);
+    for (int i = 0; i < 6; i++) {
+        assert_string_equal(plan.order[i]->name, expected[i]);
+        assert_true(i > 3 || plan.begins[i] % FILE_BLOCK_BYTES == 0);
+    }
+    safetensors_plan_release(&plan);
+    assert_int_equal(safetensors_write(file_path, items, 6, device_cpu()), STATUS_OK);
+    assert_int_equal(safetensors_open(&file, file_path), STATUS_OK);
+    for (int i = 0; i < 6; i++) {
+        if (items[i].tensor.dtype != DTYPE_F32)
+            continue;
+        int64_t count = tensor_elements(items[i].tensor);
+        const struct safetensors_entry *entry = safetensors_find(&file, items[i].name);
+        assert_non_null(entry);
+        assert_int_equal(safetensors_read(&file, entry, 0, count, DTYPE_F32, found), STATUS_OK);
+        assert_memory_equal(found, values, (size_t)count * sizeof *found);
+    }
+    safetensors_close(&file);
+}
+
 static void test_failing_disk(void **state) {
     (void)state;
     float a[2] = {1, 2};
@@ -374,6 +410,7 @@ int main(void) {
                                        cmocka_unit_test(test_dtypes),
                                        cmocka_unit_test(test_refusals),
                                        cmocka_unit_test(test_plan),
+        cmocka_unit_test(test_plan_of_blocks),
                                        cmocka_unit_test(test_failing_disk)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

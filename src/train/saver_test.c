@@ -346,6 +346,30 @@ static void test_changed_while_it_is_written(void **state) {
     }
 }
 
+/* Tensors of whole blocks are read into where they stand, by ranks that hold all of them or a part; damage is found there, too. */
+static void load_in_place(const char *from, const char *expected) {
+    static const struct layout_case some[] = {{1, 1, 1, 0}, {1, 2, 1, 3}, {2, 1, 1, 0}};
+    char *to = disk_directory_of("loaded", 0), *found = checkpoint_in(to, 5);
+    char *path = path_join(from, "step-000005/model.safetensors");
+    struct job job = {.from = from, .to = to, .step = 5, .file_bytes = 1 << 30, .vocab_size = VOCABULARY_OF_BLOCKS};
+    for (int i = 0; i < 3; i++) {
+        job.layout = some[i];
+        run_well(&job);
+        assert_same_checkpoint(expected, found);
+        remove_all(to);
+    }
+    FILE *file = fopen(path, "r+b");
+    assert_non_null(file);
+    assert_int_equal(fseek(file, 3000000, SEEK_SET), 0);
+    int byte = fgetc(file);
+    assert_int_equal(fseek(file, 3000000, SEEK_SET), 0);
+    assert_true(fputc(byte ^ 8, file) != EOF && fclose(file) == 0);
+    assert_int_equal(run(&job), STATUS_NOT_FOUND);
+    free(path);
+    free(found);
+    free(to);
+}
+
 /* What an update noted is believed, of the step that it was noted for. */
 static void test_noted_hashes(void **state) {
     (void)state;
@@ -358,6 +382,8 @@ static void test_noted_hashes(void **state) {
         job.spoils = spoils;
         run_well(&job);
         assert_int_equal(checkpoint_verify(found), spoils && of_this_step ? STATUS_FORMAT : STATUS_OK);
+        if (form < 2)
+            load_in_place(directory, found);
         remove_all(directory);
         free(found);
         free(directory);
