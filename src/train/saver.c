@@ -36,6 +36,7 @@ struct saver {
     struct sharded_shelter shelter; /* of the share that is being written */
     struct known_hashes hashes;     /* of the model's memory after the update of */
     int64_t hashed_step;            /* this step; -1: of none */
+    const struct known_hashes *known; /* of what is being written; NULL: none */
 
     enum stage stage;
     struct checkpoint_sources sources;
@@ -180,7 +181,7 @@ static enum status write_share(struct saver *s) {
     struct sharded_way way = {.device = s->device,
                               .cancel = &s->cancel,
                               .parallel = !s->copy,
-                              .known = s->hashed_step == s->sources.state.step ? &s->hashes : NULL,
+                              .known = s->known,
                               .shelter = s->copy ? &s->shelter : NULL,
                               .beside = is_first(s) ? write_files : NULL,
                               .beside_context = s};
@@ -270,6 +271,7 @@ enum status saver_start(struct saver *s, const struct checkpoint_sources *source
     s->shelter.skip = 0;
     s->shelter.moved = NULL;
     s->thread_seconds = 0;
+    s->known = s->hashed_step == s->sources.state.step ? &s->hashes : NULL;
     s->stage = STAGE_WRITE;
     start_work(s, write_share);
     return s->settings.asynchronous ? STATUS_OK : saver_finish(s);
