@@ -107,13 +107,17 @@ static struct tensor take_like(struct tensor own, struct arena *arena) {
     return own;
 }
 
+/* Without arrays to note them in they are counted all the same. */
 static void take_tensors(struct outer *outer, struct arena *arena) {
     const struct model *m = outer->model;
     const struct mesh *mesh = &m->sharding.mesh;
     int64_t islands = mesh->size[MESH_ISLAND], replicas = mesh->size[MESH_REPLICATE], all = 0, n = model_largest_own_row(m);
-    for (int i = 0; i < m->table.count && outer->global; i++) {
-        outer->global[i] = take_like(m->own_weight[i], arena);
-        outer->momentum[i] = take_like(m->own_weight[i], arena);
+    for (int i = 0; i < m->table.count; i++) {
+        struct tensor global = take_like(m->own_weight[i], arena), momentum = take_like(m->own_weight[i], arena);
+        if (outer->global) {
+            outer->global[i] = global;
+            outer->momentum[i] = momentum;
+        }
     }
     outer->sum = tensor_1d(arena_take(arena, (size_t)n * sizeof(float)), DTYPE_F32, n);
     outer->stats = tensor_1d(arena_take(arena, OUTER_STATS * sizeof(double)), DTYPE_F64, OUTER_STATS);
@@ -128,12 +132,9 @@ static void take_tensors(struct outer *outer, struct arena *arena) {
 size_t outer_memory_bytes(const struct model *model, const struct outer_options *options) {
     struct outer probe = {.options = *options, .model = (struct model *)model};
     struct arena counting;
-    size_t bytes = 0;
     arena_init_counting(&counting);
-    for (int i = 0; i < model->table.count; i++)
-        bytes += 2 * ((tensor_bytes(model->own_weight[i]) + 63) / 64 * 64);
     take_tensors(&probe, &counting);
-    return bytes + counting.used;
+    return counting.used;
 }
 
 static enum status take_memory(struct outer *outer) {

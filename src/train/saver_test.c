@@ -279,6 +279,39 @@ static void test_every_byte_is_written_once(void **state) {
     }
 }
 
+/* Replicas divide a large tensor between blocks, evenly. */
+static void test_parts_begin_at_blocks(void **state) {
+    (void)state;
+    enum { REPLICAS = 3 };
+    const int size[MESH_AXIS_COUNT] = {1, REPLICAS, 1, 1};
+    struct model_config config = small_config(false);
+    const struct kernel_ops *ops;
+    uint64_t least = UINT64_MAX, most = 0;
+    config.vocab_size = 8192 * 5;
+    assert_int_equal(kernels_choose("portable", &ops), STATUS_OK);
+    for (int r = 0; r < REPLICAS; r++) {
+        struct model *model;
+        struct shares shares;
+        struct model_options options = {ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh_make(size, r), 0}};
+        int large = 0;
+        assert_int_equal(model_create_shapes(&config, options, &model), STATUS_OK);
+        assert_int_equal(shares_init(&shares, model, NULL, 1 << 30), STATUS_OK);
+        for (int i = 0; i < shares.count; i++) {
+            if (shares.stretches[i].bytes < 1 << 18)
+                continue;
+            assert_int_equal(shares.stretches[i].begin % FILE_BLOCK_BYTES, 0);
+            assert_int_equal(shares.stretches[i].bytes % FILE_BLOCK_BYTES, 0);
+            large++;
+        }
+        assert_true(large >= 3); /* the embedding and its moments */
+        least = shares.bytes < least ? shares.bytes : least;
+        most = shares.bytes > most ? shares.bytes : most;
+        shares_release(&shares);
+        model_destroy(model);
+    }
+    assert_true((double)most < 1.05 * (double)least);
+}
+
 /* A small limit gives many files and an index, which are read back like one. */
 static void test_many_files(void **state) {
     (void)state;
@@ -680,6 +713,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_any_layout_to_any_other),
         cmocka_unit_test(test_every_byte_is_written_once),
+        cmocka_unit_test(test_parts_begin_at_blocks),
         cmocka_unit_test(test_many_files),
         cmocka_unit_test(test_asynchronous),
         cmocka_unit_test(test_changed_while_it_is_written),

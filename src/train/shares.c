@@ -7,6 +7,8 @@
  * apart. */
 enum { ITEMS_PER_TENSOR = CHECKPOINT_SHARED_PARTS + CHECKPOINT_PART_ARRAYS };
 
+enum { BLOCKS_LEAST = 16 }; /* of a rank's part, so that no part is much larger than another */
+
 /* The axes along which all ranks hold the same rows of a part: not those of islands where it is an island's own. */
 static unsigned copy_axes(const struct sharding *sharding, const struct parameter *row,
                           const struct checkpoint_part *part) {
@@ -18,16 +20,26 @@ static unsigned copy_axes(const struct sharding *sharding, const struct paramete
     return axes;
 }
 
-/* Of the rows that several ranks hold, those that this one writes. */
+/* What is divided over `ranks` ranks: blocks, so that whoever begins at one goes on in whole ones; rows of what has few blocks. */
+static uint64_t unit_of(uint64_t bytes, uint64_t row_bytes, int ranks) {
+    return bytes / FILE_BLOCK_BYTES >= (uint64_t)ranks * BLOCKS_LEAST ? FILE_BLOCK_BYTES : row_bytes;
+}
+
+/* Of the rows that several ranks hold, the part that this one writes. */
 static struct sharded_stretch stretch_of(const struct named_tensor *held, const struct mesh *mesh, unsigned axes,
                                          struct sharded_place place) {
     struct tensor whole = named_tensor_whole(held);
-    struct range rows = range_part(held->tensor.shape[0], mesh_group_size(mesh, axes), mesh_group_rank(mesh, axes));
     uint64_t row_bytes = whole.shape[0] > 0 ? (uint64_t)tensor_bytes(whole) / (uint64_t)whole.shape[0] : 0;
+    uint64_t first = place.begin + (uint64_t)held->first_row * row_bytes, bytes = (uint64_t)held->tensor.shape[0] * row_bytes;
+    if (bytes == 0)
+        return (struct sharded_stretch){place.file, first, 0, NULL};
+    int ranks = mesh_group_size(mesh, axes);
+    uint64_t unit = unit_of(bytes, row_bytes, ranks), count = (bytes + unit - 1) / unit;
+    struct range mine = range_part((int64_t)count, ranks, mesh_group_rank(mesh, axes));
+    uint64_t begin = (uint64_t)mine.begin * unit, end = (uint64_t)mine.end * unit;
     const char *data = held->tensor.data;
-    return (struct sharded_stretch){place.file, place.begin + (uint64_t)(held->first_row + rows.begin) * row_bytes,
-                                    (uint64_t)range_count(rows) * row_bytes,
-                                    data ? data + (uint64_t)rows.begin * row_bytes : NULL};
+    end = end < bytes ? end : bytes;
+    return (struct sharded_stretch){place.file, first + begin, begin < end ? end - begin : 0, data ? data + begin : NULL};
 }
 
 /* Of one array of a part: held[] are its tensors, places[] where they begin. */
