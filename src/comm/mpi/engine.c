@@ -62,6 +62,7 @@ static void describe_failure(struct engine *engine, int code, const struct link 
 static void fail_link(struct engine *engine, int code, const struct link *link) {
     char line[512];
     describe_failure(engine, code, link, line);
+    engine->failed_rank = link->world_rank;
     engine_break(engine, line);
 }
 
@@ -431,13 +432,28 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
     return status;
 }
 
-void engine_tell_gone(struct engine *engine, const bool *ranks, int gone) {
+/* Who has the right to drive may hang in MPI. */
+static bool drives_soon(struct engine *engine) {
     double end_s = clock_seconds() + TELL_S;
-    while (pthread_mutex_trylock(&engine->drive) != 0) { /* who has it may hang in MPI */
+    while (pthread_mutex_trylock(&engine->drive) != 0) {
         if (clock_seconds() > end_s)
-            return;
+            return false;
         sched_yield();
     }
+    return true;
+}
+
+bool engine_was_told(struct engine *engine) {
+    if (!drives_soon(engine))
+        return false;
+    bool told = engine->broken ? engine->pulse.told_gone >= 0 : pulse_was_told(&engine->pulse, clock_seconds());
+    pthread_mutex_unlock(&engine->drive);
+    return told;
+}
+
+void engine_tell_gone(struct engine *engine, const bool *ranks, int gone) {
+    if (!drives_soon(engine))
+        return;
     for (int r = 0; r < engine->size && !engine->broken; r++)
         if (ranks[r] && r != engine->rank)
             pulse_tell_gone(&engine->pulse, r, gone);
@@ -466,6 +482,7 @@ void engine_break(struct engine *engine, const char *line) {
 enum status engine_open(struct engine *engine, MPI_Comm world) {
     pthread_condattr_t monotonic;
     int *limit, found;
+    engine->failed_rank = -1;
     engine->world = world;
     MPI_Comm_rank(world, &engine->rank);
     MPI_Comm_size(world, &engine->size);

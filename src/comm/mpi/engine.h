@@ -54,6 +54,7 @@ struct engine {
     int under_way, inside_count, next_tag, tag_limit;
     double left_s; /* when one of those inside, who wait or begin a transfer, last left */
     bool idle, closing;
+    atomic_int failed_rank; /* that MPI could not reach, which broke the engine; -1: none */
     atomic_bool broken; /* nothing is moved any more and MPI is not called; failure says why */
     char failure[512];
 
@@ -93,6 +94,9 @@ void engine_set_limit(struct engine *engine, double limit_s);
 
 /* Let the ranks[size] that are true know that this rank has told that `gone` is gone. Tries for a moment only. */
 void engine_tell_gone(struct engine *engine, const bool *ranks, int gone);
+
+/* Whether another rank has told that one is gone, be it this moment. Tries for a moment only. */
+bool engine_was_told(struct engine *engine);
 
 /* All is lost: whoever waits now or later fails with STATUS_PEER and this line. The first line stays. */
 void engine_break(struct engine *engine, const char *line);

@@ -146,6 +146,12 @@ void pulse_tell_gone(struct pulse *pulse, int rank, int gone) {
             return;
 }
 
+bool pulse_was_told(struct pulse *pulse, double now_s) {
+    if (pulse->limit_s > 0 && !take_in(pulse, now_s))
+        return false;
+    return pulse->told_gone >= 0;
+}
+
 void pulse_close(struct pulse *pulse) {
     if (pulse->receiving != MPI_REQUEST_NULL) {
         MPI_Cancel(&pulse->receiving);

@@ -66,5 +66,8 @@ bool pulse_was_stopped(const struct pulse *pulse);
 /* By who may call MPI: this rank has told that `gone` is gone; let `rank` know, and wait for nothing. */
 void pulse_tell_gone(struct pulse *pulse, int rank, int gone);
 
+/* By who may call MPI: whether another rank has told that one is gone. Takes in what has arrived. */
+bool pulse_was_told(struct pulse *pulse, double now_s);
+
 /* Collective, with nothing under way any more and no limit. */
 void pulse_close(struct pulse *pulse);

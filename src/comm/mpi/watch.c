@@ -114,12 +114,19 @@ static void tell_other_hosts(struct watch *watch, int gone) {
     free(elsewhere);
 }
 
+/* Another host's rank is what MPI has lost, or somebody has told of one: whoever is gone here has but left because of that, and
+ * spoke where that was his part. */
+static bool is_told_of(const struct watch *watch) {
+    int failed = watch->engine->failed_rank;
+    return (failed >= 0 && failed != watch->engine->rank && !can_watch(watch, failed)) || engine_was_told(watch->engine);
+}
+
 static void tell(struct watch *watch, int rank) {
     char who[192], line[256];
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
     bool first = !atomic_exchange(&watch->told, true);
-    if (first && watch->lost && may_tell(watch) && is_speaker(watch)) {
+    if (first && watch->lost && may_tell(watch) && is_speaker(watch) && !is_told_of(watch)) {
         watch->lost(line);
         tell_other_hosts(watch, rank);
     }
