@@ -44,6 +44,9 @@ expect 2 'not a multiple of num_attention_heads' -- "$cadre" train --model.hidde
 expect 2 'data.train is not set' -- "$cadre" train --run.directory "$work/none"
 expect 2 'must be a whole number' -- "$cadre" train --train.steps 1.5
 expect 2 'wants a value' -- "$cadre" train --train.steps
+expect 2 'it is cpu or cuda' -- "$cadre" train --device gpu --data.train "$work/text.txt" --run.directory "$work/none"
+expect 2 'it is cpu or cuda' -- "$cadre" eval --device gpu --model "$work/none"
+expect 2 'need NCCL, which is not built yet' -- "$cadre" train --model.preset tiny --device cuda --dry-run --ranks 2
 expect 1 'no such file' -- "$cadre" train --data.train "$work/absent.txt" --run.directory "$work/none"
 expect 1 'no such file' -- "$cadre" train --config "$work/absent.ini"
 expect 1 'no such directory' -- "$cadre" generate --model "$work/absent" --prompt x

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROUNDS_MAX = 1000 };
+enum { ROUNDS_MAX = 1000, FILL_CHUNK = 1 << 16 };
 static const double ROUND_SECONDS = 0.05;
 
 static int compare_doubles(const void *a, const void *b) {
@@ -24,10 +24,35 @@ struct bench_time bench_time_of(double *seconds, int count) {
     return (struct bench_time){median, seconds[0], seconds[count - 1]};
 }
 
+bool bench_on_device(const struct bench *bench) {
+    return bench->device != device_cpu();
+}
+
+/* After a first call. */
+static void time_on_device(const struct bench *bench, void (*call)(void *context), void *context, double *seconds,
+                           int rounds) {
+    bench->device->finish();
+    double begin = clock_seconds();
+    call(context);
+    bench->device->finish();
+    int64_t calls = 1 + (int64_t)(ROUND_SECONDS / (clock_seconds() - begin));
+    for (int i = 0; i < rounds; i++) {
+        begin = clock_seconds();
+        for (int64_t k = 0; k < calls; k++)
+            call(context);
+        bench->device->finish();
+        seconds[i] = (clock_seconds() - begin) / (double)calls;
+    }
+}
+
 struct bench_time bench_call(const struct bench *bench, void (*call)(void *context), void *context) {
     double seconds[ROUNDS_MAX];
     int rounds = bench->rounds < ROUNDS_MAX ? bench->rounds : ROUNDS_MAX;
     call(context); /* the first one touches memory */
+    if (bench_on_device(bench)) {
+        time_on_device(bench, call, context, seconds, rounds);
+        return bench_time_of(seconds, rounds);
+    }
     for (int i = 0; i < rounds; i++) {
         double begin = clock_seconds(), now = begin;
         int64_t calls = 0;
@@ -62,6 +87,7 @@ static void print_json(const struct bench *bench, const struct bench_figure *f, 
                                counts_bytes ? "roof_gb_per_s" : "roof_gflops", 1e-9 * f->roof, "share",
                                f->roof > 0 ? rate / f->roof : 0);
     CHECK(object != NULL);
+    CHECK_OP(json_object_set_new(object, "device", json_string(device_describe(bench->device))), ==, 0);
     if (f->wire_bytes > 0)
         CHECK_OP(json_object_set_new(object, "wire_gbit_per_s", json_real(8e-9 * f->wire_bytes / f->time.median)), ==, 0);
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
@@ -86,19 +112,40 @@ void bench_print(const struct bench *bench, const struct bench_figure *f) {
     fflush(stdout);
 }
 
+struct filling {
+    void *values;
+    enum dtype dtype;
+    int64_t count;
+    double scale;
+    uint64_t stream;
+};
+
+/* Uniform in -scale .. scale: any numbers do, as long as none is special. Two of each draw. */
+static void fill_chunk(void *context, int64_t index) {
+    const struct filling *f = context;
+    uint64_t bits = 0;
+    int64_t begin = index * FILL_CHUNK, end = begin + FILL_CHUNK < f->count ? begin + FILL_CHUNK : f->count;
+    for (int64_t i = begin; i < end; i++) {
+        if (i == begin || i % 2 == 0)
+            bits = random_bits(1, f->stream, (uint64_t)i / 2);
+        uint32_t half = i % 2 == 0 ? (uint32_t)bits : (uint32_t)(bits >> 32);
+        float value = (float)(f->scale * (2 * (double)(half >> 8) / (1 << 24) - 1));
+        if (f->dtype == DTYPE_BF16)
+            ((uint16_t *)f->values)[i] = float_to_bf16(value);
+        else
+            ((float *)f->values)[i] = value;
+    }
+}
+
 struct tensor bench_tensor(const struct bench *bench, struct arena *arena, struct tensor shape, double scale) {
     static uint64_t stream;
     int64_t count = tensor_elements(shape);
     shape.data = arena_take(arena, tensor_bytes(shape));
-    if (!shape.data)
+    if (!shape.data || scale == 0)
         return shape;
-    float *values = memory_must((size_t)count, sizeof *values);
-    stream++;
-    for (int64_t i = 0; i < count; i++) /* uniform in -scale .. scale: any numbers do, as long as none is special */
-        values[i] = (float)(scale * (2 * (double)(random_bits(1, stream, (uint64_t)i) >> 40) / (1 << 24) - 1));
-    if (shape.dtype == DTYPE_BF16)
-        for (int64_t i = 0; i < count; i++)
-            ((uint16_t *)values)[i] = float_to_bf16(values[i]);
+    void *values = memory_must((size_t)count, dtype_size(shape.dtype));
+    struct filling filling = {values, shape.dtype, count, scale, ++stream};
+    parallel_for((count + FILL_CHUNK - 1) / FILL_CHUNK, fill_chunk, &filling);
     bench->device->copy_from_host(shape.data, values, tensor_bytes(shape));
     free(values);
     return shape;

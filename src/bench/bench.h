@@ -4,6 +4,7 @@
 
 #include "comm/launch/launch.h"
 #include "device/device.h"
+#include "kernels/kernels.h"
 #include "train/run_config.h"
 
 enum { BENCH_PRECISIONS_MAX = 2 };
@@ -34,7 +35,11 @@ struct bench_time { /* seconds */
 /* `count` > 0 numbers, which are sorted. */
 struct bench_time bench_time_of(double *seconds, int count);
 
-/* Time of one call: in every round it is repeated until a twentieth of a second has passed. */
+/* A device that takes calls while it computes: what is timed ends with bench->device->finish(). */
+bool bench_on_device(const struct bench *bench);
+
+/* Time of one call: in every round it is repeated until a twentieth of a second has passed; on a device, as often as filled that
+ * time in a trial, and then waited for once. */
 struct bench_time bench_call(const struct bench *bench, void (*call)(void *context), void *context);
 
 /* One figure. roof: operations or bytes a second. */
@@ -56,7 +61,7 @@ void bench_print(const struct bench *bench, const struct bench_figure *figure);
 
 const char *bench_precision_name(enum dtype precision);
 
-/* A tensor in fresh memory of the arena filled with small random numbers. */
+/* A tensor in fresh memory of the arena filled with small random numbers; scale 0: as the arena is, zeroed. */
 struct tensor bench_tensor(const struct bench *bench, struct arena *arena, struct tensor shape, double scale);
 struct tensor bench_indices(const struct bench *bench, struct arena *arena, const int32_t *values, int64_t count);
 

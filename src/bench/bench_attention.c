@@ -4,7 +4,18 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { HEADS = 8, HEAD_DIM = 64, TOKENS = 8192, LABEL_BYTES = 96 };
+enum { LABEL_BYTES = 96 };
+
+/* What is measured: heads, and sequences that make up so many tokens. */
+struct setup {
+    int heads, kv_heads, head_dim;
+    int64_t tokens, first_length, last_length;
+};
+static const struct setup of_processors = {8, 8, 64, 8192, 512, 8192}, of_devices = {16, 4, 128, 16384, 1024, 4096};
+
+static const struct setup *setup_of(const struct bench *bench) {
+    return bench_on_device(bench) ? &of_devices : &of_processors;
+}
 
 struct attention {
     const struct kernel_ops *ops;
@@ -22,30 +33,40 @@ static void run_backward(void *context) {
     a->ops->attention_backward(a->shape, a->dout, a->q, a->k, a->v, a->out, a->logsumexp, a->dq, a->dk, a->dv);
 }
 
-static int64_t batch_of(int64_t length) {
-    return length < TOKENS ? TOKENS / length : 1;
+static int64_t batch_of(const struct bench *bench, int64_t length) {
+    int64_t tokens = setup_of(bench)->tokens;
+    return length < tokens ? tokens / length : 1;
 }
 
 static void take(const struct bench *bench, int64_t length, enum dtype dtype, struct arena *arena, struct attention *a) {
-    int64_t batch = batch_of(length), rows = batch * length;
-    struct tensor shape = tensor_2d(NULL, dtype, rows, HEADS * HEAD_DIM);
+    const struct setup *setup = setup_of(bench);
+    int64_t batch = batch_of(bench, length), rows = batch * length;
+    struct tensor wide = tensor_2d(NULL, dtype, rows, setup->heads * setup->head_dim);
+    struct tensor narrow = tensor_2d(NULL, dtype, rows, setup->kv_heads * setup->head_dim);
     *a = (struct attention){.ops = bench->ops,
-                            .shape = {batch, length, length, HEADS, HEADS, HEAD_DIM, 1 / sqrt(HEAD_DIM)}};
-    struct tensor *all[] = {&a->q, &a->k, &a->v, &a->out, &a->dout, &a->dq, &a->dk, &a->dv};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        *all[i] = bench_tensor(bench, arena, shape, 1);
-    a->logsumexp = bench_tensor(bench, arena, tensor_2d(NULL, DTYPE_F32, rows, HEADS), 1);
+                            .shape = {batch, length, length, setup->heads, setup->kv_heads, setup->head_dim,
+                                      1 / sqrt(setup->head_dim)}};
+    struct tensor *of_queries[] = {&a->q, &a->out, &a->dout, &a->dq}, *of_keys[] = {&a->k, &a->v, &a->dk, &a->dv};
+    for (size_t i = 0; i < sizeof of_queries / sizeof *of_queries; i++) {
+        *of_queries[i] = bench_tensor(bench, arena, wide, 1);
+        *of_keys[i] = bench_tensor(bench, arena, narrow, 1);
+    }
+    a->logsumexp = bench_tensor(bench, arena, tensor_2d(NULL, DTYPE_F32, rows, setup->heads), 1);
 }
 
-static void print_label(int64_t length, bool backward, char label[LABEL_BYTES]) {
-    snprintf(label, LABEL_BYTES, "%lld x %lld tokens, 8 heads of 64, %s", (long long)batch_of(length), (long long)length,
-             backward ? "backward" : "forward");
+static void print_label(const struct bench *bench, int64_t length, bool backward, char label[LABEL_BYTES]) {
+    const struct setup *setup = setup_of(bench);
+    char keys[32] = "";
+    if (setup->kv_heads < setup->heads)
+        snprintf(keys, sizeof keys, ", %d for keys", setup->kv_heads);
+    snprintf(label, LABEL_BYTES, "%lld x %lld tokens, %d heads of %d%s, %s", (long long)batch_of(bench, length),
+             (long long)length, setup->heads, setup->head_dim, keys, backward ? "backward" : "forward");
 }
 
 static bool wants_length(const struct bench *bench, int64_t length) {
     char forward[LABEL_BYTES], backward[LABEL_BYTES];
-    print_label(length, false, forward);
-    print_label(length, true, backward);
+    print_label(bench, length, false, forward);
+    print_label(bench, length, true, backward);
     return bench_wants(bench, forward) || bench_wants(bench, backward);
 }
 
@@ -57,11 +78,11 @@ static enum status measure(const struct bench *bench, int64_t length, enum dtype
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, length, dtype, &arena, &a);
     /* Only what is below the diagonal counts: two products forward, five backward. */
-    double roof = roof_multiply(bench->ops, dtype, 0.2);
-    double product = 2.0 * (double)a.shape.batch * HEADS * HEAD_DIM * (double)length * (double)length / 2;
+    double roof = roof_multiply(bench->ops, bench->device, dtype, 0.2), width = a.shape.head_count * a.shape.head_dim;
+    double product = 2.0 * (double)a.shape.batch * width * (double)length * (double)length / 2;
     for (int backward = 0; backward < 2; backward++) {
         char label[LABEL_BYTES];
-        print_label(length, backward, label);
+        print_label(bench, length, backward, label);
         if (!bench_wants(bench, label))
             continue;
         struct bench_figure figure = {.name = "attention", .label = label, .precision = dtype, .roof = roof,
@@ -76,8 +97,8 @@ static enum status measure(const struct bench *bench, int64_t length, enum dtype
 enum status bench_attention(const struct bench *bench) {
     int measured = 0;
     for (int i = 0; i < bench->precision_count; i++) {
-        int64_t first = bench->sequence_length > 0 ? bench->sequence_length : 512;
-        int64_t last = bench->sequence_length > 0 ? first : 8192;
+        int64_t first = bench->sequence_length > 0 ? bench->sequence_length : setup_of(bench)->first_length;
+        int64_t last = bench->sequence_length > 0 ? first : setup_of(bench)->last_length;
         for (int64_t length = first; length <= last; length *= 2)
             if (wants_length(bench, length)) {
                 TRY(measure(bench, length, bench->precisions[i]));

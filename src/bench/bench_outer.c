@@ -109,8 +109,8 @@ enum status bench_outer(const struct bench *bench) {
     take(bench, &arena, &o);
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, &arena, &o);
-    enum status status = measure_threads(bench, &o, 1);
-    if (all > 1 && status == STATUS_OK)
+    enum status status = bench_on_device(bench) ? STATUS_OK : measure_threads(bench, &o, 1);
+    if ((all > 1 || bench_on_device(bench)) && status == STATUS_OK)
         status = measure_threads(bench, &o, all);
     threads_set_count(all);
     arena_release(&arena);

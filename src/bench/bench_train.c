@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PEER_LINE_BYTES = 4096 };
+enum { PEER_LINE_BYTES = 4096, OBSERVED_STEPS = 3 };
 static const double ROOF_SECONDS = 0.2;
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20;
 
@@ -38,10 +38,11 @@ static enum status print_json(const struct bench *bench, const struct training *
                               double roof, double operations, double peer) {
     char line[LAYOUT_LINE_BYTES];
     json_t *events = json_object();
+    double steps = (double)t->profile.spans[SPAN_STEP].calls;
     for (int i = 0; i < EVENT_KIND_COUNT; i++)
         if (t->profile.events[i].seconds > 0)
             json_object_set_new(events, event_kind_name((enum event_kind)i),
-                                json_real(1e3 * t->profile.events[i].seconds / bench->rounds));
+                                json_real(1e3 * t->profile.events[i].seconds / steps));
     json_t *object = json_pack(
         "{s:s,s:s,s:s,s:s,s:i,s:i,s:s,s:s,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:o}", "name", "train", "case", bench->preset,
         "precision", bench_precision_name(t->model->context.compute), "kernels", bench->ops->name, "threads",
@@ -51,6 +52,9 @@ static enum status print_json(const struct bench *bench, const struct training *
         "ms_most", 1e3 * time.most, "gflops", 1e-9 * operations / time.median, "roof_gflops", 1e-9 * roof, "share",
         operations / time.median / roof, "event_ms", events);
     CHECK(object != NULL);
+    json_object_set_new(object, "device", json_string(device_describe(bench->device)));
+    json_object_set_new(object, "tensor_bytes", json_integer((json_int_t)(t->model->memory.total + t->workspace->memory.total)));
+    json_object_set_new(object, "kernel_scratch_bytes", json_integer((json_int_t)kernels_scratch_bytes()));
     if (peer > 0) {
         json_object_set_new(object, "peer_tokens_per_s", json_real(peer));
         json_object_set_new(object, "ratio", json_real((double)t->token_count / time.median / peer));
@@ -65,11 +69,15 @@ static enum status print_table(const struct bench *bench, const struct training 
                                double roof, double operations, double peer) {
     struct roof_bandwidth memory;
     struct text table = {0};
-    char line[LAYOUT_LINE_BYTES], bytes[32];
+    char line[LAYOUT_LINE_BYTES], bytes[32], scratch[32];
     TRY(roof_bandwidth(bench->ops, bench->device, BANDWIDTH_BYTES, &memory));
     if (t->world->size > 1)
         printf("train      %s, %s sent a step, %s\n", layout_describe(&t->sharding, line),
                text_bytes(bytes, (double)t->comm_bytes), strcmp(bench->part, "step") ? bench->part : "whole steps");
+    if (bench_on_device(bench))
+        printf("train      %s: %s of tensors, %s of scratch\n", device_describe(bench->device),
+               text_bytes(bytes, (double)(t->model->memory.total + t->workspace->memory.total)),
+               text_bytes(scratch, (double)kernels_scratch_bytes()));
     printf("train      %s, %s, %d threads: %.0f tokens/s, %.1f ms a step (%.1f to %.1f), %.0f GFLOP/s, %.1f%% of %.0f (%s)\n",
            bench->preset, bench_precision_name(t->model->context.compute), threads_count(),
            (double)t->token_count / time.median, 1e3 * time.median, 1e3 * time.least, 1e3 * time.most,
@@ -87,8 +95,18 @@ static enum status print_table(const struct bench *bench, const struct training 
 /* Of all ranks, each measured while the others are, too. */
 static enum status measure_roof(const struct bench *bench, struct training *t, double *roof) {
     TRY(comm_agree(t->world, STATUS_OK));
-    *roof = roof_multiply(bench->ops, t->model->context.compute, ROOF_SECONDS);
+    *roof = roof_multiply(bench->ops, bench->device, t->model->context.compute, ROOF_SECONDS);
     return comm_sum_f64(t->world, roof, 1);
+}
+
+/* Where the events of a step are looked at, the device is waited for after each: in steps of their own, not in those whose time
+ * counts. */
+static enum status observe(struct training *t) {
+    double ignored;
+    TRY(profile_init(&t->profile, &t->runner, false));
+    for (int i = 0; i < OBSERVED_STEPS; i++)
+        TRY(training_step(t, &ignored));
+    return STATUS_OK;
 }
 
 static enum status measure(const struct bench *bench, struct training *t) {
@@ -101,13 +119,15 @@ static enum status measure(const struct bench *bench, struct training *t) {
     enum status status = STATUS_OK;
     for (int i = 0; i < 2 && status == STATUS_OK; i++) /* warm: memory touched, scratch grown */
         status = training_step(t, &seconds[0]);
-    if (status == STATUS_OK)
+    if (status == STATUS_OK && !bench_on_device(bench))
         status = profile_init(&t->profile, &t->runner, false);
     for (int i = 0; i < bench->rounds && status == STATUS_OK; i++) {
         status = training_step(t, &seconds[i]);
         if (status == STATUS_OK && bench->peer)
             status = run_peer(bench->peer, &peer[i]);
     }
+    if (status == STATUS_OK && bench_on_device(bench))
+        status = observe(t);
     if (status == STATUS_OK) {
         struct bench_time time = bench_time_of(seconds, bench->rounds);
         double theirs = bench->peer ? bench_time_of(peer, bench->rounds).median : 0;

@@ -9,11 +9,12 @@
 
 static enum status read_config(struct training *t, const struct bench *bench) {
     const char **pairs;
-    TRY(memory_alloc(&pairs, 2 * (size_t)(bench->pair_count + 1), sizeof *pairs));
+    TRY(memory_alloc(&pairs, 2 * (size_t)(bench->pair_count + 2), sizeof *pairs));
     pairs[0] = "model.preset", pairs[1] = bench->preset;
+    pairs[2] = "run.device", pairs[3] = bench->device->name;
     for (int i = 0; i < 2 * bench->pair_count; i++)
-        pairs[2 + i] = bench->pairs[i];
-    enum status status = run_config_resolve(&t->config, NULL, pairs, bench->pair_count + 1);
+        pairs[4 + i] = bench->pairs[i];
+    enum status status = run_config_resolve(&t->config, NULL, pairs, bench->pair_count + 2);
     free(pairs);
     TRY(status);
     if (t->config.model.vocab_size == 0)
@@ -79,6 +80,7 @@ enum status training_step(struct training *t, double *seconds) {
     int64_t sent = ranks_sent_bytes(&t->ranks);
     double begin = clock_seconds();
     TRY(step_run(&t->runner, (struct step_input){.tokens = t->tokens, .step = ++t->step, .step_count = 1000000}, &result));
+    t->model->device->finish();
     *seconds = clock_seconds() - begin;
     t->comm_bytes = result.comm_bytes;
     if (t->runner.part != STEP_WHOLE) /* nothing was agreed on: this rank's, for each */

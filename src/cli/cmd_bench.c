@@ -23,10 +23,10 @@ static const struct bench_verb verbs[] = {
     {"checkpoint", "saving and loading beside the disk's own speed, and saves beside training steps", bench_checkpoint},
     {"train", "whole training steps of a preset on random tokens", bench_train},
 };
-enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
+enum { VERB_COUNT = sizeof verbs / sizeof *verbs, ROUNDS = 5, ROUNDS_ON_DEVICE = 10 };
 
 struct bench_flags {
-    const char *what, *precision, *kernels, *preset, *peer, *part, *directory, *cases;
+    const char *what, *precision, *device, *kernels, *preset, *peer, *part, *directory, *cases;
     int64_t threads, rounds, sequence_length;
     bool json;
 };
@@ -66,12 +66,12 @@ static void print_help(const struct argument *known, int count) {
     for (int i = 0; i < VERB_COUNT; i++)
         printf("  %-10s %s\n", verbs[i].name, verbs[i].help);
     printf("\nEvery figure is a median over the rounds, beside the roof that the same call measured: multiply-adds on\n"
-           "registers only. Operations of a training step are 6 a parameter that a token multiplies with, and causal\n"
-           "attention; those of a product 2 M N K. Leave the machine alone meanwhile.\n");
+           "registers only; on a device its largest dense product. Operations of a training step are 6 a parameter that\n"
+           "a token multiplies with, and causal attention; those of a product 2 M N K. Leave the machine alone meanwhile.\n");
 }
 
 static enum status check_flags(const struct bench_flags *f) {
-    if (f->rounds < 1 || f->rounds > 1000)
+    if (f->rounds == 0 || f->rounds > 1000)
         return status_fail(STATUS_USAGE, "--rounds is 1 to 1000, not %lld", (long long)f->rounds);
     if (f->threads < 0 || f->threads > 4096)
         return status_fail(STATUS_USAGE, "--threads is 0 to 4096, not %lld", (long long)f->threads);
@@ -109,18 +109,19 @@ static enum status run_together(struct bench *bench, enum status (*run)(const st
 
 enum status cmd_bench(int argc, char **argv) {
     struct bench_flags f = {
-        .precision = "both", .kernels = "auto", .preset = "bench", .part = "step", .directory = ".", .rounds = 5};
+        .precision = "both", .device = "cpu", .kernels = "auto", .preset = "bench", .part = "step", .directory = ".", .rounds = -1};
     bool help;
     const struct argument known[] = {
         {"precision", ARGUMENT_STRING, &f.precision, "fp32, bf16 or both (both)"},
         {"threads", ARGUMENT_INTEGER, &f.threads, "0: one for each processor (0)"},
-        {"rounds", ARGUMENT_INTEGER, &f.rounds, "timed rounds, or steps; the median counts (5)"},
+        {"rounds", ARGUMENT_INTEGER, &f.rounds, "timed rounds, or steps; the median counts (5; 10 on a device)"},
         {"preset", ARGUMENT_STRING, &f.preset, "of train and checkpoint (bench)"},
         {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "of train and attention (the preset's; a list)"},
         {"directory", ARGUMENT_STRING, &f.directory, "of checkpoint: written to, on the disk to be measured (.)"},
         {"peer", ARGUMENT_STRING, &f.peer, "of train: a command to alternate with; prints {\"tokens_per_s\": N}"},
         {"part", ARGUMENT_STRING, &f.part, "of train: step, or what it computes or transfers alone (step)"},
         {"cases", ARGUMENT_STRING, &f.cases, "of gemm, moe and attention: only those whose name holds this"},
+        {"device", ARGUMENT_STRING, &f.device, "what is measured: cpu or cuda (cpu)"},
         {"kernels", ARGUMENT_STRING, &f.kernels, "instruction set (auto)"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object a line"},
     };
@@ -139,8 +140,7 @@ enum status cmd_bench(int argc, char **argv) {
     TRY(check_flags(&f));
     if (pair_count > 0 && verb->run != bench_train && verb->run != bench_checkpoint)
         return status_fail(STATUS_USAGE, "--%s is for cadre bench train and checkpoint", pairs[0]);
-    struct bench bench = {.device = device_cpu(),
-                          .rounds = (int)f.rounds,
+    struct bench bench = {.rounds = (int)f.rounds,
                           .json = f.json,
                           .preset = f.preset,
                           .peer = f.peer,
@@ -151,7 +151,12 @@ enum status cmd_bench(int argc, char **argv) {
                           .directory = f.directory,
                           .cases = f.cases};
     TRY(choose_precisions(f.precision, &bench));
-    TRY(kernels_choose(f.kernels, &bench.ops));
+    TRY(device_choose(f.device, &bench.device));
+    TRY(kernels_choose_for(bench.device, f.kernels, &bench.ops));
+    if (bench.rounds < 0)
+        bench.rounds = bench.device == device_cpu() ? ROUNDS : ROUNDS_ON_DEVICE;
+    if (verb->run == bench_comm && bench.device != device_cpu())
+        return status_fail(STATUS_USAGE, "cadre bench comm is of the processor's memory: without --device %s", f.device);
     threads_set_count((int)f.threads);
     bench.threads_follow_launch = f.threads == 0;
     bool together = verb->run == bench_comm || verb->run == bench_train || verb->run == bench_checkpoint;

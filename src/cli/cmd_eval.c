@@ -213,7 +213,7 @@ static enum status run(struct eval *e) {
 }
 
 enum status cmd_eval(int argc, char **argv) {
-    struct eval_flags f = {.model = {.precision = "fp32", .kernels = "auto"}};
+    struct eval_flags f = {.model = {.precision = "fp32", .device = "cpu", .kernels = "auto"}};
     bool help;
     const struct argument known[] = {
         {"model", ARGUMENT_STRING, &f.model.model, "a model or run directory"},
@@ -221,6 +221,7 @@ enum status cmd_eval(int argc, char **argv) {
         {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "tokens of a window (as trained, else 512)"},
         {"experts", ARGUMENT_SWITCH, &f.experts, "a table of where each block sends each text"},
         {"precision", ARGUMENT_STRING, &f.model.precision, "fp32 or bf16 (fp32)"},
+        {"device", ARGUMENT_STRING, &f.model.device, "what computes: cpu or cuda (cpu)"},
         {"kernels", ARGUMENT_STRING, &f.model.kernels, "instruction set (auto)"},
         {"threads", ARGUMENT_INTEGER, &f.model.threads, "0: one for each processor (0)"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object a line"},

@@ -98,7 +98,7 @@ static enum status load_and_run(const struct generate_flags *flags) {
 }
 
 enum status cmd_generate(int argc, char **argv) {
-    struct generate_flags f = {.model = {.precision = "fp32", .kernels = "auto"}, .max_tokens = 200, .top_p = 0.95,
+    struct generate_flags f = {.model = {.precision = "fp32", .device = "cpu", .kernels = "auto"}, .max_tokens = 200, .top_p = 0.95,
                                .temperature = 0.8, .context_length = 4096};
     bool help;
     const struct argument known[] = {
@@ -111,6 +111,7 @@ enum status cmd_generate(int argc, char **argv) {
         {"seed", ARGUMENT_INTEGER, &f.seed, "the same seed writes the same text (0)"},
         {"context-length", ARGUMENT_INTEGER, &f.context_length, "tokens that prompt and text may have (4096, or the model's)"},
         {"precision", ARGUMENT_STRING, &f.model.precision, "fp32 or bf16 (fp32)"},
+        {"device", ARGUMENT_STRING, &f.model.device, "what computes: cpu or cuda (cpu)"},
         {"kernels", ARGUMENT_STRING, &f.model.kernels, "instruction set (auto)"},
         {"threads", ARGUMENT_INTEGER, &f.model.threads, "0: one for each processor (0)"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object instead of the text"},

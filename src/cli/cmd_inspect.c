@@ -14,9 +14,9 @@
 #include <stdlib.h>
 
 struct inspect_flags {
-    const char *directory, *preset;
+    const char *directory, *preset, *device;
     bool presets, json, verify, tensors;
-    const char *pairs[2 * ARGUMENT_PAIRS_MAX + 2];
+    const char *pairs[2 * ARGUMENT_PAIRS_MAX + 4];
     int pair_count;
 };
 
@@ -26,6 +26,7 @@ struct cost {
     double operations_per_token;
     struct model_memory model;
     struct workspace_memory kept, recomputed;
+    bool on_host; /* or on a device */
 };
 
 static enum status price(const struct run_config *c, struct cost *cost) {
@@ -35,14 +36,16 @@ static enum status price(const struct run_config *c, struct cost *cost) {
     parameter_table_release(&table);
     cost->operations_per_token = model_train_operations_per_token(&c->model, c->train.sequence_length);
     enum dtype compute = run_config_compute(c);
-    const struct kernel_ops *ops;
-    TRY(kernels_choose(c->run.kernels, &ops));
-    struct model_options options = {ops, device_cpu(), compute, DTYPE_F32, c->train.sequence_length, true, sharding_single()};
+    struct run_backend backend;
+    TRY(run_config_backend(c, &backend));
+    cost->on_host = backend.device == device_cpu();
+    struct model_options options = {backend.ops, backend.device, compute, DTYPE_F32, c->train.sequence_length, true,
+                                    sharding_single()};
     TRY(model_plan(&c->model, options, &cost->model));
     struct workspace_options workspace = {c->train.micro_batch_sequences, c->train.sequence_length, true, false};
-    TRY(workspace_plan_config(&c->model, compute, workspace, &cost->kept));
+    TRY(workspace_plan_config(&c->model, backend.ops, compute, workspace, &cost->kept));
     workspace.recompute = true;
-    return workspace_plan_config(&c->model, compute, workspace, &cost->recomputed);
+    return workspace_plan_config(&c->model, backend.ops, compute, workspace, &cost->recomputed);
 }
 
 /* What an asynchronous save copies: weights and moments. */
@@ -50,9 +53,11 @@ static double copy_bytes(const struct run_config *c, const struct cost *cost) {
     return c->checkpoint.mode == CHECKPOINT_MODE_ASYNC ? (double)(cost->model.weights + cost->model.moments) : 0;
 }
 
+/* Of the memory that tensors are in: a device's own holds nothing else. */
 static double total_bytes(const struct run_config *c, const struct cost *cost) {
     const struct workspace_memory *w = c->train.recompute == RECOMPUTE_BLOCK ? &cost->recomputed : &cost->kept;
-    return (double)(cost->model.total + w->total + TRAIN_PROCESS_BYTES) + copy_bytes(c, cost);
+    double tensors = (double)(cost->model.total + w->total);
+    return cost->on_host ? tensors + TRAIN_PROCESS_BYTES + copy_bytes(c, cost) : tensors;
 }
 
 static void print_cost_json(const struct run_config *c, const struct cost *k) {
@@ -111,7 +116,7 @@ static void print_cost(const struct run_config *c, const struct cost *k) {
     print_line("scratch", (double)k->kept.scratch, "");
     print_line("saving", copy_bytes(c, k), "a copy to write checkpoints from while training goes on");
     print_line("process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
-    print_line("total", total_bytes(c, k), "");
+    print_line("total", total_bytes(c, k), k->on_host ? "" : "on the device; saving and process are the host's");
 }
 
 static enum status inspect_preset(struct inspect_flags *f) {
@@ -119,6 +124,10 @@ static enum status inspect_preset(struct inspect_flags *f) {
     struct cost cost;
     f->pairs[2 * f->pair_count] = "model.preset";
     f->pairs[2 * f->pair_count++ + 1] = f->preset;
+    if (f->device) {
+        f->pairs[2 * f->pair_count] = "run.device";
+        f->pairs[2 * f->pair_count++ + 1] = f->device;
+    }
     TRY(run_config_resolve(&config, NULL, f->pairs, f->pair_count));
     if (config.model.vocab_size == 0)
         config.model.vocab_size = config.data.vocab_size;
@@ -191,6 +200,7 @@ enum status cmd_inspect(int argc, char **argv) {
     const struct argument known[] = {
         {"preset", ARGUMENT_STRING, &f.preset, "what a named model is and takes; with --section.key VALUE to change it"},
         {"presets", ARGUMENT_SWITCH, &f.presets, "the names there are"},
+        {"device", ARGUMENT_STRING, &f.device, "what a named model would be trained on: cpu or cuda (cpu)"},
         {"verify", ARGUMENT_SWITCH, &f.verify, "read every byte of a checkpoint, or of all that a run has, and check it"},
         {"tensors", ARGUMENT_SWITCH, &f.tensors, "list the tensors of a checkpoint and where they lie"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object, or one a line for each checkpoint"},

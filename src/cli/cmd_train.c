@@ -76,20 +76,22 @@ static void print_command(int argc, char **argv) {
 }
 
 static void print_summary(const struct train_summary *s) {
-    char time[32], tokens[32], peak[32], planned[32];
+    char time[32], tokens[32], peak[32], planned[32], device[32];
     log_info("trained %s tokens in %s at %.0f tokens/s, %.0f%% of this machine's roof; peak memory %s, planned %s",
              text_count(tokens, s->tokens), progress_duration(time, s->seconds), s->tokens_per_s, 100 * s->roof_share,
              text_bytes(peak, s->peak_bytes), text_bytes(planned, s->planned_bytes));
+    if (s->device_bytes > 0)
+        log_info("%s of tensors and scratch on the device", text_bytes(device, s->device_bytes));
     if (isfinite(s->valid_bits_per_byte))
         log_info("held out: loss %.4f nats a token, %.4f bits per byte", s->valid_loss, s->valid_bits_per_byte);
 }
 
 static void print_json(const struct run_config *config, const struct train_summary *s) {
-    json_t *object = json_pack("{s:s,s:I,s:I,s:I,s:f,s:f,s:f,s:f,s:f}", "directory", config->run.directory, "step",
+    json_t *object = json_pack("{s:s,s:I,s:I,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:s}", "directory", config->run.directory, "step",
                                (json_int_t)s->step, "steps", (json_int_t)s->step_count, "tokens",
                                (json_int_t)s->tokens, "seconds", s->seconds, "tokens_per_s", s->tokens_per_s,
                                "roof_share", s->roof_share, "peak_bytes", s->peak_bytes, "planned_bytes",
-                               s->planned_bytes);
+                               s->planned_bytes, "device_bytes", s->device_bytes, "device", config->run.device);
     json_object_set_new(object, "valid_loss", metrics_number(s->valid_loss));
     json_object_set_new(object, "valid_bits_per_byte", metrics_number(s->valid_bits_per_byte));
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);
@@ -141,7 +143,7 @@ static void print_help(const struct argument *known, int count) {
 
 /* What the words of the command ask for; with --help it is printed by rank 0. */
 static enum status read_call(struct train_call *call, const struct comm *world) {
-    const char *config_path = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX];
+    const char *config_path = NULL, *device = NULL, *pairs[2 * ARGUMENT_PAIRS_MAX + 2];
     bool help, quiet = false, verbose = false, dry = false;
     int pair_count = 0;
     const struct argument known[] = {
@@ -150,8 +152,10 @@ static enum status read_call(struct train_call *call, const struct comm *world) 
         {"ranks", ARGUMENT_INTEGER, &call->rank_count, "of --dry-run: as if so many ranks had been started"},
         {"quiet", ARGUMENT_SWITCH, &quiet, "only warnings and errors"},
         {"verbose", ARGUMENT_SWITCH, &verbose, "more lines"},
+        {"device", ARGUMENT_STRING, &device, "what computes: cpu or cuda (run.device)"},
         {"profile", ARGUMENT_SWITCH, &call->profile,
-         "time every kind of event: a table at the end, the last steps in trace.json for chrome://tracing"},
+         "time every kind of event: a table at the end, the last steps in trace.json for chrome://tracing; on a device "
+         "that makes steps slower: it is waited for after each event"},
         {"max-minutes", ARGUMENT_NUMBER, &call->max_minutes,
          "save and leave after so long, as after a signal; the same command goes on"},
         {"json", ARGUMENT_SWITCH, &call->json, "how the run ended as one JSON object, instead of its directory"},
@@ -167,6 +171,10 @@ static enum status read_call(struct train_call *call, const struct comm *world) 
     if (call->max_minutes < 0)
         return status_fail(STATUS_USAGE, "--max-minutes is at least 0, not %g", call->max_minutes);
     log_set_level(quiet ? LOG_QUIET : verbose ? LOG_VERBOSE : LOG_NORMAL);
+    if (device) {
+        pairs[2 * pair_count] = "run.device";
+        pairs[2 * pair_count++ + 1] = device;
+    }
     return run_config_resolve(&call->config, config_path, pairs, pair_count);
 }
 

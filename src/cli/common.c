@@ -18,7 +18,8 @@ enum status common_load(const struct model_flags *flags, int64_t position_count,
     if (!flags->model)
         return status_fail(STATUS_USAGE, "--model DIR is missing");
     TRY(parse_precision(flags->precision, &options.compute));
-    TRY(kernels_choose(flags->kernels, &options.ops));
+    TRY(device_choose(flags->device, &options.device));
+    TRY(kernels_choose_for(options.device, flags->kernels, &options.ops));
     threads_set_count((int)flags->threads);
     return model_load(flags->model, options, out);
 }

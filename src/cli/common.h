@@ -1,10 +1,10 @@
-/* What several verbs share: opening a model with the flags --precision, --kernels and --threads. */
+/* What several verbs share: opening a model with the flags --precision, --device, --kernels and --threads. */
 #pragma once
 
 #include "infer/load.h"
 
 struct model_flags {
-    const char *model, *precision, *kernels;
+    const char *model, *precision, *device, *kernels;
     int64_t threads;
 };
 

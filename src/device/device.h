@@ -19,9 +19,18 @@ struct device {
     void (*release)(void *data, size_t bytes);
     void (*copy_to_host)(void *host, const void *data, size_t bytes);
     void (*copy_from_host)(void *data, const void *host, size_t bytes);
+    /* Waits until all that was asked of it is done; what went wrong in between ends the program with one line. */
+    void (*finish)(void);
 };
 
 const struct device *device_cpu(void);
+
+/* "cpu", or "cuda": the first CUDA device that the system shows (CUDA_VISIBLE_DEVICES). Fails with STATUS_USAGE where the
+ * program was built without CUDA and where the machine has no such device. */
+enum status device_choose(const char *name, const struct device **out) MUST_USE;
+
+/* What it is: "NVIDIA H100 80GB HBM3", or "cpu". */
+const char *device_describe(const struct device *device);
 
 struct arena {
     const struct device *device; /* NULL: counts only, hands out NULL */

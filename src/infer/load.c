@@ -115,8 +115,9 @@ static enum status load_parts(struct load_options options, struct loaded_model *
     int64_t positions = config.max_position_embeddings;
     if (options.position_count > 0 && options.position_count < positions)
         positions = options.position_count;
-    struct model_options model_options = {options.ops, device_cpu(), options.compute,   DTYPE_F32,
-                                          positions,   false,        sharding_single()};
+    const struct device *device = options.device ? options.device : device_cpu();
+    struct model_options model_options = {options.ops, device, options.compute,   DTYPE_F32,
+                                          positions,   false,  sharding_single()};
     TRY(model_create(&config, model_options, &out->model));
     if (config.num_experts > 0)
         log_verbose("routing softmax over %lld experts, top %lld%s", (long long)config.num_experts,

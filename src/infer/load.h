@@ -6,6 +6,7 @@
 
 struct load_options {
     const struct kernel_ops *ops;
+    const struct device *device; /* NULL: the processor */
     enum dtype compute;     /* DTYPE_F32 or DTYPE_BF16 */
     int64_t position_count; /* longest sequence to be run; at most the model's */
 };

@@ -1,10 +1,12 @@
 /* The table of operations on tensors: the only place where tensor data is touched.
  *
  * A backend fills the table with ref/ first (plain C, double arithmetic, any dtype: the specification) and overrides
- * what it does faster, so every fast kernel has a reference twin that kernels_test.c compares it with.
+ * what it does faster, so every fast kernel has a reference twin that kernels_test.c compares it with. A backend of a device
+ * takes nothing from ref/: it has all operations, on memory of its own that nobody else may follow a pointer into.
  *
  * What holds for every operation:
- *  1. It is deterministic: the same operands give the same bits for any number of threads.
+ *  1. It is deterministic: the same operands give the same bits for any number of threads. For a backend of a device the same
+ *     operands are those at addresses of the same alignment to 16 bytes; tensors of an arena have it always.
  *  2. It allocates no tensor memory. Scratch that a backend needs is its own, grows seldom and is counted
  *     (kernels_scratch_bytes).
  *  3. Outputs may hold anything before, NaN included, unless the comment says += .
@@ -102,8 +104,17 @@ struct outer_settings {
     double lr, momentum;
 };
 
+/* One product of a sum of them, see product_backward_inputs. */
+struct product_term {
+    struct tensor dy;
+    struct packed w;
+};
+enum { PRODUCT_TERMS_MAX = 3 };
+
 struct kernel_ops {
     const char *name;
+    bool gemm_mixes_dtypes;  /* gemm takes operands of two dtypes */
+    int64_t logits_elements; /* of a chunk of logits that keeps the backend busy; 0: as a processor's caches have it */
 
     /* ---- products ---------------------------------------------------------------------------------------------- */
 
@@ -133,6 +144,24 @@ struct kernel_ops {
     void (*product_backward_weight)(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
                                     struct tensor offsets, struct tensor dw);
 
+    /* Several of these at once; NULL where a backend has nothing better than one after the other.
+     *
+     * product_swiglu_forward: gate, up [N,F] = x[rows] gate_e^T, x[rows] up_e^T;  act [N,F] = what swiglu_forward makes of
+     * them and row_weight (real [N] or none). All of x's dtype; act none: gate and up alone.
+     * product_swiglu_backward: with dact [N,F] = dy[rows] w_e, the gradient of that act: act = again, gate and up = their
+     * gradients, drow_weight [N] = (none when row_weight is none). dact [N,F], of dy's dtype, is scratch.
+     * product_forward_onto: y [S,O] = base + x w^T, dense; base and y real.
+     * product_backward_inputs: dx [N,I] = sum over the terms of dy_t w_t, or +=; 1 to PRODUCT_TERMS_MAX terms. */
+    void (*product_swiglu_forward)(struct tensor x, struct tensor rows, struct tensor offsets, struct packed gate_weight,
+                                   struct packed up_weight, struct tensor row_weight, struct tensor gate, struct tensor up,
+                                   struct tensor act);
+    void (*product_swiglu_backward)(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
+                                    struct tensor gate, struct tensor up, struct tensor row_weight, struct tensor act,
+                                    struct tensor dact, struct tensor drow_weight);
+    void (*product_forward_onto)(struct tensor x, struct packed w, struct tensor base, struct tensor y);
+    void (*product_backward_inputs)(const struct product_term *terms, int term_count, struct tensor offsets, struct tensor dx,
+                                    bool accumulate);
+
     /* ---- simple -------------------------------------------------------------------------------------------------- */
 
     void (*fill)(struct tensor t, double value);
@@ -158,6 +187,9 @@ struct kernel_ops {
      * dtype. */
     void (*rmsnorm_backward)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
                              struct tensor dx, bool accumulate, struct tensor dweight);
+    /* The same, dx real, and dx_cast [R,D], float, = dx; NULL where a backend has nothing better than a cast behind it. */
+    void (*rmsnorm_backward_cast)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
+                                  struct tensor dx, bool accumulate, struct tensor dweight, struct tensor dx_cast);
 
     /* Per-head RMS norm, then rotary position (half-split: pair j is elements j and j + P/2).
      * x, y [S, heads*P] float; weight [P] real; table real [positions, P]: P/2 cosines, then P/2 sines; rstd
@@ -203,6 +235,9 @@ struct kernel_ops {
     /* y [S,D] = (or +=) sum over k, in order, of rows[slot_row[s,k]], without those that are negative; rows [N,D] float, y
      * float. */
     void (*combine_rows)(struct tensor rows, struct tensor slot_row, struct tensor y, bool accumulate);
+    /* y [S,D] = base + the same sum; base and y float of one dtype. NULL where a backend has nothing better than a cast of base
+     * before combine_rows. */
+    void (*combine_rows_onto)(struct tensor rows, struct tensor slot_row, struct tensor base, struct tensor y);
 
     /* ---- routing to other ranks ---------------------------------------------------------------------------------- */
 
@@ -287,6 +322,11 @@ const char *const *kernels_available(void);
 
 /* True when products of bf16 run faster than those of f32 on this processor. */
 bool kernels_prefer_bf16(void);
+
+/* The same for tensors of a device: of the processor as kernels_choose says; of CUDA devices "auto" or "cuda". */
+struct device;
+enum status kernels_choose_for(const struct device *device, const char *name, const struct kernel_ops **out) MUST_USE;
+bool kernels_device_prefers_bf16(const struct device *device);
 
 /* Bytes of scratch that the backends hold now. */
 size_t kernels_scratch_bytes(void);

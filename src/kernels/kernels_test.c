@@ -44,6 +44,73 @@ static void test_gemm(void **state) {
     expect_no_failures();
 }
 
+/* Two dtypes only where a backend takes them. */
+static void make_narrow(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    bool widen = t[0].dtype != t[1].dtype && !ops->gemm_mixes_dtypes;
+    struct tensor a = widen ? test_copy(t[0], real_of[t[0].dtype]) : t[0], b = widen ? test_copy(t[1], real_of[t[1].dtype]) : t[1];
+    ops->gemm(a, call->transpose_a, b, call->transpose_b, t[2], call->accumulate);
+}
+
+/* One side is that of the experts: what a router multiplies. form: as in case_gemm, without the bit of accumulate. */
+struct narrow {
+    int form;
+    int64_t m, n, k;
+    enum dtype a, b, c;
+};
+static const struct narrow narrow_products[] = {
+    {2, 515, 8, 256, DTYPE_BF16, DTYPE_F32, DTYPE_F32},  {2, 601, 13, 2056, DTYPE_BF16, DTYPE_F32, DTYPE_F32},
+    {2, 512, 1, 520, DTYPE_F32, DTYPE_F32, DTYPE_F32},   {2, 514, 65, 264, DTYPE_BF16, DTYPE_BF16, DTYPE_BF16},
+    {1, 8, 264, 700, DTYPE_F32, DTYPE_BF16, DTYPE_F32},  {1, 13, 1032, 515, DTYPE_F32, DTYPE_BF16, DTYPE_F32},
+    {1, 1, 256, 3001, DTYPE_F32, DTYPE_F32, DTYPE_F32},  {1, 64, 256, 1100, DTYPE_BF16, DTYPE_BF16, DTYPE_F32},
+    {0, 515, 264, 8, DTYPE_F32, DTYPE_F32, DTYPE_F32},   {0, 520, 520, 131, DTYPE_F32, DTYPE_F32, DTYPE_F32},
+    {0, 513, 1032, 1, DTYPE_BF16, DTYPE_F32, DTYPE_F32}, {0, 512, 256, 64, DTYPE_BF16, DTYPE_BF16, DTYPE_F32},
+};
+enum { NARROW_PRODUCTS = sizeof narrow_products / sizeof *narrow_products, PLACES = 5 };
+
+static void case_narrow(const struct narrow *p, bool accumulate) {
+    struct call call = {.operation = "gemm",
+                        .label = "narrow",
+                        .make = make_narrow,
+                        .transpose_a = p->form & 1,
+                        .transpose_b = p->form & 2,
+                        .accumulate = accumulate,
+                        .magnitude = sqrt((double)p->k)};
+    add_in(&call, "a", test_random(p->form & 1 ? make_2d(p->a, p->k, p->m) : make_2d(p->a, p->m, p->k), 1));
+    add_in(&call, "b", test_random(p->form & 2 ? make_2d(p->b, p->n, p->k) : make_2d(p->b, p->k, p->n), 1));
+    add_out_or_sum(&call, "c", make_2d(p->c, p->m, p->n), 1);
+    run(&call);
+}
+
+/* On a device, too, where operands lie does not change what comes out. */
+static void expect_same_at_all_places(const struct kernel_ops *ops, const struct narrow *p) {
+    struct tensor a = test_random(p->form & 1 ? make_2d(p->a, p->k, p->m) : make_2d(p->a, p->m, p->k), 1);
+    struct tensor b = test_random(p->form & 2 ? make_2d(p->b, p->n, p->k) : make_2d(p->b, p->k, p->n), 1), first;
+    for (int place = 0; place < PLACES; place++) {
+        test_seed = (uint64_t)(PLACES * place + place); /* all three at the same distance from 16 bytes */
+        struct tensor left = test_copy(a, a.dtype), right, c;
+        test_seed = (uint64_t)(PLACES * place + place);
+        right = test_copy(b, b.dtype);
+        test_seed = (uint64_t)(PLACES * place + place);
+        c = test_tensor(make_2d(p->c, p->m, p->n));
+        ops->gemm(left, p->form & 1, right, p->form & 2, c, false);
+        if (place == 0)
+            first = c;
+        assert_true(same_bytes(first, c));
+    }
+    test_release();
+}
+
+static void test_narrow_gemm(void **state) {
+    (void)state;
+    for (int i = 0; i < NARROW_PRODUCTS; i++)
+        for (int accumulate = 0; accumulate < 2; accumulate++)
+            case_narrow(&narrow_products[i], accumulate);
+    for (int b = 0; b < backend_count; b++)
+        for (int i = 0; i < NARROW_PRODUCTS && test_is_cuda(backends[b]); i += 2)
+            expect_same_at_all_places(backends[b], &narrow_products[i]);
+    expect_no_failures();
+}
+
 /* E (0: dense, no offsets), N, O, I */
 struct groups {
     int64_t experts, rows, out, in;
@@ -117,6 +184,35 @@ static void case_grouped_weight(struct groups g, enum test_spread spread, bool d
     add_sum(&call, "dw", test_random(g.experts > 0 ? make_3d(real_of[dtype], g.experts, g.out, g.in)
                                                    : make_2d(real_of[dtype], g.out, g.in), 1));
     run(&call);
+}
+
+static void make_product_onto(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    struct packed w = test_packed(ops, t[1], false);
+    (void)call;
+    if (ops->product_forward_onto) {
+        ops->product_forward_onto(t[0], w, t[2], t[3]);
+        return;
+    }
+    ops->cast(t[2], t[3]);
+    ops->product_forward(t[0], tensor_none(), tensor_none(), w, t[3], true);
+}
+
+static void test_product_onto(void **state) {
+    (void)state;
+    for (int i = 0; i < GROUP_SHAPES; i++)
+        for (int d = 0; d < FLOAT_DTYPES; d++) {
+            struct groups g = group_shapes[i];
+            struct call call = {.operation = "product_forward_onto",
+                                .label = "dense",
+                                .make = make_product_onto,
+                                .magnitude = sqrt((double)g.in)};
+            add_in(&call, "x", test_random(make_2d(float_dtypes[d], g.rows, g.in), 1));
+            add_in(&call, "w", test_random(make_2d(float_dtypes[d], g.out, g.in), 1));
+            add_in(&call, "base", test_random(make_2d(real_of[float_dtypes[d]], g.rows, g.out), 1));
+            add_out(&call, "y", make_2d(real_of[float_dtypes[d]], g.rows, g.out));
+            run(&call);
+        }
+    expect_no_failures();
 }
 
 static void test_product_forward(void **state) {
@@ -223,25 +319,27 @@ static void test_simple(void **state) {
  * infinity reaches sum_squares. */
 static void test_special_numbers(void **state) {
     (void)state;
-    uint32_t bits[70];
-    uint16_t rounded[70];
+    struct tensor x = test_tensor(make_1d(DTYPE_F32, 70)), y = test_tensor(make_1d(DTYPE_BF16, 70));
+    struct tensor sum = test_tensor(make_1d(DTYPE_F64, 1));
+    uint32_t *bits = x.data;
+    const uint16_t *rounded = y.data;
     for (uint32_t i = 0; i < 70; i++)
         bits[i] = 0x3F800000u + i * 0x4000u; /* quarters of a bf16 step: ties among them */
     bits[3] = 0x7F800000u, bits[20] = 0xFF800000u, bits[35] = 0x7FC00001u, bits[68] = 0x7F7FFFFFu;
-    struct tensor x = tensor_1d(bits, DTYPE_F32, 70), y = tensor_1d(rounded, DTYPE_BF16, 70);
     for (int b = 0; b < backend_count; b++) {
-        double sum = 0;
         backends[b]->cast(x, y);
         for (int64_t i = 0; i < 70; i++) {
             uint16_t expected = float_to_bf16((float)test_get(x, i));
             assert_true(i == 35 ? isnan(test_get(y, i)) : rounded[i] == expected);
         }
-        backends[b]->sum_squares(x, tensor_1d(&sum, DTYPE_F64, 1));
-        assert_true(isnan(sum));
-        sum = 0;
-        backends[b]->sum_squares(tensor_rows(x, 0, 33), tensor_1d(&sum, DTYPE_F64, 1));
-        assert_true(isinf(sum));
+        test_set(sum, 0, 0);
+        backends[b]->sum_squares(x, sum);
+        assert_true(isnan(test_get(sum, 0)));
+        test_set(sum, 0, 0);
+        backends[b]->sum_squares(tensor_rows(x, 0, 33), sum);
+        assert_true(isinf(test_get(sum, 0)));
     }
+    test_release();
 }
 
 /* Names that no processor has are refused, with a message. */
@@ -263,6 +361,8 @@ int main(void) {
         cmocka_unit_test(test_product_backward_weight),
         cmocka_unit_test(test_simple),
         cmocka_unit_test(test_special_numbers),
+        cmocka_unit_test(test_narrow_gemm),
+        cmocka_unit_test(test_product_onto),
     };
     return cmocka_run_group_tests(tests, find_backends, summarize);
 }

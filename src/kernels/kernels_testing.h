@@ -1,15 +1,19 @@
-/* What the kernel tests share: tensors between guard bytes, numbers of several kinds, ragged groups.
+/* What the kernel tests share: the backends, tensors between guard bytes, numbers of several kinds, ragged groups.
  *
- * All memory comes from one pool of the test program; test_release gives everything back at once.
+ * All memory comes from one pool of the test program; test_release gives everything back at once. Where there is a CUDA
+ * device it is memory that the device reaches, too, and every launch is done when it returns, so that a test sees a backend
+ * of the device as it sees those of the processor. Tensors on a test's stack are for the processor only.
  */
 #pragma once
 
 #include "base/memory.h"
 #include "base/random.h"
+#include "device/cuda/device_cuda.h"
 #include "kernels/kernels.h"
 #include "tensor/tensor_testing.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,6 +23,78 @@
 
 enum { TEST_GUARD_BYTES = 64, TEST_POISON = 0xFF }; /* 0xFF.. is NaN in every float dtype */
 
+/* ---- backends ---- */
+
+/* Of the environment, a list with commas; without it all. */
+static inline bool test_wants(const char *name) {
+    const char *wanted = getenv("CADRE_TEST_BACKENDS");
+    if (!wanted || !*wanted)
+        return true;
+    size_t length = strlen(name);
+    for (const char *at = wanted; (at = strstr(at, name)) != NULL; at += length)
+        if ((at == wanted || at[-1] == ',') && (at[length] == 0 || at[length] == ','))
+            return true;
+    return false;
+}
+
+/* The CUDA device, or NULL: not in this build, or not on this machine. */
+static inline const struct device *test_cuda(void) {
+    static const struct device *device;
+    static bool asked;
+    if (!asked) {
+        setenv("CUDA_LAUNCH_BLOCKING", "1", 1);
+        if (device_choose("cuda", &device) != STATUS_OK)
+            device = NULL;
+    }
+    asked = true;
+    return device;
+}
+
+static inline bool test_is_cuda(const struct kernel_ops *ops) {
+    return strncmp(ops->name, "cuda", 4) == 0;
+}
+
+/* Every backend that runs here and is wanted, NULL at the end. */
+static inline const struct kernel_ops *const *test_backends(void) {
+    enum { MOST = 16 };
+    static const struct kernel_ops *list[MOST + 1];
+    int count = 0;
+    for (const char *const *name = kernels_available(); *name; name++)
+        if (test_wants(*name) && count < MOST && kernels_choose(*name, &list[count]) == STATUS_OK)
+            count++;
+    if (test_cuda() && test_wants("cuda") && count < MOST && kernels_choose_for(test_cuda(), "cuda", &list[count]) == STATUS_OK)
+        count++;
+    list[count] = NULL;
+    if (count == 0) { /* not a test that passes */
+        fprintf(stderr, "no backend that CADRE_TEST_BACKENDS names runs here; %s\n", status_text());
+        exit(1);
+    }
+    return list;
+}
+
+/* How often a case is run: with every number of threads, or twice where there are none; on the slow model mostly once. The bits
+ * are the same each time. Ask once a case. */
+static inline int test_repetitions(const struct kernel_ops *ops, int threads_max) {
+#ifdef CADRE_CUDA_MODEL
+    static int cases;
+    if (test_is_cuda(ops))
+        return cases++ % 4 == 0 ? 2 : 1;
+#endif
+    return test_is_cuda(ops) ? 2 : threads_max;
+}
+
+/* Of many cases that are alike, whether the backend gets this one: the model of a device is slow and gets every third. */
+static inline bool test_takes(const struct kernel_ops *ops, int64_t number) {
+    return strcmp(ops->name, "cudamodel") != 0 || number % 3 == 0;
+}
+
+/* Of a device, f64 is for sums only. */
+static inline bool test_knows(const struct kernel_ops *ops, enum dtype dtype) {
+    return dtype != DTYPE_F64 || !test_is_cuda(ops);
+}
+
+/* ---- tensors ---- */
+
 struct test_block {
     struct test_block *next;
     unsigned char *memory;
@@ -27,6 +103,42 @@ struct test_block {
 
 static struct test_block *test_blocks;
 static uint64_t test_seed; /* grows with every tensor, so that no two are alike */
+
+/* Memory that all backends reach, zeroed or not. From the device's in pieces that are never given back, else by malloc. */
+enum { TEST_PIECES = 64, TEST_PIECE_BYTES = 64 << 20 };
+static struct test_piece {
+    char *base;
+    size_t size, used;
+} test_pieces[TEST_PIECES];
+
+static inline bool test_memory_is_pool(void) {
+#ifdef CADRE_CUDA
+    return test_cuda() != NULL;
+#else
+    return false; /* the model reaches all memory */
+#endif
+}
+
+static inline void *test_memory(size_t bytes) {
+    if (!test_memory_is_pool())
+        return memory_must(bytes, 1);
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+    bytes = (bytes + 255) / 256 * 256;
+    for (struct test_piece *piece = test_pieces; piece < test_pieces + TEST_PIECES; piece++) {
+        if (!piece->base) {
+            piece->size = bytes > TEST_PIECE_BYTES ? bytes : TEST_PIECE_BYTES;
+            piece->base = device_cuda_host_memory(piece->size);
+            CHECK(piece->base != NULL);
+        }
+        if (piece->size - piece->used < bytes)
+            continue;
+        piece->used += bytes;
+        return piece->base + piece->used - bytes;
+    }
+#endif
+    CHECK(!"memory for tests");
+    return NULL;
+}
 
 /* 0xFFF5.. , a NaN in every float dtype: who reads beyond an operand does not stay unseen either. */
 static inline unsigned char test_guard_byte(size_t i) {
@@ -55,7 +167,7 @@ static inline struct tensor test_tensor(struct tensor like) {
     block->bytes = tensor_bytes(like);
     block->before = TEST_GUARD_BYTES + test_seed++ % 5 * dtype_size(like.dtype);
     size_t all_bytes = block->before + block->bytes + TEST_GUARD_BYTES;
-    block->memory = memory_must(all_bytes, 1);
+    block->memory = test_memory(all_bytes);
     for (size_t i = 0; i < all_bytes; i++)
         block->memory[i] = test_guard_byte(i);
     memset(block->memory + block->before, TEST_POISON, block->bytes);
@@ -90,15 +202,26 @@ static inline void test_release(void) {
         struct test_block *block = test_blocks;
         test_blocks = block->next;
         test_close_guards(block, false);
-        free(block->memory);
+        if (!test_memory_is_pool())
+            free(block->memory);
         free(block);
     }
+    for (struct test_piece *piece = test_pieces; piece < test_pieces + TEST_PIECES; piece++)
+        piece->used = 0;
 }
 
 static inline struct tensor test_filled(struct tensor like, double value) {
     struct tensor t = test_tensor(like);
     for (int64_t i = 0; i < tensor_elements(t); i++)
         test_set(t, i, value);
+    return t;
+}
+
+/* These numbers. */
+static inline struct tensor test_numbers(const void *numbers, enum dtype dtype, int64_t count) {
+    struct tensor t = test_tensor(tensor_1d(NULL, dtype, count));
+    if (count > 0)
+        memcpy(t.data, numbers, tensor_bytes(t));
     return t;
 }
 

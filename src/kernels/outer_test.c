@@ -55,10 +55,8 @@ static struct tensor through_ref(enum outer_format format, struct tensor d) {
 }
 
 static void for_every_backend(void (*test)(const struct kernel_ops *ops)) {
-    for (const char *const *name = kernels_available(); *name; name++) {
-        const struct kernel_ops *ops;
-        assert_int_equal(kernels_choose(*name, &ops), STATUS_OK);
-        test(ops);
+    for (const struct kernel_ops *const *ops = test_backends(); *ops; ops++) {
+        test(*ops);
         test_release();
     }
 }
@@ -240,11 +238,10 @@ static void test_error_bounds(void **state) {
 /* `count` numbers of which `refused` may not travel: they are counted, and nothing else suffers. */
 static void check_refused_numbers(const struct kernel_ops *ops, enum outer_format format, const float *g,
                                   const float *l, int64_t count, int refused) {
-    float back[OUTER_BLOCK];
     uint8_t *wire = take_wire(format, count);
-    struct tensor stats = zeros(DTYPE_F64, OUTER_STATS), to = tensor_1d(back, DTYPE_F32, count);
-    ops->outer_encode(tensor_1d((void *)g, DTYPE_F32, count), tensor_1d((void *)l, DTYPE_F32, count), format, wire,
-                      stats);
+    struct tensor stats = zeros(DTYPE_F64, OUTER_STATS), to = f32s(count);
+    const float *back = to.data;
+    ops->outer_encode(test_numbers(g, DTYPE_F32, count), test_numbers(l, DTYPE_F32, count), format, wire, stats);
     ops->outer_decode_add(wire, format, to, false);
     assert_true(stat(stats, OUTER_REFUSED) == refused && isfinite(stat(stats, OUTER_SQUARES)));
     for (int64_t i = 0; i < count; i++) {
@@ -366,7 +363,7 @@ static void check_codec(const struct kernel_ops *ops, enum outer_format format, 
     uint8_t *other = take_wire(format, n);
     kernels_ref()->outer_encode(before, global, format, other, zeros(DTYPE_F64, OUTER_STATS));
     struct codec_results expected = run_codec(kernels_ref(), format, global, local, before, other), first = expected;
-    for (int threads = 1; threads <= THREADS_MAX; threads++) {
+    for (int threads = 1, most = test_repetitions(ops, THREADS_MAX); threads <= most; threads++) {
         threads_set_count(threads);
         struct codec_results found = run_codec(ops, format, global, local, before, other);
         assert_true(same_bytes(found.wire, expected.wire, format, n));
@@ -388,10 +385,12 @@ static void check_codec(const struct kernel_ops *ops, enum outer_format format, 
 static void check_every_codec(const struct kernel_ops *ops) {
     static const int64_t sizes[] = {0,  1,  2,  15, 16,   17,       31,   32,       33,
                                     63, 64, 65, 95, 1000, TASK - 1, TASK, TASK + 1, 3 * TASK + 45};
+    int64_t number = 0;
     for (size_t s = 0; s < COUNT(sizes); s++)
         for (int format = 0; format < OUTER_FORMATS; format++)
             for (int kind = 0; kind<KINDS; kind += sizes[s]> 1000 ? ANY_BITS : 1) /* many: the first and the last */
-                check_codec(ops, (enum outer_format)format, (enum kind)kind, sizes[s]);
+                if (test_takes(ops, number++))
+                    check_codec(ops, (enum outer_format)format, (enum kind)kind, sizes[s]);
 }
 
 static void test_codec_of_every_backend(void **state) {
@@ -438,11 +437,13 @@ static void test_rank_order(void **state) {
 
 /* A few numbers by hand, exact in f32: M 2, lr 0.5, mu 0.5; then a quarter kept. */
 static void check_update_by_hand(const struct kernel_ops *ops) {
-    float sum[] = {4, -8}, global[] = {1, 2}, momentum[] = {2, 0}, local[] = {4, 0};
-    struct outer_settings settings = {2, 0.5, 0.5};
-    ops->outer_update(tensor_1d(sum, DTYPE_F32, 2), settings, tensor_1d(global, DTYPE_F32, 2),
-                      tensor_1d(momentum, DTYPE_F32, 2));
-    ops->outer_mix(tensor_1d(global, DTYPE_F32, 2), 0.25, tensor_1d(local, DTYPE_F32, 2));
+    static const float start[][2] = {{4, -8}, {1, 2}, {2, 0}, {4, 0}};
+    struct tensor t[4];
+    for (int i = 0; i < 4; i++)
+        t[i] = test_numbers(start[i], DTYPE_F32, 2);
+    const float *global = t[1].data, *momentum = t[2].data, *local = t[3].data;
+    ops->outer_update(t[0], (struct outer_settings){2, 0.5, 0.5}, t[1], t[2]);
+    ops->outer_mix(t[1], 0.25, t[3]);
     assert_true(momentum[0] == 3 && momentum[1] == -4);
     assert_true(global[0] == 1 - 0.5f * (2 + 1.5f) && global[1] == 2 + 0.5f * (4 + 2));
     assert_true(local[0] == 1 + 0.75f * global[0] && local[1] == 0.75f * global[1]);
@@ -495,7 +496,7 @@ static void check_update(const struct kernel_ops *ops, int64_t n, struct outer_s
     }
     kernels_ref()->outer_update(sum, settings, expected[0], expected[1]);
     kernels_ref()->outer_mix(expected[0], keep, expected[2]);
-    for (int threads = 1; threads <= THREADS_MAX; threads++) {
+    for (int threads = 1, most = test_repetitions(ops, THREADS_MAX); threads <= most; threads++) {
         threads_set_count(threads);
         for (int i = 0; i < 3; i++)
             found[i] = test_copy(start[i], DTYPE_F32);

@@ -122,8 +122,9 @@ static enum status dispatch_round(const struct model *m, struct workspace *w, in
 }
 
 static enum status combine_round(const struct model *m, struct workspace *w, int block, int round) {
-    struct exchange_call call = exchange_call(m, &w->blocks[block]);
-    return w->exchange->combine(w->exchange_self, &call, round, w->expert.results, w->x[block + 1]);
+    struct block_saved *saved = &w->blocks[block];
+    struct exchange_call call = exchange_call(m, saved);
+    return w->exchange->combine(w->exchange_self, &call, round, w->expert.results, saved->x_middle, w->x[block + 1]);
 }
 
 /* The first round, where it is the only one. */
@@ -159,9 +160,9 @@ static enum status run_experts(const struct model *m, struct workspace *w, int b
 enum status block_experts_forward(const struct model *m, struct workspace *w, int block) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
-    m->context.ops->cast(saved->x_middle, w->x[block + 1]);
     if (model_is_dense(m))
-        dense_forward(&m->context, &weights, saved->mlp_normed, &saved->expert, &w->expert, w->x[block + 1]);
+        dense_forward(&m->context, &weights, saved->mlp_normed, &saved->expert, &w->expert, saved->x_middle,
+                      w->x[block + 1]);
     else if (has_one_round(m, w, block))
         return run_experts(m, w, block, 0);
     return STATUS_OK;
@@ -219,7 +220,7 @@ void model_head(const struct model *m, struct workspace *w, double token_scale, 
     struct head_weights weights = head_weights(m);
     struct head_gradients gradients = {gradient(m, PARAMETER_FINAL_NORM, -1), gradient(m, head_role(m), -1)};
     head_loss(&m->context, &dims, &weights, w->x[w->block_count], w->targets, token_scale, &w->head, w->loss_sum,
-              w->row_loss, with_gradients ? &gradients : NULL, w->dx);
+              w->row_loss, with_gradients ? &gradients : NULL, w->dx, w->attention.dy);
 }
 
 void model_logits(const struct model *m, struct workspace *w, int64_t count, struct tensor logits) {
@@ -230,7 +231,7 @@ void model_logits(const struct model *m, struct workspace *w, int64_t count, str
 }
 
 static struct tensor result_gradient(const struct model *m, struct workspace *w) {
-    return layer_as_compute(&m->context, w->dx, w->attention.dy);
+    return layer_gradient_as_compute(&m->context, w->dx, w->attention.dy);
 }
 
 static enum status combine_round_backward(const struct model *m, struct workspace *w, int block, int round,
@@ -299,8 +300,8 @@ void block_route_backward(const struct model *m, struct workspace *w, int block,
         router_backward(&m->context, &dims, weight(m, PARAMETER_ROUTER, block), saved->mlp_normed, &saved->router,
                         &w->router, w->balance_count[block], scales, gradient(m, PARAMETER_ROUTER, block), w->dmlp);
     }
-    m->context.ops->rmsnorm_backward(w->dmlp, saved->x_middle, weight(m, PARAMETER_MLP_NORM, block), saved->mlp_rstd,
-                                     w->dx, true, gradient(m, PARAMETER_MLP_NORM, block));
+    layer_rmsnorm_backward(&m->context, w->dmlp, saved->x_middle, weight(m, PARAMETER_MLP_NORM, block), saved->mlp_rstd, w->dx,
+                           true, gradient(m, PARAMETER_MLP_NORM, block), w->attention.dy);
 }
 
 void block_attention_backward(const struct model *m, struct workspace *w, int block) {

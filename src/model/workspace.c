@@ -33,7 +33,8 @@ struct expert_dims dims_expert(const struct model *model, int64_t rows) {
 
 struct head_dims dims_head(const struct model *model, int64_t rows) {
     const struct model_config *c = &model->config;
-    return (struct head_dims){rows, c->hidden_size, c->vocab_size, head_chunk_rows(rows, c->vocab_size),
+    int64_t elements = model->context.ops ? model->context.ops->logits_elements : 0;
+    return (struct head_dims){rows, c->hidden_size, c->vocab_size, head_chunk_rows(rows, c->vocab_size, elements),
                               c->rms_norm_eps};
 }
 
@@ -157,10 +158,10 @@ enum status workspace_plan(const struct model *model, struct workspace_options o
     return status;
 }
 
-enum status workspace_plan_config(const struct model_config *config, enum dtype compute,
+enum status workspace_plan_config(const struct model_config *config, const struct kernel_ops *ops, enum dtype compute,
                                   struct workspace_options options, struct workspace_memory *memory) {
     /* Sizes follow from the configuration and the dtypes; no tensor of this model is ever touched. */
-    struct model shape_only = {.config = *config, .context = {.compute = compute, .real = DTYPE_F32}};
+    struct model shape_only = {.config = *config, .context = {.ops = ops, .compute = compute, .real = DTYPE_F32}};
     shape_only.rope = tensor_2d(NULL, DTYPE_F32, 0, config->head_dim);
     return workspace_plan(&shape_only, options, NULL, memory);
 }

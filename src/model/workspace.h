@@ -67,7 +67,7 @@ struct workspace {
 enum status workspace_plan(const struct model *model, struct workspace_options options,
                            const struct expert_exchange_ops *exchange, struct workspace_memory *memory) MUST_USE;
 /* The same from a configuration alone; all experts are here. */
-enum status workspace_plan_config(const struct model_config *config, enum dtype compute,
+enum status workspace_plan_config(const struct model_config *config, const struct kernel_ops *ops, enum dtype compute,
                                   struct workspace_options options, struct workspace_memory *memory) MUST_USE;
 
 enum status workspace_create(const struct model *model, struct workspace_options options,

@@ -35,7 +35,7 @@ void attention_scratch_take(struct attention_scratch *scratch, const struct laye
     scratch->dquery = layer_take(arena, context->compute, rows, query_width(dims));
     scratch->dkey = layer_take(arena, context->compute, rows, kv_width(dims));
     scratch->dvalue = layer_take(arena, context->compute, rows, kv_width(dims));
-    scratch->dnormed = layer_take(arena, context->real, rows, dims->width);
+    scratch->dnormed = layer_take(arena, layer_gradient_dtype(context), rows, dims->width);
 }
 
 static struct attention_shape make_shape(const struct attention_dims *dims, int64_t key_count) {
@@ -75,15 +75,7 @@ void attention_forward(const struct layer_context *context, const struct attenti
                              saved->key_rstd);
     struct attention_shape shape = make_shape(dims, cache ? cache->length : dims->sequence_length);
     ops->attention_forward(shape, saved->query, all_keys, all_values, saved->mixed, saved->logsumexp);
-    ops->cast(x, x_out);
-    layer_product(context, saved->mixed, w->output, x_out, true);
-}
-
-/* dw += dy^T x and dx = (or +=) dy w, for y = x w^T. */
-static void linear_backward(const struct layer_context *context, struct tensor dy, struct tensor x, struct packed w,
-                            struct tensor dw, struct tensor dx, bool accumulate) {
-    layer_product_backward_weight(context, dy, x, dw);
-    layer_product_backward_input(context, dy, w, dx, accumulate);
+    layer_product_onto(context, saved->mixed, w->output, x, x_out);
 }
 
 void attention_backward(const struct layer_context *context, const struct attention_dims *dims,
@@ -91,8 +83,9 @@ void attention_backward(const struct layer_context *context, const struct attent
                         const struct attention_scratch *scratch, const struct attention_gradients *gradients,
                         struct tensor dx) {
     const struct kernel_ops *ops = context->ops;
-    struct tensor dy = layer_as_compute(context, dx, scratch->dy);
-    linear_backward(context, dy, saved->mixed, w->output, gradients->output, scratch->dmixed, false);
+    struct tensor dy = layer_gradient_as_compute(context, dx, scratch->dy);
+    layer_product_backward_weight(context, dy, saved->mixed, gradients->output);
+    layer_product_backward_input(context, dy, w->output, scratch->dmixed, false);
     ops->attention_backward(make_shape(dims, dims->sequence_length), scratch->dmixed, saved->query, saved->key,
                             saved->value, saved->mixed, saved->logsumexp, scratch->dquery, scratch->dkey,
                             scratch->dvalue);
@@ -100,8 +93,10 @@ void attention_backward(const struct layer_context *context, const struct attent
                               dims->sequence_length, 0, scratch->dquery, gradients->query_norm);
     ops->qknorm_rope_backward(scratch->dkey, saved->key_raw, w->key_norm, saved->key_rstd, dims->rope,
                               dims->sequence_length, 0, scratch->dkey, gradients->key_norm);
-    linear_backward(context, scratch->dquery, saved->normed, w->query, gradients->query, scratch->dnormed, false);
-    linear_backward(context, scratch->dkey, saved->normed, w->key, gradients->key, scratch->dnormed, true);
-    linear_backward(context, scratch->dvalue, saved->normed, w->value, gradients->value, scratch->dnormed, true);
-    ops->rmsnorm_backward(scratch->dnormed, x, w->norm, saved->norm_rstd, dx, true, gradients->norm);
+    layer_product_backward_weight(context, scratch->dquery, saved->normed, gradients->query);
+    layer_product_backward_weight(context, scratch->dkey, saved->normed, gradients->key);
+    layer_product_backward_weight(context, scratch->dvalue, saved->normed, gradients->value);
+    const struct product_term terms[] = {{scratch->dquery, w->query}, {scratch->dkey, w->key}, {scratch->dvalue, w->value}};
+    layer_product_backward_inputs(context, terms, 3, tensor_none(), scratch->dnormed);
+    layer_rmsnorm_backward(context, scratch->dnormed, x, w->norm, saved->norm_rstd, dx, true, gradients->norm, scratch->dy);
 }

@@ -30,10 +30,10 @@ struct attention_saved {
 };
 
 struct attention_scratch {
-    struct tensor dy;                       /* compute [S,D] */
+    struct tensor dy;                       /* compute [S,D]: dx_compute of layer_rmsnorm_backward */
     struct tensor dmixed;                   /* compute [S,H*P] */
     struct tensor dquery, dkey, dvalue;     /* compute */
-    struct tensor dnormed;                  /* real [S,D] */
+    struct tensor dnormed;                  /* layer_gradient_dtype [S,D] */
 };
 
 /* Keys and values of one sequence so far, for generation: rows 0 .. length-1 are filled. */

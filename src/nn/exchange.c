@@ -55,10 +55,16 @@ static enum status local_answer_backward(void *self, const struct exchange_call 
 }
 
 static enum status local_combine(void *self, const struct exchange_call *call, int round, struct tensor results,
-                                 struct tensor y) {
+                                 struct tensor base, struct tensor y) {
+    const struct kernel_ops *ops = call->context->ops;
     (void)self;
     (void)round;
-    call->context->ops->combine_rows(results, call->route->slot_row, y, true);
+    if (ops->combine_rows_onto) {
+        ops->combine_rows_onto(results, call->route->slot_row, base, y);
+        return STATUS_OK;
+    }
+    ops->cast(base, y);
+    ops->combine_rows(results, call->route->slot_row, y, true);
     return STATUS_OK;
 }
 

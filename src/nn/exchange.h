@@ -80,9 +80,9 @@ struct expert_exchange_ops {
      * already multiplied by their weight; untouched until combine. */
     enum status (*answer)(void *self, const struct exchange_call *call, int round, int part,
                           struct tensor results) MUST_USE;
-    /* Until the results of this rank's tokens are here. After the last round y real [S,D] += the results of all. */
+    /* Until the results of this rank's tokens are here. After the last round y = base + the results of all; both real [S,D]. */
     enum status (*combine)(void *self, const struct exchange_call *call, int round, struct tensor results,
-                           struct tensor y) MUST_USE;
+                           struct tensor base, struct tensor y) MUST_USE;
     /* dy compute [S,D] -> the gradient of each row's result, on its way, as data, rows and parts of *drows; also scratch
      * where it brings it: other layers have used it since dispatch. Rows are numbered as in dispatch, but parts may be
      * others. */

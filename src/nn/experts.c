@@ -19,7 +19,7 @@ void expert_scratch_take(struct expert_scratch *scratch, const struct layer_cont
     if (is_dense)
         return;
     scratch->results = layer_take(arena, context->compute, dims->rows, dims->width);
-    scratch->drows = layer_take(arena, context->real, dims->rows, dims->width);
+    scratch->drows = layer_take(arena, layer_gradient_dtype(context), dims->rows, dims->width);
     scratch->drow_weight = layer_take(arena, context->real, dims->rows, 1);
 }
 
@@ -37,9 +37,8 @@ void experts_inner_forward(const struct layer_context *context, const struct exp
                            const struct expert_saved *saved) {
     if (is_empty(part))
         return;
-    struct tensor index = part_of(rows->rows, part);
-    context->ops->product_forward(rows->data, index, part->offsets, w->gate, part_of(saved->gate, part), false);
-    context->ops->product_forward(rows->data, index, part->offsets, w->up, part_of(saved->up, part), false);
+    layer_swiglu_forward(context, rows->data, part_of(rows->rows, part), part->offsets, w->gate, w->up, tensor_none(),
+                         part_of(saved->gate, part), part_of(saved->up, part), tensor_none());
 }
 
 void experts_forward(const struct layer_context *context, const struct expert_weights *w,
@@ -47,11 +46,10 @@ void experts_forward(const struct layer_context *context, const struct expert_we
                      const struct expert_scratch *scratch) {
     if (is_empty(part))
         return;
-    const struct kernel_ops *ops = context->ops;
     struct tensor act = part_of(scratch->act, part);
-    experts_inner_forward(context, w, rows, part, saved);
-    ops->swiglu_forward(part_of(saved->gate, part), part_of(saved->up, part), part_of(rows->weight, part), act);
-    ops->product_forward(act, tensor_none(), part->offsets, w->down, part_of(scratch->results, part), false);
+    layer_swiglu_forward(context, rows->data, part_of(rows->rows, part), part->offsets, w->gate, w->up,
+                         part_of(rows->weight, part), part_of(saved->gate, part), part_of(saved->up, part), act);
+    context->ops->product_forward(act, tensor_none(), part->offsets, w->down, part_of(scratch->results, part), false);
 }
 
 void experts_backward_rows(const struct layer_context *context, const struct expert_weights *w,
@@ -60,16 +58,14 @@ void experts_backward_rows(const struct layer_context *context, const struct exp
                            const struct expert_scratch *scratch, const struct expert_gradients *gradients) {
     if (is_empty(part))
         return;
-    const struct kernel_ops *ops = context->ops;
     struct tensor offsets = part->offsets, none = tensor_none(), index = part_of(drows->rows, part);
     struct tensor gate = part_of(saved->gate, part), up = part_of(saved->up, part), weight = part_of(rows->weight, part);
     struct tensor act = part_of(scratch->act, part), dact = part_of(scratch->dact, part);
-    ops->swiglu_forward(gate, up, weight, act);
-    ops->product_backward_weight(drows->data, index, act, none, offsets, gradients->down);
-    ops->product_backward_input(drows->data, index, offsets, w->down, dact, false);
-    ops->swiglu_backward(dact, gate, up, weight, gate, up, part_of(scratch->drow_weight, part));
-    ops->product_backward_input(gate, none, offsets, w->gate, part_of(scratch->drows, part), false);
-    ops->product_backward_input(up, none, offsets, w->up, part_of(scratch->drows, part), true);
+    layer_swiglu_backward(context, drows->data, index, offsets, w->down, gate, up, weight, act, dact,
+                          part_of(scratch->drow_weight, part));
+    context->ops->product_backward_weight(drows->data, index, act, none, offsets, gradients->down);
+    const struct product_term terms[] = {{gate, w->gate}, {up, w->up}};
+    layer_product_backward_inputs(context, terms, 2, offsets, part_of(scratch->drows, part));
 }
 
 void experts_inner_backward(const struct layer_context *context, const struct expert_rows *rows,
@@ -85,27 +81,26 @@ void experts_inner_backward(const struct layer_context *context, const struct ex
 
 void dense_inner_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
                          const struct expert_saved *saved) {
-    layer_product(context, x, w->gate, saved->gate, false);
-    layer_product(context, x, w->up, saved->up, false);
+    layer_swiglu_forward(context, x, tensor_none(), tensor_none(), w->gate, w->up, tensor_none(), saved->gate, saved->up,
+                         tensor_none());
 }
 
 void dense_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
-                   const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor y) {
-    dense_inner_forward(context, w, x, saved);
-    context->ops->swiglu_forward(saved->gate, saved->up, tensor_none(), scratch->act);
-    layer_product(context, scratch->act, w->down, y, true);
+                   const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor base,
+                   struct tensor y) {
+    layer_swiglu_forward(context, x, tensor_none(), tensor_none(), w->gate, w->up, tensor_none(), saved->gate, saved->up,
+                         scratch->act);
+    layer_product_onto(context, scratch->act, w->down, base, y);
 }
 
 void dense_backward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
                     struct tensor dy, const struct expert_saved *saved, const struct expert_scratch *scratch,
                     const struct expert_gradients *gradients, struct tensor dx) {
-    const struct kernel_ops *ops = context->ops;
-    ops->swiglu_forward(saved->gate, saved->up, tensor_none(), scratch->act);
+    struct tensor none = tensor_none();
+    layer_swiglu_backward(context, dy, none, none, w->down, saved->gate, saved->up, none, scratch->act, scratch->dact, none);
     layer_product_backward_weight(context, dy, scratch->act, gradients->down);
-    layer_product_backward_input(context, dy, w->down, scratch->dact, false);
-    ops->swiglu_backward(scratch->dact, saved->gate, saved->up, tensor_none(), saved->gate, saved->up, tensor_none());
     layer_product_backward_weight(context, saved->gate, x, gradients->gate);
     layer_product_backward_weight(context, saved->up, x, gradients->up);
-    layer_product_backward_input(context, saved->gate, w->gate, dx, false);
-    layer_product_backward_input(context, saved->up, w->up, dx, true);
+    const struct product_term terms[] = {{saved->gate, w->gate}, {saved->up, w->up}};
+    layer_product_backward_inputs(context, terms, 2, tensor_none(), dx);
 }

@@ -29,7 +29,7 @@ struct expert_saved {
 struct expert_scratch {
     struct tensor act, dact;   /* compute [N,F] */
     struct tensor results;     /* compute [N,D] */
-    struct tensor drows;       /* real [N,D] */
+    struct tensor drows;       /* layer_gradient_dtype [N,D] */
     struct tensor drow_weight; /* real [N] */
 };
 
@@ -64,9 +64,10 @@ void experts_inner_backward(const struct layer_context *context, const struct ex
                             const struct expert_part *part, const struct expert_saved *saved,
                             const struct expert_gradients *gradients);
 
-/* Dense: y real [S,D] += down(silu(gate x) * up x); x compute [S,D]. */
+/* Dense: y = base + down(silu(gate x) * up x); base and y real, x compute [S,D]. */
 void dense_forward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,
-                   const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor y);
+                   const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor base,
+                   struct tensor y);
 
 /* dy compute [S,D]; dx real [S,D] = ; gradients += . */
 void dense_backward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,

@@ -2,8 +2,8 @@
 
 enum { LOGITS_BUDGET_ELEMENTS = 1 << 21, CHUNK_ROWS_MIN = 64 };
 
-int64_t head_chunk_rows(int64_t rows, int64_t vocab) {
-    int64_t chunk = LOGITS_BUDGET_ELEMENTS / vocab;
+int64_t head_chunk_rows(int64_t rows, int64_t vocab, int64_t elements) {
+    int64_t chunk = (elements > 0 ? elements : LOGITS_BUDGET_ELEMENTS) / vocab;
     if (chunk < CHUNK_ROWS_MIN)
         chunk = CHUNK_ROWS_MIN;
     return chunk < rows ? chunk : rows;
@@ -17,13 +17,13 @@ void head_scratch_take(struct head_scratch *scratch, const struct layer_context 
     scratch->dlogits = context->compute == context->real
                            ? scratch->logits
                            : layer_take(arena, context->compute, dims->chunk_rows, dims->vocab);
-    scratch->dnormed = layer_take(arena, context->real, dims->rows, dims->width);
+    scratch->dnormed = layer_take(arena, layer_gradient_dtype(context), dims->rows, dims->width);
 }
 
 void head_loss(const struct layer_context *context, const struct head_dims *dims, const struct head_weights *w,
                struct tensor x, struct tensor target, double scale, const struct head_scratch *scratch,
                struct tensor loss_sum, struct tensor row_loss, const struct head_gradients *gradients,
-               struct tensor dx) {
+               struct tensor dx, struct tensor dx_compute) {
     const struct kernel_ops *ops = context->ops;
     ops->rmsnorm_forward(x, w->norm, dims->epsilon, scratch->normed, scratch->rstd);
     for (int64_t first = 0; first < dims->rows; first += dims->chunk_rows) {
@@ -41,7 +41,7 @@ void head_loss(const struct layer_context *context, const struct head_dims *dims
         }
     }
     if (gradients)
-        ops->rmsnorm_backward(scratch->dnormed, x, w->norm, scratch->rstd, dx, false, gradients->norm);
+        layer_rmsnorm_backward(context, scratch->dnormed, x, w->norm, scratch->rstd, dx, false, gradients->norm, dx_compute);
 }
 
 void head_logits(const struct layer_context *context, const struct head_dims *dims, const struct head_weights *w,

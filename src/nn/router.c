@@ -20,10 +20,15 @@ void router_saved_take(struct router_saved *saved, const struct layer_context *c
     };
 }
 
+/* Shapes alone may be planned without a table of operations. */
+static bool reads_any(const struct layer_context *context) {
+    return context->ops && context->ops->gemm_mixes_dtypes;
+}
+
 void router_scratch_take(struct router_scratch *scratch, const struct layer_context *context,
                          const struct router_dims *dims, struct arena *arena) {
     scratch->x = tensor_none();
-    if (context->compute != context->real)
+    if (context->compute != context->real && !reads_any(context))
         scratch->x = layer_take(arena, context->real, dims->rows, dims->width);
     scratch->dweight = layer_take(arena, context->real, dims->rows, dims->choice_count);
     scratch->dlogits = layer_take(arena, context->real, dims->rows, dims->expert_count);
@@ -32,7 +37,7 @@ void router_scratch_take(struct router_scratch *scratch, const struct layer_cont
 /* Scores are computed in full precision: rounding there flips choices. */
 static struct tensor as_real(const struct layer_context *context, struct tensor x,
                              const struct router_scratch *scratch) {
-    if (x.dtype == context->real)
+    if (x.dtype == context->real || reads_any(context))
         return x;
     context->ops->cast(x, scratch->x);
     return scratch->x;

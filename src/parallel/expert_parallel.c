@@ -721,10 +721,12 @@ static enum status answer(void *self, const struct exchange_call *call, int roun
 }
 
 static enum status combine(void *self, const struct exchange_call *call, int round, struct tensor results,
-                           struct tensor y) {
+                           struct tensor base, struct tensor y) {
     struct expert_parallel *x = self;
     struct slot *slot = slot_of(x, call);
     sum_own(x, call->context->ops, store_of(x, slot), results);
+    if (round == slot->rounds - 1)
+        call->context->ops->cast(base, y); /* while answers travel */
     TRY(finish(x, STATUS_OK));
     if (round == slot->rounds - 1)
         collect(x, call->context->ops, slot, y, true);

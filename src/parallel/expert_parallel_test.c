@@ -100,7 +100,7 @@ struct outcome {
 };
 
 struct layer {
-    struct tensor tokens, dy;
+    struct tensor tokens, base, dy;
     struct route route;
     struct expert_weights weights;
     struct expert_gradients gradients;
@@ -178,6 +178,7 @@ static void take_layer(struct member *m, int index) {
     uint64_t stream = (uint64_t)(index * 10);
     enum dtype compute = m->context.compute, real = m->context.real;
     layer->tokens = take(m, compute, s, WIDTH, 1);
+    layer->base = take(m, real, s, WIDTH, 1);
     layer->dy = take(m, compute, s, WIDTH, 1);
     fill(layer->tokens, p->seed, stream + 1, m->first_token, 1);
     fill(layer->dy, p->seed, stream + 2, m->first_token, 1);
@@ -188,7 +189,7 @@ static void take_layer(struct member *m, int index) {
                                                  take_gradient(m, WIDTH, INNER)};
     layer->outcome = (struct outcome){take(m, real, s, WIDTH, 1), take(m, real, s, WIDTH, 1), take(m, real, s, p->choices, 1),
                                       layer->gradients.gate, layer->gradients.up, layer->gradients.down};
-    fill(layer->outcome.y, p->seed, stream + 7, m->first_token, 1); /* what the results are added to */
+    fill(layer->base, p->seed, stream + 7, m->first_token, 1);
 }
 
 /* All layers of the tokens and experts given; scratch and saved are the arena's for the local form. */
@@ -238,7 +239,7 @@ static enum status layer_forward(struct member *m, int index) {
             take_turn(m, i);
             TRY(m->exchange->answer(m->self, &call, round, i, m->scratch.results));
         }
-        TRY(m->exchange->combine(m->self, &call, round, m->scratch.results, l->outcome.y));
+        TRY(m->exchange->combine(m->self, &call, round, m->scratch.results, l->base, l->outcome.y));
     }
     return STATUS_OK;
 }

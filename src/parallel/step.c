@@ -426,8 +426,10 @@ enum status step_run(struct step_runner *runner, struct step_input input, struct
             CHECK_OP(event->waits[k], <, i);
         double begin = runner->observer.event_done ? clock_seconds() : 0;
         TRY(run_part(runner, &state, event));
-        if (runner->observer.event_done)
+        if (runner->observer.event_done) {
+            runner->model->device->finish();
             runner->observer.event_done(runner->observer.context, event, clock_seconds() - begin);
+        }
     }
     runner->tail_bytes = ranks_sent_bytes(runner->ranks) - runner->norm_bytes;
     *result = state.result;

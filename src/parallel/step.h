@@ -58,7 +58,8 @@ struct step_settings {
     int fragment_count;            /* that islands exchange; 0: they do not */
 };
 
-/* Called after every event with the seconds it took; for profiles. */
+/* Called after every event with the seconds it took; for profiles. A step that is observed waits after each event until the
+ * device is done, and so is slower than others on a device that takes work while it computes. */
 struct step_observer {
     void (*event_done)(void *context, const struct event *event, double seconds);
     void *context;

@@ -23,14 +23,14 @@ struct plan {
 };
 
 static enum status plan_open(struct plan *p, const struct run_config *c, int rank_count) {
-    const struct kernel_ops *ops;
+    struct run_backend backend;
     struct placement_world world = {.rank_count = rank_count,
                                     .rank_memory_bytes = placement_machine_bytes() / rank_count};
     p->config = c;
     TRY(placement_choose(c, world, &p->sharding));
-    TRY(kernels_choose(c->run.kernels, &ops));
-    struct model_options options = {ops,  device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length,
-                                    true, p->sharding};
+    TRY(run_config_backend(c, &backend));
+    struct model_options options = {backend.ops, backend.device, run_config_compute(c), DTYPE_F32, c->train.sequence_length,
+                                    true,        p->sharding};
     TRY(model_create_shapes(&c->model, options, &p->model));
     TRY(traffic_create(p->model, NULL, c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
                        &p->traffic));

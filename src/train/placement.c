@@ -2,6 +2,7 @@
 
 #include "parallel/layout_choice.h"
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 /* The mesh of an island, and the islands around it. */
@@ -33,9 +34,18 @@ static enum status check_rank_count(int ranks, int islands) {
                        ranks, ranks == 1 ? "" : "s", islands, fewer > 0 ? fewer : islands);
 }
 
+/* Transfers between ranks read and write the processor's memory. */
+static enum status check_device(const struct run_config *c, int ranks) {
+    if (ranks == 1 || strcmp(c->run.device, "cpu") == 0)
+        return STATUS_OK;
+    return status_fail(STATUS_USAGE, "%d ranks on --device %s need NCCL, which is not built yet; start one", ranks,
+                       c->run.device);
+}
+
 enum status placement_choose(const struct run_config *c, struct placement_world world, struct sharding *out) {
     struct parameter_table table;
     int islands = (int)c->diloco.replicas;
+    TRY(check_device(c, world.rank_count));
     TRY(check_rank_count(world.rank_count, islands));
     struct layout_wishes wishes = {c->layout.replicate, c->layout.shard, c->layout.expert,
                                    c->layout.zero == LAYOUT_ZERO_AUTO ? LAYOUT_ZERO_CHOOSE

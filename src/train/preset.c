@@ -10,8 +10,9 @@ struct preset {
     const char *pairs[PRESET_PAIRS_MAX]; /* key, value, key, value, ..., NULL */
 };
 
-/* demo: learns to write in about three minutes on two cores. bench: the shape that speeds are stated for; bench-dense
- * does the same number of operations a token without routing. tiny: for tests. */
+/* demo: learns to write in about three minutes on two cores; demo-100x: the same text with a hundred times the parameters, for a
+ * GPU. bench: the shape that speeds are stated for; bench-dense does the same number of operations a token without routing;
+ * moe-1b: the shape for a GPU. tiny: for tests. */
 static const struct preset named_presets[] = {
     {"demo",
      {"model.hidden_size", "256", "model.num_hidden_layers", "4", "model.num_attention_heads", "4",
@@ -20,6 +21,13 @@ static const struct preset named_presets[] = {
       "train.sequence_length", "256", "train.batch_sequences", "8", "train.steps", "0", "train.target_minutes", "2.5",
       "train.eval_every_steps", "100", "train.eval_tokens", "16384", "train.sample_every_steps", "200", "optim.lr",
       "4e-3", "optim.warmup_steps", "40", NULL}},
+    {"demo-100x",
+     {"model.hidden_size", "1536", "model.num_hidden_layers", "14", "model.num_attention_heads", "12",
+      "model.num_key_value_heads", "4", "model.head_dim", "128", "model.num_experts", "8", "model.num_experts_per_tok", "2",
+      "model.moe_intermediate_size", "1536", "model.max_position_embeddings", "1024", "data.vocab_size", "4096",
+      "train.sequence_length", "512", "train.batch_sequences", "64", "train.steps", "0", "train.target_minutes", "5",
+      "train.eval_every_steps", "100", "train.eval_tokens", "131072", "train.sample_every_steps", "200", "optim.lr",
+      "6e-4", "optim.warmup_steps", "100", NULL}},
     {"bench",
      {"model.hidden_size", "512", "model.num_hidden_layers", "8", "model.num_attention_heads", "8",
       "model.num_key_value_heads", "8", "model.num_experts", "8", "model.num_experts_per_tok", "2",
@@ -30,6 +38,11 @@ static const struct preset named_presets[] = {
       "model.num_key_value_heads", "8", "model.num_experts", "0", "model.intermediate_size", "2048",
       "model.vocab_size", "8192", "data.vocab_size", "8192", "train.sequence_length", "512",
       "train.batch_sequences", "8", NULL}},
+    {"moe-1b",
+     {"model.hidden_size", "2048", "model.num_hidden_layers", "12", "model.num_attention_heads", "16",
+      "model.num_key_value_heads", "4", "model.head_dim", "128", "model.num_experts", "8", "model.num_experts_per_tok", "2",
+      "model.moe_intermediate_size", "1536", "model.vocab_size", "32768", "data.vocab_size", "32768",
+      "model.tie_word_embeddings", "false", "train.sequence_length", "1024", "train.batch_sequences", "32", NULL}},
     {"tiny",
      {"model.hidden_size", "64", "model.num_hidden_layers", "2", "model.num_attention_heads", "4",
       "model.num_key_value_heads", "2", "model.num_experts", "4", "model.num_experts_per_tok", "2",

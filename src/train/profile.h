@@ -1,5 +1,6 @@
 /* Where the time of training goes: the seconds of every kind of event beside what the machine can do at best, as a
- * table for a person, and the last steps as a Chrome trace. It looks on; no number of the run depends on it. */
+ * table for a person, and the last steps as a Chrome trace. It looks on; no number of the run depends on it. On a device that
+ * takes work while it computes, a profile waits after each event: the step it shows is longer than one nobody looks at. */
 #pragma once
 
 #include "parallel/cost.h"

@@ -4,11 +4,12 @@
 #include "device/device.h"
 #include "kernels/kernels.h"
 
-/* Operations per second of all threads together, multiplying operands of `compute` dtype on registers for about
- * `seconds`: no product can be faster. */
-double roof_multiply(const struct kernel_ops *ops, enum dtype compute, double seconds);
+/* Operations per second at best with operands of `compute` dtype, measured for about `seconds`. On processors: all threads
+ * together, multiplying on registers; no product can be faster. On another device: dense products of 8192 along each side, by
+ * the fastest library for it that is there; what the device's maker promises is more than any product reaches. */
+double roof_multiply(const struct kernel_ops *ops, const struct device *device, enum dtype compute, double seconds);
 
-struct roof_bandwidth { /* bytes per second between the processors and memory, all threads together */
+struct roof_bandwidth { /* bytes per second between what computes and its memory, all threads together */
     double read, copy;  /* copy counts what is read and what is written */
 };
 

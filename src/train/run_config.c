@@ -38,7 +38,7 @@ static const struct setting run_settings[] = {
     {"train", "micro_batch_sequences", SETTING_INTEGER, AT(train.micro_batch_sequences), 0, 1 << 20, NULL,
      "sequences at a time, over all ranks; 0: the whole batch"},
     {"train", "precision", SETTING_CHOICE, AT(train.precision), 0, 2, precision_names,
-     "of products: fp32, bf16 (master weights stay fp32), or auto: bf16 where the processor has it"},
+     "of products: fp32, bf16 (master weights stay fp32), or auto: bf16 where the processor or the device has it"},
     {"train", "recompute", SETTING_CHOICE, AT(train.recompute), 0, 1, recompute_names,
      "none keeps activations, block keeps each block's input only"},
     {"train", "seed", SETTING_INTEGER, AT(train.seed), 0, 9e15, NULL, "of weights and of the order of the data"},
@@ -109,6 +109,7 @@ static const struct setting place_settings[] = {
     {"checkpoint", "read", SETTING_CHOICE, AT(checkpoint.read), 0, 1, read_names,
      "on resume replicas read each for itself, or one reads and sends it to the others"},
     {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},
+    {"run", "device", SETTING_STRING, AT(run.device), 0, 0, NULL, "what computes: cpu or cuda"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
      "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
     {"run", "timeout_seconds", SETTING_NUMBER, AT(run.timeout_seconds), 0, 1e6, NULL,
@@ -158,6 +159,7 @@ void run_config_init(struct run_config *config) {
     config->checkpoint.file_bytes = 5000000000; /* as transformers writes */
     strcpy(config->run.directory, "runs/cadre");
     strcpy(config->run.kernels, "auto");
+    strcpy(config->run.device, "cpu");
 }
 
 /* The preset that file or command line name; the line wins. */
@@ -255,8 +257,21 @@ enum status run_config_check(struct run_config *c) {
     return STATUS_OK;
 }
 
+enum status run_config_backend(const struct run_config *config, struct run_backend *backend) {
+    TRY(device_choose(config->run.device, &backend->device));
+    return kernels_choose_for(backend->device, config->run.kernels, &backend->ops);
+}
+
+/* A name that is no device's is told of where the device is chosen. */
+static bool prefers_bf16(const struct run_config *config) {
+    const struct device *device;
+    if (device_choose(config->run.device, &device) != STATUS_OK)
+        return false;
+    return kernels_device_prefers_bf16(device);
+}
+
 enum dtype run_config_compute(const struct run_config *config) {
     if (config->train.precision == PRECISION_AUTO)
-        return kernels_prefer_bf16() ? DTYPE_BF16 : DTYPE_F32;
+        return prefers_bf16(config) ? DTYPE_BF16 : DTYPE_F32;
     return config->train.precision == PRECISION_BF16 ? DTYPE_BF16 : DTYPE_F32;
 }

@@ -1,6 +1,8 @@
 /* Every setting of a training run: what config.ini and the command line may say. */
 #pragma once
 
+#include "device/device.h"
+#include "kernels/kernels.h"
 #include "model/config.h"
 #include "optim/optimizer.h"
 #include "parallel/outer.h"
@@ -51,7 +53,7 @@ struct run_config {
         int mode, overlap, read; /* enum checkpoint_mode, checkpoint_overlap, checkpoint_read (train/state.h) */
     } checkpoint;
     struct {
-        char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES];
+        char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES], device[SETTING_STRING_BYTES];
         int64_t threads;
         double timeout_seconds;
     } run;
@@ -81,5 +83,13 @@ enum { DILOCO_MIX_AUTO = -1 };
 /* What [diloco] says, with what was left to be chosen; plan.sync_steps is 0 where there is none. */
 struct outer_options run_config_outer(const struct run_config *config);
 
-/* The dtype that products run in, with PRECISION_AUTO decided for this machine. */
+/* What the run computes on: the device that is named, and the kernels for it. STATUS_USAGE, in one line, where this program or
+ * this machine has none of that name. */
+struct run_backend {
+    const struct device *device;
+    const struct kernel_ops *ops;
+};
+enum status run_config_backend(const struct run_config *config, struct run_backend *backend) MUST_USE;
+
+/* The dtype that products run in, with PRECISION_AUTO decided for this machine and the device that is named. */
 enum dtype run_config_compute(const struct run_config *config);

@@ -17,6 +17,7 @@ static bool may_change(const char *section, const char *key) {
                                             "train.sample_every_steps",
                                             "model.preset",
                                             "run.directory",
+                                            "run.device",
                                             "run.threads",
                                             "run.timeout_seconds",
                                             "train.spikes",

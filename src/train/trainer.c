@@ -72,6 +72,7 @@ struct trainer {
 
 enum { NOTICE_STOP = 1, NOTICE_BUSY = 2, NOTICE_ROLL_BACK = 4 };
 
+enum { DEVICE_LINE_BYTES = 160 };
 enum { PROBE_STEPS = 4, NOTICE_DELAY_MAX = 64, NOTICE_INTERVAL_MAX = 16 };
 static const double NOTICE_WIRE_BYTES = 143, NOTICE_SHARE = 1e-3; /* measured on a link: with the headers of packets; of all */
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
@@ -155,10 +156,10 @@ static enum status open_loader(struct trainer *t, int64_t first_sequence, struct
                        t->config->train.batch_sequences, (uint64_t)t->config->train.seed, first_sequence);
 }
 
-static struct model_options model_options_from(const struct run_config *c, const struct kernel_ops *ops,
+static struct model_options model_options_from(const struct run_config *c, struct run_backend backend,
                                                struct sharding sharding) {
-    return (struct model_options){ops,  device_cpu(), run_config_compute(c), DTYPE_F32, c->train.sequence_length,
-                                  true, sharding};
+    return (struct model_options){backend.ops, backend.device, run_config_compute(c), DTYPE_F32, c->train.sequence_length,
+                                  true,        sharding};
 }
 
 static struct workspace_options workspace_options_from(const struct run_config *c, const struct mesh *mesh) {
@@ -225,9 +226,9 @@ static void before_update(void *context) {
 
 static enum status create_model(struct trainer *t) {
     struct run_config *c = t->config;
-    const struct kernel_ops *ops;
-    TRY(kernels_choose(c->run.kernels, &ops));
-    TRY(model_create(&c->model, model_options_from(c, ops, t->sharding), &t->model));
+    struct run_backend backend;
+    TRY(run_config_backend(c, &backend));
+    TRY(model_create(&c->model, model_options_from(c, backend, t->sharding), &t->model));
     TRY(step_workspace_create(t->model, &t->ranks, workspace_options_from(c, &t->sharding.mesh),
                               c->layout.exchange_limit_bytes, &t->workspace, &t->exchange));
     TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, step_settings_from(c)));
@@ -293,6 +294,7 @@ static enum status measure_steps(struct trainer *t) {
         double begin = clock_seconds();
         TRY(step_run(&t->runner, (struct step_input){.tokens = island_tokens(t), .step = i, .step_count = PROBE_STEPS},
                      &result));
+        t->model->device->finish();
         if (i > 1) /* the first one warms caches and libraries */
             fastest = fmin(fastest, clock_seconds() - begin);
     }
@@ -363,10 +365,19 @@ static void describe_islands(const struct trainer *t) {
              outer_format_name(o->wire), text_bytes(bytes, (double)round_bytes(t, o)));
 }
 
+static const char *describe_machine(const struct trainer *t, char line[DEVICE_LINE_BYTES]) {
+    const struct device *device = t->model->device;
+    if (device == device_cpu())
+        snprintf(line, DEVICE_LINE_BYTES, "%d threads", threads_count());
+    else
+        snprintf(line, DEVICE_LINE_BYTES, "%s: %s", device->name, device_describe(device));
+    return line;
+}
+
 static void describe(const struct trainer *t) {
     const struct run_config *c = t->config;
     struct parameter_counts counts = parameter_table_count(&t->model->table, &c->model);
-    char total[32], active[32], tokens[32], held_out[32], bytes[32];
+    char total[32], active[32], tokens[32], held_out[32], bytes[32], name[DEVICE_LINE_BYTES];
     log_info(
         "model   %s parameters, %s active a token; %lld blocks, %lld experts, top %lld, width %lld, vocabulary %lld",
         text_count(total, counts.total), text_count(active, counts.active), (long long)c->model.num_hidden_layers,
@@ -374,7 +385,7 @@ static void describe(const struct trainer *t) {
         (long long)c->model.vocab_size);
     log_info("data    %s tokens to learn from, %s held out", text_count(tokens, t->corpus.train.token_count),
              text_count(held_out, t->corpus.valid.token_count));
-    log_info("machine %d threads, %s, %.0f GFLOP/s at best with %s; %s of tensors", threads_count(),
+    log_info("machine %s, %s, %.0f GFLOP/s at best with %s; %s of tensors", describe_machine(t, name),
              c->train.precision == PRECISION_BF16 ? "bf16" : "fp32", 1e-9 * t->roof_operations_per_s,
              t->model->context.ops->multiply_unit(t->model->context.compute),
              text_bytes(bytes, (double)(t->model->memory.total + t->workspace->memory.total)));
@@ -384,7 +395,7 @@ static void describe(const struct trainer *t) {
 
 /* Of all ranks together, each measured while the others are, too. */
 static enum status measure_roof(struct trainer *t) {
-    t->roof_operations_per_s = roof_multiply(t->model->context.ops, t->model->context.compute, 0.2);
+    t->roof_operations_per_s = roof_multiply(t->model->context.ops, t->model->device, t->model->context.compute, 0.2);
     return comm_sum_f64(t->world.comm, &t->roof_operations_per_s, 1);
 }
 
@@ -412,14 +423,16 @@ static enum status choose_layout(struct trainer *t) {
     return ranks_open(&t->ranks, &t->sharding.mesh, world);
 }
 
-/* What cannot be is refused before anything is written; the choice itself waits for the vocabulary, which the data
- * decide. */
+/* What cannot be, and a device that is not there, is refused before anything is written; the choice itself waits for the
+ * vocabulary, which the data decide. */
 static enum status check_layout(const struct trainer *t) {
     struct run_config config = *t->config;
     struct placement_world known = {.rank = t->world.comm->rank, .rank_count = t->world.comm->size};
     struct sharding ignored;
+    struct run_backend backend;
     if (config.model.vocab_size == 0)
         config.model.vocab_size = config.data.vocab_size;
+    TRY(run_config_backend(&config, &backend));
     return placement_choose(&config, known, &ignored);
 }
 
@@ -757,6 +770,15 @@ static enum status report_step(struct trainer *t, const struct step_result *resu
     return comm_agree(&t->ranks.batch, status);
 }
 
+/* A device may have work left when the host knows how the step went: it is part of the next step's time, or of this one's where
+ * something else comes between. */
+static void finish_step(const struct trainer *t) {
+    const struct run_config *c = t->config;
+    int64_t step = t->state.step + 1;
+    if (is_save_due(t, step) || is_due(step, c->train.eval_every_steps) || is_due(step, c->train.sample_every_steps))
+        t->model->device->finish();
+}
+
 static enum status run_step(struct trainer *t, struct train_summary *summary) {
     struct run_config *c = t->config;
     struct step_result result;
@@ -765,6 +787,7 @@ static enum status run_step(struct trainer *t, struct train_summary *summary) {
     TRY(comm_agree(&t->ranks.batch, loader_next(t->loader, t->tokens)));
     profile_note(&t->profile, SPAN_DATA, begin);
     TRY(step_run(&t->runner, next_input(t), &result));
+    finish_step(t);
     double seconds = clock_seconds() - begin;
     profile_note(&t->profile, SPAN_STEP, begin);
     int64_t sequences = c->train.batch_sequences, tokens = sequences * c->train.sequence_length;
@@ -796,8 +819,11 @@ static void finish_summary(const struct trainer *t, double seconds, struct train
                           model_train_operations_per_token(&t->config->model, t->config->train.sequence_length) /
                           t->roof_operations_per_s;
     summary->peak_bytes = (double)memory_peak_bytes();
-    summary->planned_bytes = (double)(t->model->memory.total + t->workspace->memory.total + TRAIN_PROCESS_BYTES) +
-                             (double)saver_copy_bytes(t->saver) + (t->outer ? (double)t->outer->memory_bytes : 0);
+    double tensors = (double)(t->model->memory.total + t->workspace->memory.total) +
+                     (t->outer ? (double)t->outer->memory_bytes : 0);
+    bool on_host = t->model->device == device_cpu();
+    summary->device_bytes = on_host ? 0 : tensors + (double)kernels_scratch_bytes();
+    summary->planned_bytes = (on_host ? tensors : 0) + TRAIN_PROCESS_BYTES + (double)saver_copy_bytes(t->saver);
     summary->interrupted = t->stopping && t->state.step < t->config->train.steps;
 }
 
@@ -841,6 +867,7 @@ static enum status run_all(struct trainer *t, struct train_summary *summary) {
         status = saver_finish(t->saver);
     if (status == STATUS_OK)
         status = notices_drain(&t->notices);
+    t->model->device->finish();
     finish_summary(t, clock_seconds() - begin, summary);
     if (t->hooks.profile && status == STATUS_OK)
         status = comm_agree(t->world.comm, is_first(t) ? finish_profile(t) : STATUS_OK);

@@ -37,7 +37,8 @@ struct train_summary {
     bool resumed, interrupted;
     double valid_loss, valid_bits_per_byte; /* NaN when never evaluated */
     double seconds, tokens_per_s, roof_share;
-    double peak_bytes, planned_bytes; /* of this rank */
+    double peak_bytes, planned_bytes; /* of this rank, in the host's memory */
+    double device_bytes;              /* of tensors and scratch in a device's own memory */
 };
 
 /* Collective. Train until config->train.steps, or until the first SIGINT, SIGTERM or SIGUSR1 that reaches any rank, which

@@ -25,6 +25,9 @@ static void cpu_copy_from_host(void *data, const void *host, size_t bytes) {
     memcpy(data, host, bytes);
 }
 
+static void cpu_finish(void) {
+}
+
 const struct device *device_cpu(void) {
     static const struct device cpu = {
         .name = "cpu",
@@ -32,6 +35,7 @@ const struct device *device_cpu(void) {
         .release = cpu_release,
         .copy_to_host = cpu_copy_to_host,
         .copy_from_host = cpu_copy_from_host,
+        .finish = cpu_finish,
     };
     return &cpu;
 }

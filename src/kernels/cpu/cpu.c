@@ -1,7 +1,9 @@
 /* Which table a processor gets. Every table begins as a copy of the reference and is then filled by the copies of
  * kernels/cpu/isa/ for its instruction set. */
+#include "device/device.h"
 #include "kernels/cpu/fillers.h"
 #include "kernels/cpu/scratch.h"
+#include "kernels/cuda/cuda.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -143,6 +145,35 @@ bool kernels_prefer_bf16(void) {
 #endif
 }
 
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+enum status kernels_choose_for(const struct device *device, const char *name, const struct kernel_ops **out) {
+    if (device == device_cpu())
+        return kernels_choose(name, out);
+    if (strcmp(name, "auto") != 0 && strcmp(name, "cuda") != 0)
+        return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda", name, device->name);
+    *out = kernels_cuda();
+    return STATUS_OK;
+}
+
+bool kernels_device_prefers_bf16(const struct device *device) {
+    return device != device_cpu() || kernels_prefer_bf16();
+}
+
+size_t kernels_scratch_bytes(void) {
+    return scratch_bytes() + cuda_scratch_bytes();
+}
+#else
+enum status kernels_choose_for(const struct device *device, const char *name, const struct kernel_ops **out) {
+    (void)device;
+    return kernels_choose(name, out);
+}
+
+bool kernels_device_prefers_bf16(const struct device *device) {
+    (void)device;
+    return kernels_prefer_bf16();
+}
+
 size_t kernels_scratch_bytes(void) {
     return scratch_bytes();
 }
+#endif

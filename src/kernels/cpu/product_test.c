@@ -63,7 +63,7 @@ static void run_backend(const struct kernel_ops *ops, const struct product *prod
     struct tensor first = make_product(ops, product, 1);
     check_close(first, expected, first.dtype == DTYPE_BF16 ? 4e-3 : 2e-6);
     size_t scratch_bytes = kernels_scratch_bytes();
-    for (int threads = 1; threads <= THREADS_MAX; threads++) {
+    for (int threads = 1; threads <= test_repetitions(ops, THREADS_MAX); threads++) {
         struct tensor again = make_product(ops, product, threads);
         assert_memory_equal(first.data, again.data, tensor_bytes(first));
         if (threads == 1) /* less, where threads of an earlier pool have ended meanwhile */
@@ -78,12 +78,9 @@ static void run(struct product *product) {
     for (int i = 0; i < product->count; i++)
         exact.t[i] = in_f64(product->t[i]);
     struct tensor expected = make_product(kernels_ref(), &exact, THREADS_MAX);
-    for (const char *const *name = kernels_available(); *name; name++) {
-        const struct kernel_ops *ops;
-        assert_int_equal(kernels_choose(*name, &ops), STATUS_OK);
-        if (strcmp(*name, "ref") != 0)
-            run_backend(ops, product, expected);
-    }
+    for (const struct kernel_ops *const *ops = test_backends(); *ops; ops++)
+        if (strcmp((*ops)->name, "ref") != 0)
+            run_backend(*ops, product, expected);
     test_release();
 }
 

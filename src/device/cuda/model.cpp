@@ -1,0 +1,505 @@
+/* The model of a device: fibers, the order in which they run, and what they do together (model.cuh). */
+#include "device/cuda/language.cuh"
+
+#include <mutex>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <vector>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx, blockDim, gridDim;
+unsigned char *cuda_model_shared;
+
+#if defined(__x86_64__)
+extern "C" void cuda_model_switch(void **save, void *to);
+asm(R"(
+.text
+.type cuda_model_switch, @function
+cuda_model_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size cuda_model_switch, .-cuda_model_switch
+)");
+#endif
+
+namespace {
+
+enum { THREADS_MAX = 1024, WARPS_MAX = THREADS_MAX / WARP, PAGE = 4096, SHARED_MAX = 227 * 1024, SHARED_SPACE = 228 * 1024 };
+#ifdef __SANITIZE_ADDRESS__
+enum { STACK_BYTES = 256 * 1024 };
+#else
+enum { STACK_BYTES = 128 * 1024 };
+#endif
+
+/* Somewhere to go on: a fiber, or the thread that launched. */
+struct place {
+    unsigned char *stack; /* NULL: the launching thread's own */
+    size_t stack_bytes;
+    void *fake_stack; /* of the sanitizer */
+#if defined(__x86_64__)
+    void *sp;
+#else
+    ucontext_t context;
+#endif
+};
+
+struct copy {
+    void *to;
+    const void *from;
+    int bytes;
+    long group;
+};
+
+enum state { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+
+struct thread {
+    enum state state;
+    uint3 index;
+    int warp, lane;
+    place *fiber;
+    std::vector<copy> copies; /* not yet there */
+    long group;               /* commits so far */
+};
+
+/* Lanes that wait for the others of their mask. */
+struct meeting {
+    unsigned mask, arrived;
+    cuda_model_action act;
+    void *brought[WARP];
+};
+
+struct warp {
+    unsigned runnable; /* lanes that wait no longer */
+    int meeting_count;
+    meeting meetings[WARP];
+};
+
+struct block {
+    const char *kernel;
+    void (*body)(void *);
+    void *arguments;
+    int thread_count, live, at_barrier;
+    int next, limit; /* threads before `next`, counted in the order of the turn, have started; those before `limit` may */
+    bool descending;
+};
+
+thread threads[THREADS_MAX];
+warp warps[WARPS_MAX];
+block now;
+thread *current; /* NULL: nobody runs */
+place launcher;
+place fibers[THREADS_MAX];
+int fiber_count;
+std::vector<place *> idle; /* fibers */
+std::mutex one_launch;
+unsigned turn;
+
+/* ---- fibers ---- */
+
+inline void arrived_at(place *here, place *from) {
+#ifdef __SANITIZE_ADDRESS__
+    const void *bottom;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(here->fake_stack, &bottom, &bytes);
+    if (from == &launcher) {
+        launcher.stack = (unsigned char *)const_cast<void *>(bottom);
+        launcher.stack_bytes = bytes;
+    }
+#else
+    (void)here, (void)from;
+#endif
+}
+
+inline void go(place *from, place *to) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&from->fake_stack, to->stack, to->stack_bytes);
+#endif
+#if defined(__x86_64__)
+    cuda_model_switch(&from->sp, to->sp);
+#else
+    swapcontext(&from->context, &to->context);
+#endif
+    arrived_at(from, from == &launcher ? nullptr : &launcher);
+}
+
+void release_barrier() {
+    for (int t = 0; t < now.thread_count; t++)
+        if (threads[t].state == WAITS_FOR_BLOCK) {
+            threads[t].state = RUNS;
+            warps[threads[t].warp].runnable |= 1u << threads[t].lane;
+        }
+    now.at_barrier = 0;
+}
+
+void start(place *fiber) {
+    int id = now.descending ? now.thread_count - 1 - now.next : now.next;
+    now.next++;
+    thread *t = &threads[id];
+    unsigned i = (unsigned)id;
+    t->state = RUNS;
+    t->index = uint3{i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    t->warp = id / WARP;
+    t->lane = id % WARP;
+    t->fiber = fiber;
+    t->group = 0;
+    t->copies.clear();
+    current = t;
+    threadIdx = t->index;
+}
+
+/* A fiber runs one thread after the other as long as they end without waiting. */
+void fiber_main(place *fiber) {
+    arrived_at(fiber, &launcher);
+    for (;;) {
+        do {
+            start(fiber);
+            now.body(now.arguments);
+            current->state = ENDED;
+            now.live--;
+            if (now.at_barrier > 0 && now.at_barrier == now.live)
+                release_barrier();
+        } while (now.next < now.limit);
+        idle.push_back(fiber);
+        go(fiber, &launcher);
+    }
+}
+
+place *new_fiber;
+
+void fiber_entry() {
+    fiber_main(new_fiber);
+}
+
+place *fiber_make() {
+    if (fiber_count == THREADS_MAX)
+        cuda_model_die("more fibers than threads of a block");
+    place *fiber = &fibers[fiber_count++];
+    void *stack = mmap(nullptr, STACK_BYTES + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED || mprotect(stack, PAGE, PROT_NONE) != 0)
+        cuda_model_die("no memory for the stacks of a block");
+    fiber->stack = (unsigned char *)stack + PAGE;
+    fiber->stack_bytes = STACK_BYTES;
+#if defined(__x86_64__)
+    void **top = (void **)(fiber->stack + STACK_BYTES);
+    *--top = nullptr; /* a return address: the stack is where a call leaves it */
+    *--top = (void *)fiber_entry;
+    top -= 6;
+    fiber->sp = top;
+#else
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack;
+    fiber->context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&fiber->context, fiber_entry, 0);
+#endif
+    return fiber;
+}
+
+place *fiber_take() {
+    if (idle.empty()) {
+        new_fiber = fiber_make(); /* it looks here when it first runs, at once */
+        return new_fiber;
+    }
+    place *fiber = idle.back();
+    idle.pop_back();
+    return fiber;
+}
+
+void wait(enum state state) {
+    thread *me = current;
+    me->state = state;
+    go(me->fiber, &launcher);
+}
+
+/* ---- blocks ---- */
+
+/* Starts what of a warp has not started and lets it run until none of its lanes can go on. True when any did. */
+bool run_warp(int w) {
+    bool any = false;
+    while (now.next < now.limit) {
+        go(&launcher, fiber_take());
+        any = true;
+    }
+    while (warps[w].runnable) {
+        any = true;
+        unsigned lanes = warps[w].runnable;
+        warps[w].runnable = 0;
+        while (lanes) {
+            int lane = now.descending ? 31 - __builtin_clz(lanes) : __builtin_ctz(lanes);
+            lanes &= ~(1u << lane);
+            current = &threads[w * WARP + lane];
+            threadIdx = current->index;
+            go(&launcher, current->fiber);
+        }
+    }
+    return any;
+}
+
+[[noreturn]] void deadlock() {
+    char text[160];
+    for (int w = 0; w < WARPS_MAX && w * WARP < now.thread_count; w++)
+        if (warps[w].meeting_count > 0) {
+            const meeting *m = &warps[w].meetings[0];
+            current = nullptr;
+            snprintf(text, sizeof text, "warp %d waits for ever: lanes %08x were named, %08x came", w, m->mask, m->arrived);
+            cuda_model_die(text);
+        }
+    snprintf(text, sizeof text, "%d of %d threads wait for ever at a barrier", now.at_barrier, now.live);
+    cuda_model_die(text);
+}
+
+void run_block() {
+    int warp_count = (now.thread_count + WARP - 1) / WARP;
+    now.live = now.thread_count;
+    now.at_barrier = now.next = now.limit = 0;
+    while (now.live > 0) {
+        bool any = false;
+        for (int i = 0; i < warp_count; i++) {
+            int w = now.descending ? warp_count - 1 - i : i;
+            if (now.limit < now.thread_count) {
+                int ragged = now.thread_count % WARP; /* the last warp, which comes first in descending order */
+                now.limit += now.descending && i == 0 && ragged ? ragged : WARP;
+                now.limit = now.limit < now.thread_count ? now.limit : now.thread_count;
+            }
+            any |= run_warp(w);
+        }
+        if (!any)
+            deadlock();
+    }
+    current = nullptr;
+}
+
+/* `bytes` of shared memory, NaN, aligned to 1024, and as few as can be behind them before what may not be touched. */
+unsigned char *shared_memory(size_t bytes) {
+    static unsigned char *space;
+    if (!space) {
+        void *data = mmap(nullptr, SHARED_SPACE + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (data == MAP_FAILED || mprotect((char *)data + SHARED_SPACE, PAGE, PROT_NONE) != 0)
+            cuda_model_die("no memory for shared memory");
+        space = (unsigned char *)data;
+    }
+    size_t whole = (bytes + 1023) / 1024 * 1024;
+    memset(space + SHARED_SPACE - whole, 0xFF, whole);
+    return space + SHARED_SPACE - whole;
+}
+
+void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+    uint64_t count = (uint64_t)block.x * block.y * block.z;
+    if (count == 0 || count > THREADS_MAX || block.z > 64)
+        cuda_model_die("no device takes blocks of that many threads");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
+        cuda_model_die("no device takes a grid of that many blocks");
+    if (shared_bytes > SHARED_MAX)
+        cuda_model_die("no device has that much shared memory for a block");
+}
+
+} // namespace
+
+[[noreturn]] void cuda_model_die(const char *what) {
+    fprintf(stderr, "device model: %s, block %u,%u,%u", now.kernel ? now.kernel : "no kernel", blockIdx.x, blockIdx.y, blockIdx.z);
+    if (current)
+        fprintf(stderr, ", thread %u,%u,%u", threadIdx.x, threadIdx.y, threadIdx.z);
+    fprintf(stderr, ": %s\n", what);
+    abort();
+}
+
+void cuda_model_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void *), void *arguments) {
+    std::lock_guard<std::mutex> lock(one_launch);
+    now.kernel = kernel;
+    now.body = body;
+    now.arguments = arguments;
+    current = nullptr;
+    blockIdx = uint3{0, 0, 0};
+    check_launch(grid, size, shared_bytes);
+    now.thread_count = (int)(size.x * size.y * size.z);
+    gridDim = uint3{grid.x, grid.y, grid.z};
+    blockDim = uint3{size.x, size.y, size.z};
+    turn++;
+    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
+                now.descending = (turn + blockIdx.x + blockIdx.y + blockIdx.z) % 2;
+                cuda_model_shared = shared_memory(shared_bytes);
+                run_block();
+                for (size_t i = shared_bytes; i % 1024; i++)
+                    if (cuda_model_shared[i] != 0xFF)
+                        cuda_model_die("wrote behind its shared memory");
+            }
+    now.kernel = nullptr;
+}
+
+void __syncthreads(void) {
+    if (++now.at_barrier == now.live)
+        release_barrier();
+    else
+        wait(WAITS_FOR_BLOCK);
+}
+
+unsigned cuda_model_lane(void) {
+    return (unsigned)current->lane;
+}
+
+void cuda_model_meet(unsigned mask, cuda_model_action act, void *mine) {
+    thread *me = current;
+    warp *w = &warps[me->warp];
+    if (!(mask >> me->lane & 1))
+        cuda_model_die("a lane that is not in its own mask");
+    meeting *m = nullptr;
+    for (int i = 0; i < w->meeting_count && !m; i++)
+        if (w->meetings[i].mask == mask)
+            m = &w->meetings[i];
+    if (!m) {
+        m = &w->meetings[w->meeting_count++];
+        m->mask = mask;
+        m->arrived = 0;
+        m->act = act;
+    }
+    if (m->act != act)
+        cuda_model_die("lanes of one warp at different operations");
+    m->brought[me->lane] = mine;
+    m->arrived |= 1u << me->lane;
+    if (m->arrived != mask) {
+        wait(WAITS_FOR_WARP);
+        return;
+    }
+    act(m->brought, mask);
+    for (unsigned others = mask & ~(1u << me->lane); others; others &= others - 1)
+        threads[me->warp * WARP + __builtin_ctz(others)].state = RUNS;
+    w->runnable |= mask & ~(1u << me->lane);
+    *m = w->meetings[--w->meeting_count];
+}
+
+/* ---- copies ---- */
+
+static bool aligned_to_16(const void *p) {
+    return (uintptr_t)p % 16 == 0;
+}
+
+void copy_async(void *shared, const void *global, int bytes) {
+    if (!aligned_to_16(shared) || !aligned_to_16(global))
+        cuda_model_die("a copy to shared memory that is not aligned to 16");
+    if (bytes < 0 || bytes > 16)
+        cuda_model_die("a copy to shared memory of other than 0 to 16 bytes");
+    memset(shared, 0xFF, 16);
+    current->copies.push_back(copy{shared, global, bytes, current->group});
+}
+
+void copy_async_commit(void) {
+    current->group++;
+}
+
+void cuda_model_copy_wait(int newest) {
+    std::vector<copy> &copies = current->copies;
+    size_t kept = 0;
+    for (size_t i = 0; i < copies.size(); i++) {
+        const copy c = copies[i];
+        if (c.group >= current->group - newest) {
+            copies[kept++] = c;
+            continue;
+        }
+        memset(c.to, 0, 16);
+        memcpy(c.to, c.from, (size_t)c.bytes);
+    }
+    copies.resize(kept);
+}
+
+/* ---- matrices ---- */
+
+namespace {
+
+float from_bf16(uint32_t bits) {
+    return cuda_model_bits<float>((bits & 0xFFFF) << 16);
+}
+
+struct multiply {
+    float *d;
+    const uint32_t *a, *b;
+};
+
+void multiply_tiles(void *const lanes[32], unsigned) {
+    float a[16][16], b[16][8];
+    for (int l = 0; l < WARP; l++) {
+        const multiply *m = static_cast<const multiply *>(lanes[l]);
+        int r = l / 4, c = l % 4 * 2;
+        for (int half = 0; half < 2; half++) {
+            a[r][c + half] = from_bf16(m->a[0] >> 16 * half);
+            a[r + 8][c + half] = from_bf16(m->a[1] >> 16 * half);
+            a[r][c + 8 + half] = from_bf16(m->a[2] >> 16 * half);
+            a[r + 8][c + 8 + half] = from_bf16(m->a[3] >> 16 * half);
+            b[c + half][r] = from_bf16(m->b[0] >> 16 * half);
+            b[c + 8 + half][r] = from_bf16(m->b[1] >> 16 * half);
+        }
+    }
+    float sum[16][8] = {};
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < 8; j++)
+                sum[i][j] += a[i][k] * b[k][j];
+    for (int l = 0; l < WARP; l++) {
+        float *d = static_cast<const multiply *>(lanes[l])->d;
+        int r = l / 4, c = l % 4 * 2;
+        d[0] += sum[r][c];
+        d[1] += sum[r][c + 1];
+        d[2] += sum[r + 8][c];
+        d[3] += sum[r + 8][c + 1];
+    }
+}
+
+struct load {
+    uint32_t *r;
+    const void *row;
+};
+
+void load_rows(void *const lanes[32], unsigned) {
+    for (int l = 0; l < WARP; l++)
+        for (int i = 0; i < 4; i++)
+            memcpy(&static_cast<const load *>(lanes[l])->r[i],
+                   static_cast<const char *>(static_cast<const load *>(lanes[i * 8 + l / 4])->row) + l % 4 * 4, 4);
+}
+
+void load_columns(void *const lanes[32], unsigned) {
+    for (int l = 0; l < WARP; l++)
+        for (int i = 0; i < 4; i++)
+            for (int half = 0; half < 2; half++)
+                memcpy(reinterpret_cast<char *>(&static_cast<const load *>(lanes[l])->r[i]) + 2 * half,
+                       static_cast<const char *>(static_cast<const load *>(lanes[i * 8 + l % 4 * 2 + half])->row) + l / 4 * 2, 2);
+}
+
+} // namespace
+
+void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    multiply mine = {d, a, b};
+    cuda_model_meet(FULL_WARP, multiply_tiles, &mine);
+}
+
+void load_matrices(uint32_t r[4], const void *row) {
+    if (!aligned_to_16(row))
+        cuda_model_die("a row of a matrix in shared memory that is not aligned to 16");
+    load mine = {r, row};
+    cuda_model_meet(FULL_WARP, load_rows, &mine);
+}
+
+void load_matrices_transposed(uint32_t r[4], const void *row) {
+    if (!aligned_to_16(row))
+        cuda_model_die("a row of a matrix in shared memory that is not aligned to 16");
+    load mine = {r, row};
+    cuda_model_meet(FULL_WARP, load_columns, &mine);
+}

@@ -1,0 +1,101 @@
+/* The table of the CUDA device, and the scratch memory of its operations. Nothing of it is the reference's: what is not filled
+ * in would read the device's memory on the processor. */
+#include "kernels/cuda/common.cuh"
+
+#include <atomic>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+extern "C" {
+#include "base/log.h"
+#include "device/cuda/device_cuda.h"
+#include "kernels/cuda/cuda.h"
+}
+
+enum { SCRATCH_GRAIN_BYTES = 1 << 20 };
+
+static struct kernel_ops table;
+static pthread_once_t built = PTHREAD_ONCE_INIT;
+static std::atomic<size_t> held_bytes;
+
+static void build(void) {
+    struct kernel_ops ops = {};
+    ops.logits_elements = (int64_t)1 << 28;
+#ifdef CADRE_CUDA_MODEL
+    ops.name = "cudamodel";
+#else
+    ops.name = "cuda";
+#endif
+    void (*const fill[])(struct kernel_ops *) = {product_fill_cuda, attention_fill_cuda, norm_fill_cuda, simple_fill_cuda,
+                                                 pointwise_fill_cuda, router_fill_cuda, pairs_fill_cuda, loss_fill_cuda,
+                                                 adamw_fill_cuda, outer_fill_cuda, roof_fill_cuda};
+    for (auto each : fill)
+        each(&ops);
+    /* All but what may be missing: those that do several products at once, which follow each other. */
+    size_t optional = offsetof(struct kernel_ops, product_swiglu_forward),
+           last_optional = offsetof(struct kernel_ops, product_backward_inputs);
+    for (size_t at = offsetof(struct kernel_ops, gemm); at < sizeof ops; at += sizeof(void *)) {
+        void *operation;
+        memcpy(&operation, (const char *)&ops + at, sizeof operation);
+        CHECK(operation != NULL || (at >= optional && at <= last_optional));
+    }
+    table = ops;
+}
+
+const struct kernel_ops *kernels_cuda(void) {
+    pthread_once(&built, build);
+    return &table;
+}
+
+size_t cuda_scratch_bytes(void) {
+    return held_bytes;
+}
+
+/* Threads are ranks that share the device, each in an operation of its own. */
+#ifdef CADRE_CUDA_MODEL
+
+struct scratch {
+    void *data = NULL;
+    size_t bytes = 0;
+    ~scratch() {
+        free(data);
+        held_bytes -= bytes;
+    }
+};
+
+/* Each request gets memory of its own and of no more bytes, not a number everywhere: so the sanitizer sees who goes beyond, and
+ * tests who reads what nobody wrote. */
+void *cuda_scratch(size_t bytes) {
+    static thread_local struct scratch scratch;
+    size_t whole = bytes ? (bytes + 255) / 256 * 256 : 256;
+    free(scratch.data);
+    held_bytes += whole - scratch.bytes;
+    CHECK((scratch.data = aligned_alloc(256, whole)) != NULL);
+    scratch.bytes = whole;
+    memset(scratch.data, 0xFF, whole);
+    return scratch.data;
+}
+
+#else
+
+void *cuda_scratch(size_t bytes) {
+    static thread_local void *data;
+    static thread_local size_t size;
+    if (bytes <= size && data)
+        return data;
+    const struct device *device;
+    CHECK(device_cuda(&device) == STATUS_OK);
+    if (data)
+        device->release(data, size); /* waits for what still uses it */
+    held_bytes -= size;
+    size = (bytes / SCRATCH_GRAIN_BYTES + 1) * SCRATCH_GRAIN_BYTES;
+    if (device->alloc(&data, size) != STATUS_OK) {
+        log_progress_end();
+        fprintf(stderr, "cadre: scratch memory of kernels: %s\n", status_text());
+        abort();
+    }
+    held_bytes += size;
+    return data;
+}
+
+#endif

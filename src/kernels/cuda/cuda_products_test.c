@@ -1,0 +1,304 @@
+/* Products of bf16 on a CUDA device (or its model) whose operands are aligned, so that the matrix units take them: sizes
+ * around and beyond their tiles, every routing, rows gathered and not, several terms, SwiGLU at once. In the device's own
+ * memory; results and what lies behind them are copied back and compared with the reference; twice the same bits.
+ * The cases of kernels_test.c are mostly too odd for those units. */
+#include "device/device.h"
+#include "kernels/kernels_testing.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <cmocka.h>
+
+enum { GUARD_ROWS = 3, ARENA_BYTES = 256 << 20 };
+
+static const struct device *device;
+static const struct kernel_ops *ops;
+static struct arena arena;
+static int failures;
+static double weight_bound; /* in the place of f32's usual one */
+
+static struct tensor host_tensor(enum dtype dtype, int64_t d0, int64_t d1, int64_t d2, double scale) {
+    struct tensor like = d2 > 0 ? tensor_3d(NULL, dtype, d0, d1, d2) : tensor_2d(NULL, dtype, d0, d1);
+    return test_random(like, scale);
+}
+
+static struct tensor on_device(struct tensor host) {
+    if (!tensor_exists(host))
+        return host;
+    struct tensor t = host;
+    t.data = arena_take(&arena, tensor_bytes(host) + 256);
+    device->copy_from_host(t.data, host.data, tensor_bytes(host));
+    return t;
+}
+
+static struct packed packed_on_device(struct tensor w) {
+    bool grouped = w.dim_count == 3;
+    struct packed p = {NULL, w.dtype, grouped ? w.shape[0] : 1, w.shape[grouped], w.shape[grouped + 1], true};
+    p.data = arena_take(&arena, ops->packed_bytes(p));
+    ops->pack(on_device(w), p);
+    return p;
+}
+
+static struct packed packed_for_ref(struct tensor w) {
+    return test_packed(kernels_ref(), w, true);
+}
+
+/* An output on the device with poisoned rows behind it, which starts from the host's numbers. */
+static struct tensor output_on_device(struct tensor host) {
+    struct tensor t = host;
+    size_t bytes = tensor_bytes(host), behind = GUARD_ROWS * 4096;
+    unsigned char *guard = memory_must(behind, 1);
+    t.data = arena_take(&arena, bytes + behind);
+    memset(guard, 0xF5, behind);
+    device->copy_from_host(t.data, host.data, bytes);
+    device->copy_from_host((char *)t.data + bytes, guard, behind);
+    free(guard);
+    return t;
+}
+
+static void check(const char *what, struct tensor on_device, struct tensor expected) {
+    size_t bytes = tensor_bytes(expected), behind = GUARD_ROWS * 4096;
+    struct tensor found = test_tensor(expected);
+    unsigned char *guard = memory_must(behind, 1);
+    double error = 0, norm = 0, worst = 0;
+    int64_t at = 0;
+    device->copy_to_host(found.data, on_device.data, bytes);
+    device->copy_to_host(guard, (char *)on_device.data + bytes, behind);
+    for (size_t i = 0; i < behind; i++)
+        if (guard[i] != 0xF5) {
+            print_error("%s: wrote behind its output\n", what);
+            failures++;
+            break;
+        }
+    free(guard);
+    for (int64_t i = 0; i < tensor_elements(expected); i++) {
+        double difference = test_get(found, i) - test_get(expected, i);
+        error += difference * difference;
+        norm += test_get(expected, i) * test_get(expected, i);
+        if (!(fabs(difference) <= worst))
+            worst = fabs(difference), at = i;
+    }
+    double bound = expected.dtype == DTYPE_BF16 ? 6e-3 : weight_bound > 0 ? weight_bound : 1e-5;
+    if (!(sqrt(error) <= bound * sqrt(norm))) {
+        int64_t columns = expected.shape[expected.dim_count - 1];
+        print_error("%s: relative error %.3g, largest %.3g at row %lld column %lld\n", what, sqrt(error / norm), worst,
+                    (long long)(at / columns), (long long)(at % columns));
+        failures++;
+    }
+}
+
+/* The numbers of an output twice made: the same bits. */
+static void check_same(const char *what, struct tensor a, struct tensor b) {
+    size_t bytes = tensor_bytes(a);
+    char *first = memory_must(bytes + 1, 1), *second = memory_must(bytes + 1, 1);
+    device->copy_to_host(first, a.data, bytes);
+    device->copy_to_host(second, b.data, bytes);
+    if (memcmp(first, second, bytes) != 0) {
+        print_error("%s: other bits the second time\n", what);
+        failures++;
+    }
+    free(first);
+    free(second);
+}
+
+struct problem {
+    int64_t experts, rows, out, in; /* experts 0: dense */
+    enum test_spread spread;
+    bool gathers;
+};
+
+static struct tensor poisoned(enum dtype dtype, int64_t rows, int64_t columns) {
+    return test_tensor(tensor_2d(NULL, dtype, rows, columns));
+}
+
+static struct tensor index_for(const struct problem *p, int64_t *stored) {
+    *stored = p->gathers ? p->rows / 2 + 1 : p->rows;
+    return p->gathers ? test_indices(tensor_1d(NULL, DTYPE_I32, p->rows), *stored) : tensor_none();
+}
+
+static struct tensor offsets_for(const struct problem *p) {
+    return p->experts > 0 ? test_offsets(p->spread, p->rows, p->experts) : tensor_none();
+}
+
+static struct tensor weight_for(const struct problem *p) {
+    return p->experts > 0 ? host_tensor(DTYPE_BF16, p->experts, p->out, p->in, 1) : host_tensor(DTYPE_BF16, p->out, p->in, 0, 1);
+}
+
+static void label(const struct problem *p, const char *operation, char text[160]) {
+    snprintf(text, 160, "%s, %lld experts, %lld rows, %lld x %lld, spread %d%s", operation, (long long)p->experts,
+             (long long)p->rows, (long long)p->out, (long long)p->in, (int)p->spread, p->gathers ? ", gathered" : "");
+}
+
+static void check_rows_product(const struct problem *p, bool backward, enum dtype dtype, bool accumulate) {
+    char what[160];
+    int64_t stored;
+    struct tensor index = index_for(p, &stored), offsets = offsets_for(p), w = weight_for(p);
+    struct tensor x = host_tensor(DTYPE_BF16, stored, backward ? p->out : p->in, 0, 1);
+    int64_t columns = backward ? p->in : p->out;
+    struct tensor y = accumulate ? host_tensor(dtype, p->rows, columns, 0, 1) : poisoned(dtype, p->rows, columns);
+    label(p, backward ? "input gradient" : "forward", what);
+    struct tensor first = output_on_device(y), second = output_on_device(y);
+    struct tensor dx = on_device(x), di = on_device(index), doff = on_device(offsets);
+    struct packed dw = packed_on_device(w), rw = packed_for_ref(w);
+    for (int i = 0; i < 2; i++)
+        (backward ? ops->product_backward_input : ops->product_forward)(dx, di, doff, dw, i ? second : first, accumulate);
+    const struct kernel_ops *ref = kernels_ref();
+    (backward ? ref->product_backward_input : ref->product_forward)(x, index, offsets, rw, y, accumulate);
+    check(what, first, y);
+    check_same(what, first, second);
+}
+
+static void check_weight(const struct problem *p, bool gathers_dy) {
+    char what[160];
+    int64_t stored;
+    struct tensor index = index_for(p, &stored), offsets = offsets_for(p), none = tensor_none();
+    struct tensor dy = host_tensor(DTYPE_BF16, gathers_dy ? stored : p->rows, p->out, 0, 1);
+    struct tensor x = host_tensor(DTYPE_BF16, gathers_dy ? p->rows : stored, p->in, 0, 1);
+    struct tensor dw = p->experts > 0 ? host_tensor(DTYPE_F32, p->experts, p->out, p->in, 1)
+                                      : host_tensor(DTYPE_F32, p->out, p->in, 0, 1);
+    label(p, gathers_dy ? "weight gradient, dy" : "weight gradient, x", what);
+    struct tensor first = output_on_device(dw), second = output_on_device(dw);
+    struct tensor ddy = on_device(dy), dx = on_device(x), di = on_device(index), doff = on_device(offsets);
+    for (int i = 0; i < 2; i++)
+        ops->product_backward_weight(ddy, gathers_dy ? di : none, dx, gathers_dy ? none : di, doff, i ? second : first);
+    kernels_ref()->product_backward_weight(dy, gathers_dy ? index : none, x, gathers_dy ? none : index, offsets, dw);
+    check(what, first, dw);
+    check_same(what, first, second);
+}
+
+static void check_swiglu(const struct problem *p) {
+    char what[160];
+    int64_t stored;
+    struct tensor index = index_for(p, &stored), offsets = offsets_for(p), wg = weight_for(p), wu = weight_for(p);
+    double scale = 1 / sqrt((double)p->in);
+    struct tensor x = host_tensor(DTYPE_BF16, stored, p->in, 0, scale);
+    struct tensor weight = test_random(tensor_1d(NULL, DTYPE_F32, p->rows), 1);
+    struct tensor gate = poisoned(DTYPE_BF16, p->rows, p->out), up = poisoned(DTYPE_BF16, p->rows, p->out);
+    struct tensor act = poisoned(DTYPE_BF16, p->rows, p->out);
+    label(p, "swiglu", what);
+    struct tensor dg = output_on_device(gate), du = output_on_device(up), da = output_on_device(act);
+    ops->product_swiglu_forward(on_device(x), on_device(index), on_device(offsets), packed_on_device(wg), packed_on_device(wu),
+                                on_device(weight), dg, du, da);
+    const struct kernel_ops *ref = kernels_ref();
+    ref->product_forward(x, index, offsets, packed_for_ref(wg), gate, false);
+    ref->product_forward(x, index, offsets, packed_for_ref(wu), up, false);
+    ref->swiglu_forward(gate, up, weight, act);
+    check(what, dg, gate);
+    check(what, du, up);
+    check(what, da, act);
+}
+
+static void check_swiglu_backward(const struct problem *p) {
+    char what[160];
+    int64_t stored;
+    struct tensor index = index_for(p, &stored), offsets = offsets_for(p), w = weight_for(p);
+    struct tensor dy = host_tensor(DTYPE_BF16, stored, p->out, 0, 1 / sqrt((double)p->out));
+    struct tensor weight = test_random(tensor_1d(NULL, DTYPE_F32, p->rows), 1), dweight = poisoned(DTYPE_F32, p->rows, 1);
+    struct tensor gate = host_tensor(DTYPE_BF16, p->rows, p->in, 0, 1), up = host_tensor(DTYPE_BF16, p->rows, p->in, 0, 1);
+    struct tensor act = poisoned(DTYPE_BF16, p->rows, p->in), dact = poisoned(DTYPE_F32, p->rows, p->in);
+    label(p, "swiglu backward", what);
+    struct tensor dg = output_on_device(gate), du = output_on_device(up), da = output_on_device(act);
+    struct tensor dw = output_on_device(dweight);
+    ops->product_swiglu_backward(on_device(dy), on_device(index), on_device(offsets), packed_on_device(w), dg, du,
+                                 on_device(weight), da, output_on_device(act), dw);
+    const struct kernel_ops *ref = kernels_ref();
+    ref->swiglu_forward(gate, up, weight, act);
+    ref->product_backward_input(dy, index, offsets, packed_for_ref(w), dact, false);
+    struct tensor gate32 = test_copy(gate, DTYPE_F32), up32 = test_copy(up, DTYPE_F32);
+    ref->swiglu_backward(dact, gate32, up32, weight, gate32, up32, dweight);
+    check(what, da, act);
+    check(what, dg, test_copy(gate32, DTYPE_BF16));
+    check(what, du, test_copy(up32, DTYPE_BF16));
+    weight_bound = 4e-3; /* of dact rounded on the way, where that is done */
+    check(what, dw, dweight);
+    weight_bound = 0;
+}
+
+static void check_terms(const struct problem *p) {
+    char what[160];
+    struct tensor offsets = offsets_for(p), dx = poisoned(DTYPE_F32, p->rows, p->in);
+    struct product_term terms[PRODUCT_TERMS_MAX];
+    label(p, "several terms", what);
+    struct tensor ddx = output_on_device(dx);
+    for (int i = 0; i < PRODUCT_TERMS_MAX; i++) {
+        struct problem part = *p;
+        part.out = p->out / (i + 1) / 8 * 8;
+        struct tensor dy = host_tensor(DTYPE_BF16, p->rows, part.out, 0, 1), w = weight_for(&part);
+        terms[i] = (struct product_term){on_device(dy), packed_on_device(w)};
+        kernels_ref()->product_backward_input(dy, tensor_none(), offsets, packed_for_ref(w), dx, i > 0);
+    }
+    ops->product_backward_inputs(terms, PRODUCT_TERMS_MAX, on_device(offsets), ddx, false);
+    check(what, ddx, dx);
+}
+
+static void check_problem(const struct problem *p) {
+    static const enum dtype outputs[] = {DTYPE_BF16, DTYPE_F32, DTYPE_F32};
+    for (int i = 0; i < 3; i++) {
+        check_rows_product(p, false, outputs[i], i == 2);
+        check_rows_product(p, true, outputs[i], i == 2);
+    }
+    check_weight(p, false);
+    check_weight(p, true);
+    check_swiglu(p);
+    check_swiglu_backward(p);
+    if (!p->gathers)
+        check_terms(p);
+    arena_rewind(&arena, 0);
+    test_release();
+}
+
+static const struct problem shapes[] = {
+    {0, 128, 256, 64, 0, false},  {0, 256, 512, 128, 0, false}, {0, 300, 264, 200, 0, false}, {0, 1, 8, 8, 0, false},
+    {1, 129, 136, 72, 0, false},  {3, 515, 280, 88, 0, false},  {8, 700, 256, 192, 0, false}, {8, 1300, 96, 320, 0, false},
+    {64, 900, 64, 128, 0, false}, {5, 64, 520, 64, 0, false},   {2, 2100, 128, 264, 0, false},
+};
+
+/* The model has no matrix units: there these are a few more cases of what kernels_test.c has, none of them large. */
+static bool is_for(const struct kernel_ops *the_ops, const struct problem *p, int number) {
+    return strcmp(the_ops->name, "cudamodel") != 0 || (number % 5 == 0 && p->rows * p->out * p->in < 15 << 20);
+}
+
+static void test_products(void **state) {
+    (void)state;
+    int number = 0;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int spread = 0; spread < (shapes[i].experts > 0 ? SPREAD_COUNT : 1); spread++)
+            for (int gathers = 0; gathers < 2; gathers++) {
+                struct problem p = shapes[i];
+                p.spread = (enum test_spread)spread;
+                p.gathers = gathers;
+                if (is_for(ops, &p, number++))
+                    check_problem(&p);
+            }
+    assert_int_equal(failures, 0);
+}
+
+static int find_device(void **state) {
+    (void)state;
+    if (device_choose("cuda", &device) != STATUS_OK) {
+        printf("not exercised here: %s\n", status_text());
+        device = NULL;
+        return 0;
+    }
+    printf("on %s\n", device_describe(device));
+    return kernels_choose_for(device, "auto", &ops) == STATUS_OK && arena_init(&arena, device, ARENA_BYTES) == STATUS_OK ? 0 : -1;
+}
+
+static int leave(void **state) {
+    (void)state;
+    arena_release(&arena);
+    return 0;
+}
+
+static void test_if_there_is_one(void **state) {
+    if (device)
+        test_products(state);
+}
+
+int main(void) {
+    static const struct CMUnitTest tests[] = {cmocka_unit_test(test_if_there_is_one)};
+    return cmocka_run_group_tests(tests, find_device, leave);
+}
