@@ -78,7 +78,7 @@ static inline int test_repetitions(const struct kernel_ops *ops, int threads_max
 #ifdef CADRE_CUDA_MODEL
     static int cases;
     if (test_is_cuda(ops))
-        return cases++ % 4 == 0 ? 2 : 1;
+        return cases++ % 8 == 0 ? 2 : 1;
 #endif
     return test_is_cuda(ops) ? 2 : threads_max;
 }
