@@ -18,7 +18,7 @@
 #include "kernels/cuda/attention.cuh"
 
 #include "kernels/cuda/hopper_attention.cuh"
-#include <cuda.h>
+#include "kernels/cuda/tensor_map.cuh"
 
 enum {
     GROUP_THREADS = 128,
@@ -901,28 +901,6 @@ static __global__ void __launch_bounds__(THREADS, 1)
 }
 
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
-
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                    const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/* NULL where this device has no such units. */
-static encode_function find_encode(void) {
-    int device, major = 0;
-    void *function = NULL;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9)
-        return NULL;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess)
-        return NULL;
-    return (encode_function)function;
-}
-
-static encode_function encode(void) {
-    static encode_function function = find_encode();
-    return function;
-}
 
 /* Boxes of 64 columns of a head by `box_rows` rows, of [batch, rows, heads, head_dim]. */
 static void make_map(CUtensorMap *map, const bf16 *data, int64_t batch, int64_t rows, int heads, int head_dim, int box_rows) {

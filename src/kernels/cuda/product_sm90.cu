@@ -17,7 +17,7 @@
 #include "kernels/cuda/product.cuh"
 
 #include "kernels/cuda/hopper.cuh"
-#include <cuda.h>
+#include "kernels/cuda/tensor_map.cuh"
 
 enum {
     TILE_M = 128,
@@ -779,28 +779,6 @@ static __global__ void add_splits(const float *part, int splits, int64_t count, 
 }
 
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
-
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                    const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/* NULL where this device has no such units. */
-static encode_function find_encode(void) {
-    int device, major = 0;
-    void *function = NULL;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9)
-        return NULL;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess)
-        return NULL;
-    return (encode_function)function;
-}
-
-static encode_function encode(void) {
-    static encode_function function = find_encode();
-    return function;
-}
 
 /* Boxes of 64 numbers by `box_rows` rows of groups of matrices [rows, columns]. */
 static void make_map(CUtensorMap *map, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_rows,
