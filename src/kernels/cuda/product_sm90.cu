@@ -838,6 +838,24 @@ static unsigned cluster_grid(void) {
 #define START(form, gathers, result)                                                                             \
     CUDA_LAUNCH((multiply<form, gathers, result>), cluster_grid(), THREADS, sizeof(struct shared), maps, problem)
 
+/* Of rows as they are or gathered, to what a call's to_bf16 and accumulate say. */
+#define START_RESULT(form, gathers)                \
+    do {                                           \
+        if (to_bf16)                               \
+            START(form, gathers, TO_BF16);         \
+        else if (accumulate)                       \
+            START(form, gathers, ADD_F32);         \
+        else                                       \
+            START(form, gathers, TO_F32);          \
+    } while (0)
+#define START_ROWS(form)                           \
+    do {                                           \
+        if (tensor_exists(rows))                   \
+            START_RESULT(form, true);              \
+        else                                       \
+            START_RESULT(form, false);             \
+    } while (0)
+
 static bool groups_fit(int64_t groups, int64_t rows) {
     return encode() && groups <= GROUPS_MAX && rows <= INT32_MAX / 2;
 }
@@ -856,21 +874,7 @@ bool sm90_forward(struct tensor x, struct tensor rows, struct tensor offsets, st
     problem.stride = w.out;
     make_map(&maps.a[0], x.data, 1, x.shape[0], w.in, TILE_M, false);
     make_map(&maps.b[0], w.data, w.groups, w.out, w.in, TILE_N / 2, true);
-    if (tensor_exists(rows)) {
-        if (to_bf16)
-            START(FORWARD, true, TO_BF16);
-        else if (accumulate)
-            START(FORWARD, true, ADD_F32);
-        else
-            START(FORWARD, true, TO_F32);
-    } else {
-        if (to_bf16)
-            START(FORWARD, false, TO_BF16);
-        else if (accumulate)
-            START(FORWARD, false, ADD_F32);
-        else
-            START(FORWARD, false, TO_F32);
-    }
+    START_ROWS(FORWARD);
     return true;
 }
 
@@ -968,21 +972,7 @@ bool sm90_backward_inputs(const struct product_term *terms, int term_count, stru
         make_map(&maps.a[i], terms[i].dy.data, 1, terms[i].dy.shape[0], w.out, TILE_M, false);
         make_map(&maps.b[i], w.data, w.groups, w.out, w.in, TILE_K, true);
     }
-    if (tensor_exists(rows)) {
-        if (to_bf16)
-            START(INPUT, true, TO_BF16);
-        else if (accumulate)
-            START(INPUT, true, ADD_F32);
-        else
-            START(INPUT, true, TO_F32);
-    } else {
-        if (to_bf16)
-            START(INPUT, false, TO_BF16);
-        else if (accumulate)
-            START(INPUT, false, ADD_F32);
-        else
-            START(INPUT, false, TO_F32);
-    }
+    START_ROWS(INPUT);
     return true;
 }
 
