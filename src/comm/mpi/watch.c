@@ -16,9 +16,10 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300 };
+enum { ASK_MS = 200, LEAVING_MS = 300, TERMINATION_MS = 300, WORD_NS = 120000000 };
 static const double STARTER_S = 0.25; /* who is gone so long after SIGTERM was perhaps ended by the starter; who before, was not */
 static const double STARTER_MOST_S = 10; /* and so long after it, it was somebody else who asked to save and leave */
 enum { STARTER_MS = 2500 }; /* after that a starter that should have ended is killed */
@@ -121,11 +122,24 @@ static bool is_told_of(const struct watch *watch) {
     return (failed >= 0 && failed != watch->engine->rank && !can_watch(watch, failed)) || engine_was_told(watch->engine);
 }
 
+/* On another host somebody may be gone whom MPI has just lost, and the word of it on its way: the one that is seen to be gone here
+ * may have left because of that. */
+static void wait_for_word(const struct watch *watch) {
+    for (int r = 0; r < watch->engine->size; r++)
+        if (r != watch->engine->rank && !can_watch(watch, r)) {
+            struct timespec pause = {.tv_nsec = WORD_NS};
+            nanosleep(&pause, NULL);
+            return;
+        }
+}
+
 static void tell(struct watch *watch, int rank) {
     char who[192], line[256];
     peer_print(watch->peers, rank, who, sizeof who);
     snprintf(line, sizeof line, "%s is gone", who);
     bool first = !atomic_exchange(&watch->told, true);
+    if (first)
+        wait_for_word(watch);
     if (first && watch->lost && may_tell(watch) && is_speaker(watch) && !is_told_of(watch)) {
         watch->lost(line);
         tell_other_hosts(watch, rank);
