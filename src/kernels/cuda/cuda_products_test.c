@@ -234,6 +234,20 @@ static void check_terms(const struct problem *p) {
     check(what, ddx, dx);
 }
 
+static void check_onto(const struct problem *p) {
+    char what[160];
+    struct tensor x = host_tensor(DTYPE_BF16, p->rows, p->in, 0, 1), w = weight_for(p), none = tensor_none();
+    struct tensor base = host_tensor(DTYPE_F32, p->rows, p->out, 0, 1), y = poisoned(DTYPE_F32, p->rows, p->out);
+    label(p, "onto", what);
+    struct tensor first = output_on_device(y), second = output_on_device(y), dx = on_device(x), dbase = on_device(base);
+    struct packed dw = packed_on_device(w);
+    ops->product_forward_onto(dx, dw, dbase, first);
+    ops->product_forward_onto(dx, dw, dbase, second);
+    kernels_ref()->product_forward(x, none, none, packed_for_ref(w), base, true);
+    check(what, first, base);
+    check_same(what, first, second);
+}
+
 static void check_problem(const struct problem *p) {
     static const enum dtype outputs[] = {DTYPE_BF16, DTYPE_F32, DTYPE_F32};
     for (int i = 0; i < 3; i++) {
@@ -246,6 +260,8 @@ static void check_problem(const struct problem *p) {
     check_swiglu_backward(p);
     if (!p->gathers)
         check_terms(p);
+    if (!p->gathers && p->experts == 0)
+        check_onto(p);
     arena_rewind(&arena, 0);
     test_release();
 }
@@ -254,6 +270,7 @@ static const struct problem shapes[] = {
     {0, 128, 256, 64, 0, false},  {0, 256, 512, 128, 0, false}, {0, 300, 264, 200, 0, false}, {0, 1, 8, 8, 0, false},
     {1, 129, 136, 72, 0, false},  {3, 515, 280, 88, 0, false},  {8, 700, 256, 192, 0, false}, {8, 1300, 96, 320, 0, false},
     {64, 900, 64, 128, 0, false}, {5, 64, 520, 64, 0, false},   {2, 2100, 128, 264, 0, false},
+    {0, 4200, 72, 64, 0, false}, /* rows enough for a weight gradient in parts */
 };
 
 /* The model has no matrix units: there these are a few more cases of what kernels_test.c has, none of them large. So they are
