@@ -1,42 +1,7 @@
 /* Attention of bf16 on a CUDA device (or its model) whose operands are aligned, in the device's own memory, so that they go to
  * the matrix units from where they lie: lengths around the tiles, heads that share keys, few items and more than the device
  * has processors. Outputs are poisoned and guarded, compared with the reference, and made twice: the same bits. */
-#include "device/device.h"
-#include "kernels/kernels_testing.h"
-
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <cmocka.h>
-
-enum { GUARD_BYTES = 4096, ARENA_BYTES = 256 << 20 };
-
-static const struct device *device;
-static const struct kernel_ops *ops;
-static struct arena arena;
-static int failures;
-
-static struct tensor on_device(struct tensor host) {
-    struct tensor t = host;
-    t.data = arena_take(&arena, tensor_bytes(host));
-    device->copy_from_host(t.data, host.data, tensor_bytes(host));
-    return t;
-}
-
-/* Poisoned, with a guard behind it. */
-static struct tensor output_on_device(struct tensor like) {
-    struct tensor t = like;
-    size_t bytes = tensor_bytes(like) + GUARD_BYTES;
-    unsigned char *poison = memory_must(bytes, 1);
-    for (size_t i = 0; i < bytes; i++)
-        poison[i] = test_guard_byte(i);
-    t.data = arena_take(&arena, bytes);
-    device->copy_from_host(t.data, poison, bytes);
-    free(poison);
-    return t;
-}
+#include "kernels/cuda/cuda_testing.h"
 
 struct problem {
     struct attention_shape shape;
@@ -50,17 +15,6 @@ static void complain(const struct problem *p, const char *what, const char *how)
     failures++;
 }
 
-static void check_guard(const struct problem *p, const char *what, struct tensor t) {
-    unsigned char guard[GUARD_BYTES];
-    size_t bytes = tensor_bytes(t);
-    device->copy_to_host(guard, (char *)t.data + bytes, GUARD_BYTES);
-    for (size_t i = 0; i < GUARD_BYTES; i++)
-        if (guard[i] != test_guard_byte(bytes + i)) {
-            complain(p, what, "was written behind its end");
-            return;
-        }
-}
-
 /* Two makings of an output against that of the reference: the error of all, and the largest of a row, which rows of a tile that
  * went wrong do not hide in. */
 static void check(const struct problem *p, const char *what, const struct tensor made[2], struct tensor expected) {
@@ -69,7 +23,8 @@ static void check(const struct problem *p, const char *what, const struct tensor
     double error = 0, norm = 0, worst = 0, bound = expected.dtype == DTYPE_BF16 ? 6e-3 : 1e-5;
     int64_t columns = expected.shape[1], count = tensor_elements(expected), at = 0;
     char text[160];
-    check_guard(p, what, made[0]);
+    if (!output_guard_holds(made[0]))
+        complain(p, what, "was written behind its end");
     device->copy_to_host(found.data, made[0].data, bytes);
     device->copy_to_host(again.data, made[1].data, bytes);
     if (memcmp(found.data, again.data, bytes) != 0)
@@ -112,10 +67,15 @@ static struct operands operands_for(const struct problem *p) {
     return o;
 }
 
+/* The reference has filled `expected` already: what is found must not begin so. */
+static struct tensor poisoned_output(struct tensor expected) {
+    return output_on_device(test_tensor(expected));
+}
+
 static void check_forward(const struct problem *p, const struct operands *o) {
     struct tensor q = on_device(o->q), k = on_device(o->k), v = on_device(o->v), out[2], lse[2];
     for (int i = 0; i < 2; i++) {
-        out[i] = output_on_device(o->out), lse[i] = output_on_device(o->lse);
+        out[i] = poisoned_output(o->out), lse[i] = poisoned_output(o->lse);
         ops->attention_forward(p->shape, q, k, v, out[i], lse[i]);
     }
     check(p, "out", out, o->out);
@@ -126,7 +86,7 @@ static void check_backward(const struct problem *p, const struct operands *o) {
     struct tensor q = on_device(o->q), k = on_device(o->k), v = on_device(o->v), dout = on_device(o->dout);
     struct tensor out = on_device(o->out), lse = on_device(o->lse), dq[2], dk[2], dv[2];
     for (int i = 0; i < 2; i++) {
-        dq[i] = output_on_device(o->dq), dk[i] = output_on_device(o->dk), dv[i] = output_on_device(o->dv);
+        dq[i] = poisoned_output(o->dq), dk[i] = poisoned_output(o->dk), dv[i] = poisoned_output(o->dv);
         ops->attention_backward(p->shape, dout, q, k, v, out, lse, dq[i], dk[i], dv[i]);
     }
     check(p, "dq", dq, o->dq);
@@ -167,24 +127,6 @@ static void test_attention(void **state) {
     assert_int_equal(failures, 0);
 }
 
-static int find_device(void **state) {
-    (void)state;
-    if (device_choose("cuda", &device) != STATUS_OK) {
-        printf("not exercised here: %s\n", status_text());
-        device = NULL;
-        return 0;
-    }
-    printf("on %s\n", device_describe(device));
-    return kernels_choose_for(device, "auto", &ops) == STATUS_OK && arena_init(&arena, device, ARENA_BYTES) == STATUS_OK ? 0 : -1;
-}
-
-static int leave(void **state) {
-    (void)state;
-    if (device)
-        arena_release(&arena);
-    return 0;
-}
-
 static void test_if_there_is_one(void **state) {
     if (device)
         test_attention(state);
@@ -192,5 +134,5 @@ static void test_if_there_is_one(void **state) {
 
 int main(void) {
     static const struct CMUnitTest tests[] = {cmocka_unit_test(test_if_there_is_one)};
-    return cmocka_run_group_tests(tests, find_device, leave);
+    return cmocka_run_group_tests(tests, find_device, leave_device);
 }

@@ -2,36 +2,13 @@
  * around and beyond their tiles, every routing, rows gathered and not, several terms, SwiGLU at once. In the device's own
  * memory; results and what lies behind them are copied back and compared with the reference; twice the same bits.
  * The cases of kernels_test.c are mostly too odd for those units. */
-#include "device/device.h"
-#include "kernels/kernels_testing.h"
+#include "kernels/cuda/cuda_testing.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <cmocka.h>
-
-enum { GUARD_ROWS = 3, ARENA_BYTES = 256 << 20 };
-
-static const struct device *device;
-static const struct kernel_ops *ops;
-static struct arena arena;
-static int failures;
 static double weight_bound; /* in the place of f32's usual one */
 
 static struct tensor host_tensor(enum dtype dtype, int64_t d0, int64_t d1, int64_t d2, double scale) {
     struct tensor like = d2 > 0 ? tensor_3d(NULL, dtype, d0, d1, d2) : tensor_2d(NULL, dtype, d0, d1);
     return test_random(like, scale);
-}
-
-static struct tensor on_device(struct tensor host) {
-    if (!tensor_exists(host))
-        return host;
-    struct tensor t = host;
-    t.data = arena_take(&arena, tensor_bytes(host) + 256);
-    device->copy_from_host(t.data, host.data, tensor_bytes(host));
-    return t;
 }
 
 static struct packed packed_on_device(struct tensor w) {
@@ -46,34 +23,15 @@ static struct packed packed_for_ref(struct tensor w) {
     return test_packed(kernels_ref(), w, true);
 }
 
-/* An output on the device with poisoned rows behind it, which starts from the host's numbers. */
-static struct tensor output_on_device(struct tensor host) {
-    struct tensor t = host;
-    size_t bytes = tensor_bytes(host), behind = GUARD_ROWS * 4096;
-    unsigned char *guard = memory_must(behind, 1);
-    t.data = arena_take(&arena, bytes + behind);
-    memset(guard, 0xF5, behind);
-    device->copy_from_host(t.data, host.data, bytes);
-    device->copy_from_host((char *)t.data + bytes, guard, behind);
-    free(guard);
-    return t;
-}
-
-static void check(const char *what, struct tensor on_device, struct tensor expected) {
-    size_t bytes = tensor_bytes(expected), behind = GUARD_ROWS * 4096;
+static void check(const char *what, struct tensor made, struct tensor expected) {
     struct tensor found = test_tensor(expected);
-    unsigned char *guard = memory_must(behind, 1);
     double error = 0, norm = 0, worst = 0;
     int64_t at = 0;
-    device->copy_to_host(found.data, on_device.data, bytes);
-    device->copy_to_host(guard, (char *)on_device.data + bytes, behind);
-    for (size_t i = 0; i < behind; i++)
-        if (guard[i] != 0xF5) {
-            print_error("%s: wrote behind its output\n", what);
-            failures++;
-            break;
-        }
-    free(guard);
+    device->copy_to_host(found.data, made.data, tensor_bytes(expected));
+    if (!output_guard_holds(made)) {
+        print_error("%s: wrote behind its output\n", what);
+        failures++;
+    }
     for (int64_t i = 0; i < tensor_elements(expected); i++) {
         double difference = test_get(found, i) - test_get(expected, i);
         error += difference * difference;
@@ -295,23 +253,6 @@ static void test_products(void **state) {
     assert_int_equal(failures, 0);
 }
 
-static int find_device(void **state) {
-    (void)state;
-    if (device_choose("cuda", &device) != STATUS_OK) {
-        printf("not exercised here: %s\n", status_text());
-        device = NULL;
-        return 0;
-    }
-    printf("on %s\n", device_describe(device));
-    return kernels_choose_for(device, "auto", &ops) == STATUS_OK && arena_init(&arena, device, ARENA_BYTES) == STATUS_OK ? 0 : -1;
-}
-
-static int leave(void **state) {
-    (void)state;
-    arena_release(&arena);
-    return 0;
-}
-
 static void test_if_there_is_one(void **state) {
     if (device)
         test_products(state);
@@ -319,5 +260,5 @@ static void test_if_there_is_one(void **state) {
 
 int main(void) {
     static const struct CMUnitTest tests[] = {cmocka_unit_test(test_if_there_is_one)};
-    return cmocka_run_group_tests(tests, find_device, leave);
+    return cmocka_run_group_tests(tests, find_device, leave_device);
 }
