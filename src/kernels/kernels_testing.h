@@ -281,14 +281,18 @@ static inline int64_t test_group_of_row(enum test_spread spread, int64_t r, int6
 }
 
 /* w packed by a backend, in memory that test_release gives back. */
-static inline struct packed test_packed(const struct kernel_ops *ops, struct tensor w, bool backward) {
+static inline struct packed test_packed_as(const struct kernel_ops *ops, struct tensor w, enum dtype dtype, bool backward) {
     int first = w.dim_count == 3;
-    struct packed packed = {.dtype = w.dtype, .groups = first ? w.shape[0] : 1, .out = w.shape[first],
+    struct packed packed = {.dtype = dtype, .groups = first ? w.shape[0] : 1, .out = w.shape[first],
                             .in = w.shape[first + 1], .backward = backward};
     packed.data = test_tensor(tensor_1d(NULL, DTYPE_F64, (int64_t)(ops->packed_bytes(packed) + 7) / 8 + 8)).data;
     packed.data = (char *)packed.data + (64 - (uintptr_t)packed.data % 64) % 64;
     ops->pack(w, packed);
     return packed;
+}
+
+static inline struct packed test_packed(const struct kernel_ops *ops, struct tensor w, bool backward) {
+    return test_packed_as(ops, w, w.dtype, backward);
 }
 
 /* i32 [groups+1] offsets of row_count rows. */

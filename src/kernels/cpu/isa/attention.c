@@ -13,7 +13,7 @@
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/isa/panel.h"
+#include "kernels/cpu/isa/tile.h"
 #include "kernels/cpu/isa/softmax.h"
 #include "kernels/cpu/scratch.h"
 

@@ -1,4 +1,4 @@
-/* Packed panels and the register tile: C (+)= A B for blocks that fit the caches. Private to kernels/cpu/isa/.
+/* Packed panels: the blocks that tile.h multiplies. Private to kernels/cpu/isa/.
  *
  * An operand is packed into panels of words, [k word][lane]: lanes are rows of C for A, columns of C for B. A word is a
  * float, or a pair of bf16 along k where the instruction set multiplies pairs; elsewhere bf16 becomes f32 here. The
@@ -125,17 +125,29 @@ ALWAYS_INLINE vector_u32 word_of_columns(int element_bytes, const struct matrix 
     return k + 1 < end ? word | row_of_columns(element_bytes, matrix_at(m, k + 1, column), lanes) << 16 : word;
 }
 
+#ifdef __AVX512BF16__
+enum { PAIR_LANES = 2 * VECTOR_LANES }; /* that two vectors of bf16 make */
+
+/* Two rows of 32 bf16, as the words of 32 lanes. */
+ALWAYS_INLINE void interleave_vectors(__m512i even, __m512i odd, vector_f32 *low, vector_f32 *high) {
+    static const uint16_t order[PAIR_LANES] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                               8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i lower = _mm512_loadu_si512(order), upper = _mm512_add_epi16(lower, _mm512_set1_epi16(VECTOR_LANES));
+    *low = (vector_f32)_mm512_permutex2var_epi16(even, lower, odd);
+    *high = (vector_f32)_mm512_permutex2var_epi16(even, upper, odd);
+}
+
+ALWAYS_INLINE void interleave(const void *even, const void *odd, vector_f32 *low, vector_f32 *high) {
+    interleave_vectors(_mm512_loadu_si512(even), _mm512_loadu_si512(odd), low, high);
+}
+#endif
+
 /* The same for two vectors of lanes. Where bf16 come in pairs, two rows of 32 are interleaved at once. */
 ALWAYS_INLINE void two_words_of_columns(int element_bytes, const struct matrix *m, int64_t k, int64_t end,
                                         int64_t column, vector_f32 *low, vector_f32 *high) {
 #ifdef __AVX512BF16__
     if (element_bytes == 2 && column + 2 * VECTOR_LANES <= m->columns && k + 1 < end) {
-        /* Unpacking works within quarters of a vector: quarters are dealt out so that lanes come in order. */
-        const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-        __m512i even = _mm512_permutexvar_epi64(deal, _mm512_loadu_si512(matrix_at(m, k, column)));
-        __m512i odd = _mm512_permutexvar_epi64(deal, _mm512_loadu_si512(matrix_at(m, k + 1, column)));
-        *low = (vector_f32)_mm512_unpacklo_epi16(even, odd);
-        *high = (vector_f32)_mm512_unpackhi_epi16(even, odd);
+        interleave(matrix_at(m, k, column), matrix_at(m, k + 1, column), low, high);
         return;
     }
 #endif
@@ -188,6 +200,45 @@ ALWAYS_INLINE void pack_whole_columns(int element_bytes, const struct matrix *m,
         copy_words(element_bytes, m, first, lane_count, k, 1, end, width, panel_words, out);
 }
 
+#ifdef __AVX512BF16__
+/* `words` words, a constant of at most COPY_WORDS, of all panels of pack_whole_pairs. */
+ALWAYS_INLINE void copy_pairs(const struct matrix *m, int64_t first, int64_t lane_count, int64_t k, int words, int64_t end,
+                              int width, int64_t panel_words, float *out) {
+    const int panels = width % PAIR_LANES == 0 ? 1 : 2, lanes = panels * width; /* that whole vectors make */
+    const int64_t panel = panel_floats(panel_words, width);
+    const uint16_t *from[2 * COPY_WORDS], *next[2 * COPY_WORDS];
+    for (int i = 0; i < 2 * words; i++) {
+        from[i] = matrix_at(m, k + i, first);
+        next[i] = matrix_at(m, at_most(k + 2 * COPY_WORDS + i, end - 1), first);
+    }
+    for (int64_t at = 0; at < lane_count; at += lanes, out += panels * panel)
+#pragma GCC unroll 4
+        for (int i = 0; i < words; i++) {
+            const uint16_t *even = from[2 * i] + at, *odd = from[2 * i + 1] + at;
+            vector_f32 v[2 * A_LANES / VECTOR_LANES];
+#pragma GCC unroll 3
+            for (int lane = 0; lane < lanes; lane += PAIR_LANES) {
+                __builtin_prefetch(next[2 * i] + at + lane);
+                __builtin_prefetch(next[2 * i + 1] + at + lane);
+                interleave(even + lane, odd + lane, &v[lane / VECTOR_LANES], &v[lane / VECTOR_LANES + 1]);
+            }
+#pragma GCC unroll 6
+            for (int lane = 0; lane < lanes; lane += VECTOR_LANES)
+                vector_store(out + lane / width * panel + i * width + lane % width, v[lane / VECTOR_LANES]);
+        }
+}
+
+/* pack_columns for whole pairs of rows, and panels whose lanes are whole vectors of bf16: one of B, two of A. */
+ALWAYS_INLINE void pack_whole_pairs(const struct matrix *m, int64_t first, int64_t lane_count, int64_t k, int64_t count,
+                                    int width, int64_t panel_words, float *out) {
+    int64_t end = k + count;
+    for (; k + 2 * COPY_WORDS <= end; k += 2 * COPY_WORDS, out += COPY_WORDS * width)
+        copy_pairs(m, first, lane_count, k, COPY_WORDS, end, width, panel_words, out);
+    for (; k < end; k += 2, out += width)
+        copy_pairs(m, first, lane_count, k, 1, end, width, panel_words, out);
+}
+#endif
+
 /* Lanes first..first+lane_count-1 of rows k..k+count-1 into panels of `width` lanes, the last one maybe narrower.
  * panel_words: of the panels written to, which may be parts of longer ones. */
 ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
@@ -202,6 +253,15 @@ ALWAYS_INLINE void pack_columns(int element_bytes, const struct matrix *m, int64
         if (whole == lane_count)
             return;
     }
+#ifdef __AVX512BF16__
+    if (elements == 2 && count % 2 == 0 && words == count / 2) {
+        const int lanes = width % PAIR_LANES == 0 ? width : 2 * width;
+        whole = lane_count / lanes * lanes;
+        pack_whole_pairs(m, first, whole, k, count, width, panel_words, out);
+        if (whole == lane_count)
+            return;
+    }
+#endif
     for (int64_t word = 0; word < words; word += COPY_WORDS) {
         int64_t word_end = at_most(word + COPY_WORDS, words);
         for (int64_t j = whole; j < lane_count; j += width) {
@@ -281,102 +341,4 @@ HEADER_FUNCTION void pack_a(enum lanes lanes, const struct matrix *m, int64_t fi
 HEADER_FUNCTION void pack_b(enum lanes lanes, const struct matrix *m, int64_t first, int64_t lane_count, int64_t k,
                    int64_t count, float *out) {
     pack(lanes, m, first, lane_count, k, count, TILE_COLUMNS, out);
-}
-
-/* ---- the register tile ---- */
-
-/* c, of rows x columns at most height x TILE_COLUMNS, = or += with add. height and pairs are constants; a_lanes: of the
- * panel that the rows stand in. */
-ALWAYS_INLINE void tile_multiply(int height, bool pairs, const float *a, int64_t a_lanes, const float *b, int64_t words,
-                                 float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
-    vector_f32 sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
-    for (int64_t i = 0; i < (add ? rows : 0); i++) { /* c may come from far: it does so while we multiply */
-        __builtin_prefetch(c + i * c_stride, 1);
-        __builtin_prefetch(c + i * c_stride + TILE_COLUMNS - 1, 1);
-    }
-#pragma GCC unroll TILE_UNROLL
-    for (int64_t k = 0; k < words; k++, a += a_lanes, b += TILE_COLUMNS) {
-        vector_f32 right0 = vector_load(b), right1 = vector_load(b + VECTOR_LANES);
-        if (PREFETCH_WORDS > 0) {
-            __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS);
-            __builtin_prefetch(b + PREFETCH_WORDS * TILE_COLUMNS + VECTOR_LANES);
-        }
-#pragma GCC unroll 12
-        for (int i = 0; i < height; i++) {
-            vector_f32 left = vector_splat_word(pairs, a + i);
-            sum[i][0] = vector_multiply_add(pairs, left, right0, sum[i][0]);
-            sum[i][1] = vector_multiply_add(pairs, left, right1, sum[i][1]);
-        }
-    }
-    if (rows == height && columns == TILE_COLUMNS) {
-#pragma GCC unroll 12
-        for (int i = 0; i < height; i++) {
-#pragma GCC unroll 2
-            for (int v = 0; v < TILE_VECTORS; v++) {
-                float *to = c + i * c_stride + v * VECTOR_LANES;
-                vector_store(to, add ? sum[i][v] + vector_load(to) : sum[i][v]);
-            }
-        }
-        return;
-    }
-    float spilled[TILE_ROWS][TILE_COLUMNS];
-    memcpy(spilled, sum, sizeof sum);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++)
-            c[i * c_stride + j] = add ? c[i * c_stride + j] + spilled[i][j] : spilled[i][j];
-}
-
-ALWAYS_INLINE void tile_multiply_any(bool pairs, const float *a, int64_t a_lanes, const float *b, int64_t words,
-                                     float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
-    switch (panel_width(rows, TILE_ROWS) / TILE_STEP) {
-    case 1:
-        tile_multiply(TILE_STEP, pairs, a, a_lanes, b, words, c, c_stride, rows, columns, add);
-        break;
-    case 2:
-        tile_multiply(2 * TILE_STEP, pairs, a, a_lanes, b, words, c, c_stride, rows, columns, add);
-        break;
-    default:
-        tile_multiply(TILE_ROWS, pairs, a, a_lanes, b, words, c, c_stride, rows, columns, add);
-    }
-}
-
-/* Where lane `lane` of packed A begins, a multiple of A_LANES. */
-ALWAYS_INLINE int64_t a_lane_floats(bool pairs, int64_t words, int64_t lane) {
-    return BF16_TILES && pairs ? lane * words : lane / A_LANES * panel_floats(words, A_LANES);
-}
-
-ALWAYS_INLINE void block_multiply_of(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
-                                     float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
-    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-        int64_t panel = i / A_LANES * A_LANES, a_lanes = panel_width(rows - panel, A_LANES);
-        for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
-            tile_multiply_any(pairs, a + panel / A_LANES * panel_floats(words, A_LANES) + (i - panel), a_lanes,
-                              b + j / TILE_COLUMNS * b_panel_floats, words, c + i * c_stride + j, c_stride,
-                              at_most(rows - i, TILE_ROWS), at_most(columns - j, TILE_COLUMNS), add);
-    }
-}
-
-/* c [rows, columns] = or += packed a times panels of b that lie b_panel_floats apart, over `words` words of k. */
-HEADER_FUNCTION void block_multiply_panels(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
-                                  float *c, int64_t c_stride, int64_t rows, int64_t columns, bool add) {
-#ifdef __AMX_BF16__
-    if (pairs) {
-        amx_prepare();
-        for (int64_t j = 0; j < columns; j += AMX_LANES) /* a panel of B stays in the first cache, A passes by */
-            for (int64_t i = 0; i < rows; i += 2 * AMX_ROWS)
-                amx_tile(a + i * words, b + j / AMX_LANES * b_panel_floats, words, c + i * c_stride + j, c_stride,
-                         at_most(rows - i, 2 * AMX_ROWS), at_most(columns - j, AMX_LANES), add);
-        return;
-    }
-#endif
-    if (BF16_PAIRS && pairs)
-        block_multiply_of(true, a, b, b_panel_floats, words, c, c_stride, rows, columns, add);
-    else
-        block_multiply_of(false, a, b, b_panel_floats, words, c, c_stride, rows, columns, add);
-}
-
-/* The same with both blocks packed over the same words. */
-HEADER_FUNCTION void block_multiply(bool pairs, const float *a, const float *b, int64_t words, float *c,
-                                  int64_t c_stride, int64_t rows, int64_t columns, bool add) {
-    block_multiply_panels(pairs, a, b, panel_floats(words, TILE_COLUMNS), words, c, c_stride, rows, columns, add);
 }

@@ -7,11 +7,13 @@
  *  1. A number of the result is the work of one task, which sums over k in order: nothing depends on the threads.
  *  2. Tasks are cut by the shapes and the offsets alone.
  *  3. A task is (expert, rows, columns). It packs its rows once for all its columns, block by block of k, gathering
- *     them on the way. The block of rows stays in the second cache while panels of weights pass by.
+ *     them on the way. The block of rows stays in the second cache while panels of weights pass by. What it packs or
+ *     meets next, and what the next task begins with, is asked for meanwhile (ahead.h).
  */
 #include "base/threads.h"
 #include "kernels/cpu/fillers.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/tile.h"
 #include "kernels/cpu/isa/weights.h"
 
 #include <math.h>
@@ -20,6 +22,7 @@ enum {
     K_WORDS_MAX = 512,       /* of a packed block */
     ROWS_MAX = 256,          /* of a task */
     ROWS_MIN = 64,           /* where there would be too few tasks */
+    UNIT_ROWS = 96,          /* packed at a time: whole panels of every copy, whole tiles of AMX */
     BLOCK_COLUMNS = 128,     /* that all rows meet before the next ones: their weights stay in the second cache */
     TASK_COLUMNS_MAX = 1024, /* of a task */
     THREAD_TASKS = 8, /* wanted for every thread: enough to even out */
@@ -106,96 +109,125 @@ struct rows_job {
     struct matrix x;
     const float *panels; /* of group 0 */
     int64_t group_floats, panel_floats;
-    int64_t k; /* summed over */
+    int64_t k, k_block; /* summed over; at a time */
     struct tensor y;
     bool accumulate;
     const struct task *tasks;
+    int64_t task_count;
+    int thread_count;
 };
 
 static char *y_at(const struct rows_job *job, int64_t row, int64_t column) {
     return (char *)job->y.data + (row * job->y.shape[1] + column) * (int64_t)dtype_size(job->y.dtype);
 }
 
-/* y rows = or += c, rounded once. */
-static void store_bf16(const struct rows_job *job, const float *c, int64_t row, int64_t rows, int64_t column,
-                       int64_t columns, int64_t c_stride) {
-    for (int64_t i = 0; i < rows; i++, c += c_stride) {
-        uint16_t *y = (uint16_t *)y_at(job, row + i, column);
-        int64_t j = 0;
-        for (; j + VECTOR_LANES <= columns; j += VECTOR_LANES) {
-            vector_f32 value = vector_load(c + j);
-            vector_store_bf16(y + j, job->accumulate ? value + vector_load_bf16(y + j) : value);
-        }
-        for (; j < columns; j++)
-            y[j] = float_to_bf16(job->accumulate ? c[j] + bf16_to_float(y[j]) : c[j]);
-    }
+static const float *panel_at(const struct rows_job *job, int64_t expert, int64_t k, int64_t column) {
+    return job->panels + expert * job->group_floats + column / TILE_COLUMNS * job->panel_floats +
+           k / word_elements(&job->x) * TILE_COLUMNS;
 }
 
-/* Scratch of a task: its packed rows and, for y in bf16, sums of f32: of a block of columns where k comes in one piece,
- * of the whole task where it does not. */
+/* Scratch of a task: its packed rows and, for y in bf16 where k comes in several pieces, sums of f32. */
 struct rows_scratch {
     float *a, *c;
     int64_t c_stride;
 };
 
-static struct rows_scratch rows_scratch_take(const struct rows_job *job, const struct task *task, int64_t k_block) {
+static struct rows_scratch rows_scratch_take(const struct rows_job *job, const struct task *task) {
     int64_t rows = task->row_end - task->row, columns = task->column_end - task->column;
-    int64_t a_floats = divide_up(block_floats(rows, words_of(&job->x, k_block), A_LANES), VECTOR_LANES) * VECTOR_LANES;
-    int64_t stride = k_block < job->k ? columns : at_most(columns, BLOCK_COLUMNS);
-    int64_t c_floats = job->y.dtype == DTYPE_BF16 ? rows * stride : 0;
+    int64_t a_floats = divide_up(block_floats(rows, words_of(&job->x, job->k_block), A_LANES), VECTOR_LANES) * VECTOR_LANES;
+    int64_t c_floats = job->y.dtype == DTYPE_BF16 && job->k_block < job->k ? rows * columns : 0;
     float *memory = scratch_task(sizeof(float) * (size_t)(a_floats + c_floats));
-    return (struct rows_scratch){memory, memory + a_floats, stride};
+    return (struct rows_scratch){memory, memory + a_floats, columns};
 }
 
-#ifdef __AMX_BF16__
-/* All of k against one block of columns, for y in bf16: every tile of sums is rounded while it is in the first cache. */
-static void rows_task_tiles(const struct rows_job *job, const struct task *task, const float *a, int64_t column,
-                            const float *panel) {
-    int64_t words = words_of(&job->x, job->k), rows = task->row_end - task->row;
-    int64_t end = at_most(task->column_end, column + BLOCK_COLUMNS);
-    float sums[2 * AMX_ROWS * AMX_LANES] __attribute__((aligned(64)));
-    amx_prepare();
-    for (; column < end; column += AMX_LANES, panel += job->panel_floats)
-        for (int64_t i = 0; i < rows; i += 2 * AMX_ROWS) {
-            int64_t height = at_most(rows - i, 2 * AMX_ROWS);
-            amx_tile_sums(a + i * words, panel, words, sums, height);
-            store_bf16(job, sums, task->row + i, height, column, at_most(end - column, AMX_LANES), AMX_LANES);
-        }
-}
-#endif
+/* A part of a task: `count` of k; rows and columns, of which the rows count from the task's first one. */
+struct step {
+    int64_t k, count, row, rows, column, columns;
+};
 
-/* One block of k against one block of columns. */
-static void rows_task_columns(const struct rows_job *job, const struct task *task, const struct rows_scratch *scratch,
-                              int64_t k, int64_t count, int64_t column) {
-    int64_t columns = at_most(task->column_end - column, BLOCK_COLUMNS), rows = task->row_end - task->row;
-    bool in_y = job->y.dtype == DTYPE_F32, first = k == 0, last = k + count == job->k;
-    const float *panel = job->panels + task->expert * job->group_floats + column / TILE_COLUMNS * job->panel_floats +
-                         k / word_elements(&job->x) * TILE_COLUMNS;
-    float *sums = scratch->c + (first && last ? 0 : column - task->column);
-#ifdef __AMX_BF16__
-    if (!in_y && first && last && word_elements(&job->x) == 2) {
-        rows_task_tiles(job, task, scratch->a, column, panel);
+/* What a step asks for. */
+struct rows_ahead {
+    struct matrix panels;
+    struct ahead of_panels, all;
+};
+
+/* The panels that rows first..end-1 of `rows` are to ask for, of those that columns from `column` on meet: a share. */
+static void panels_ahead(const struct rows_job *job, const struct task *task, int64_t k, int64_t count, int64_t column,
+                         int64_t first, int64_t end, int64_t rows, struct rows_ahead *ahead) {
+    int64_t panels = divide_up(at_most(task->column_end - column, BLOCK_COLUMNS), TILE_COLUMNS);
+    ahead->panels = (struct matrix){(const char *)panel_at(job, task->expert, k, column), job->panel_floats, sizeof(float), NULL};
+    ahead->of_panels = ahead_of(&ahead->panels, first * panels / rows, end * panels / rows, 0,
+                                words_of(&job->x, count) * TILE_COLUMNS);
+}
+
+/* Rows are packed in units while the first columns are multiplied; behind the last columns come the next block of k, and then
+ * the task that this thread is likely to get. */
+static void step_ahead(const struct rows_job *job, int64_t index, const struct step *s, struct rows_ahead *ahead) {
+    const struct task *task = &job->tasks[index], *after = NULL;
+    int64_t rows = task->row_end - task->row, end = s->row + s->rows, column = s->column + s->columns;
+    int64_t k = s->k + s->count < job->k ? s->k + s->count : 0, count = at_most(job->k - k, job->k_block);
+    struct ahead of_rows = {0};
+    if (k > 0)
+        after = task;
+    else if (index + job->thread_count < job->task_count)
+        after = task + job->thread_count;
+    *ahead = (struct rows_ahead){0};
+    if (end < rows)
+        of_rows = ahead_of(&job->x, task->row + end, task->row + at_most(end + UNIT_ROWS, rows), s->k, s->count);
+    else if (column == task->column_end && after)
+        of_rows = ahead_of(&job->x, after->row, at_most(after->row + UNIT_ROWS, after->row_end), k, count);
+    if (column < task->column_end)
+        panels_ahead(job, task, s->k, s->count, column, s->row, end, rows, ahead);
+    else if (end == rows && after)
+        panels_ahead(job, after, k, count, after->column, 0, 1, 1, ahead);
+    ahead->all = ahead_then(of_rows, &ahead->of_panels);
+    ahead_spread(&ahead->all, tile_count(s->rows, s->columns), words_of(&job->x, s->count));
+}
+
+static void step_multiply(const struct rows_job *job, const struct task *task, const struct rows_scratch *scratch,
+                          const struct step *s, struct ahead *ahead) {
+    const bool pairs = word_elements(&job->x) == 2, first = s->k == 0, last = s->k + s->count == job->k;
+    const float *panel = panel_at(job, task->expert, s->k, s->column);
+    int64_t words = words_of(&job->x, s->count);
+    const float *a = scratch->a + a_lane_floats(pairs, words, s->row);
+    struct target y = {y_at(job, task->row + s->row, s->column), job->y.shape[1], s->rows, s->columns, job->accumulate};
+    if (job->y.dtype == DTYPE_F32) {
+        y.add |= !first;
+        block_multiply_ahead(pairs, a, panel, job->panel_floats, words, y, ahead);
         return;
     }
-#endif
-    block_multiply_panels(word_elements(&job->x) == 2, scratch->a, panel, job->panel_floats, words_of(&job->x, count),
-                          in_y ? (float *)y_at(job, task->row, column) : sums,
-                          in_y ? job->y.shape[1] : scratch->c_stride, rows, columns,
-                          !first || (in_y && job->accumulate));
-    if (!in_y && last)
-        store_bf16(job, sums, task->row, rows, column, columns, scratch->c_stride);
+    if (first && last) {
+        block_multiply_rounded(pairs, a, panel, job->panel_floats, words, y, ahead);
+        return;
+    }
+    float *sums = scratch->c + s->row * scratch->c_stride + s->column - task->column;
+    struct target c = {sums, scratch->c_stride, s->rows, s->columns, !first};
+    block_multiply_ahead(pairs, a, panel, job->panel_floats, words, c, ahead);
+    for (int64_t i = 0; last && i < s->rows; i++)
+        round_row(sums + i * c.stride, (uint16_t *)y.c + i * y.stride, s->columns, y.add);
 }
 
 static void rows_task(void *context, int64_t index) {
     const struct rows_job *job = context;
     const struct task *task = &job->tasks[index];
-    int64_t k_block = part_size(job->k, K_WORDS_MAX * word_elements(&job->x), 2 * VECTOR_LANES);
-    struct rows_scratch scratch = rows_scratch_take(job, task, k_block);
-    for (int64_t k = 0; k < job->k; k += k_block) {
-        int64_t count = at_most(job->k - k, k_block);
-        pack_a(LANES_ARE_ROWS, &job->x, task->row, task->row_end - task->row, k, count, scratch.a);
-        for (int64_t column = task->column; column < task->column_end; column += BLOCK_COLUMNS)
-            rows_task_columns(job, task, &scratch, k, count, column);
+    const bool pairs = word_elements(&job->x) == 2;
+    struct rows_scratch scratch = rows_scratch_take(job, task);
+    struct step s;
+    for (s.k = 0; s.k < job->k; s.k += s.count) {
+        s.count = at_most(job->k - s.k, job->k_block);
+        for (s.column = task->column; s.column < task->column_end; s.column += s.columns) {
+            int64_t rows = task->row_end - task->row, unit = s.column == task->column ? UNIT_ROWS : rows;
+            s.columns = at_most(task->column_end - s.column, BLOCK_COLUMNS);
+            for (s.row = 0; s.row < rows; s.row += s.rows) {
+                struct rows_ahead ahead;
+                s.rows = at_most(rows - s.row, unit);
+                step_ahead(job, index, &s, &ahead);
+                if (s.column == task->column)
+                    pack_a(LANES_ARE_ROWS, &job->x, task->row + s.row, s.rows, s.k, s.count,
+                           scratch.a + a_lane_floats(pairs, words_of(&job->x, s.count), s.row));
+                step_multiply(job, task, &scratch, &s, &ahead.all);
+            }
+        }
     }
 }
 
@@ -253,6 +285,9 @@ static void multiply_rows(struct rows_job *job, struct tensor offsets, int64_t g
     struct task *tasks = scratch_call((size_t)count * sizeof *tasks);
     list_tasks(offsets, group_count, job->y, cut, tasks);
     job->tasks = tasks;
+    job->task_count = count;
+    job->thread_count = threads_count();
+    job->k_block = part_size(job->k, K_WORDS_MAX * word_elements(&job->x), 2 * VECTOR_LANES);
     parallel_for(count, rows_task, job);
 }
 
@@ -306,20 +341,64 @@ struct operand {
     enum lanes lanes; /* the side of the matrix that becomes rows (of A) or columns (of B) of the result */
 };
 
-/* c [rows, columns] = or += the product over k in first..end-1 of lanes row.. of a and lanes column.. of b. */
-static void multiply_both(const struct operand *a, const struct operand *b, int64_t first, int64_t end, int64_t row,
-                          int64_t rows, int64_t column, int64_t columns, float *c, int64_t c_stride, bool add) {
-    const bool pairs = word_elements(&a->matrix) == 2;
-    int64_t block = part_size(end - first, K_WORDS_MAX / 4 * word_elements(&a->matrix), 2 * VECTOR_LANES);
-    int64_t words = words_of(&a->matrix, block), b_floats = block_floats(columns, words, TILE_COLUMNS);
-    float *packed_b = scratch_task(sizeof(float) * (size_t)(b_floats + block_floats(rows, words, A_LANES)));
-    float *packed_a = packed_b + b_floats;
-    for (int64_t k = first; k < end; k += block) {
-        int64_t count = at_most(end - k, block);
-        pack_b(b->lanes, &b->matrix, column, columns, k, count, packed_b);
-        pack_a(a->lanes, &a->matrix, row, rows, k, count, packed_a);
-        block_multiply(pairs, packed_a, packed_b, words_of(&a->matrix, count), c, c_stride, rows, columns,
-                       add || k > first);
+/* A part of a product: rows and columns of the result, summed over k in first..end-1. */
+struct part {
+    int64_t row, rows, column, columns, first, end;
+};
+
+/* Lanes lane..lane+count-1 of k in first..end-1. */
+static struct ahead operand_ahead(const struct operand *o, int64_t lane, int64_t count, int64_t first, int64_t end) {
+    if (o->lanes == LANES_ARE_COLUMNS)
+        return ahead_of(&o->matrix, first, end, lane, count);
+    return ahead_of(&o->matrix, lane, lane + count, first, end - first);
+}
+
+struct both_scratch {
+    float *a, *b;
+    int64_t block; /* of k */
+};
+
+static struct both_scratch both_scratch_take(const struct operand *a, const struct part *p) {
+    int64_t block = part_size(p->end - p->first, K_WORDS_MAX / 4 * word_elements(&a->matrix), 2 * VECTOR_LANES);
+    int64_t words = words_of(&a->matrix, block), b_floats = block_floats(p->columns, words, TILE_COLUMNS);
+    float *b = scratch_task(sizeof(float) * (size_t)(b_floats + block_floats(p->rows, words, A_LANES)));
+    return (struct both_scratch){b + b_floats, b, block};
+}
+
+/* The packed operands of k..k+count-1 multiplied into c. The first block of `next` (NULL: none) is asked for by the last rows:
+ * by the first ones it would be gone from the second cache when it is packed. */
+static void multiply_block(const struct operand *a, const struct operand *b, const struct part *p,
+                           const struct both_scratch *scratch, int64_t k, int64_t count, struct target c,
+                           const struct part *next) {
+    const bool pairs = word_elements(&a->matrix) == 2, asks = next && !(BF16_TILES && pairs);
+    int64_t words = words_of(&a->matrix, count), panel = panel_floats(words, TILE_COLUMNS);
+    int64_t early = asks ? p->rows * (k + count < p->end ? 3 : 2) / 4 / UNIT_ROWS * UNIT_ROWS : p->rows;
+    struct ahead nothing = {0}, of_b = {0}, ahead = {0};
+    block_multiply_ahead(pairs, scratch->a, scratch->b, panel, words, target_part(c, sizeof(float), 0, early, 0, p->columns),
+                         &nothing);
+    if (early == p->rows)
+        return;
+    int64_t end = at_most(next->end, next->first + scratch->block);
+    of_b = operand_ahead(b, next->column, next->columns, next->first, end);
+    ahead = ahead_then(operand_ahead(a, next->row, next->rows, next->first, end), &of_b);
+    ahead_spread(&ahead, tile_count(p->rows - early, p->columns), words);
+    block_multiply_ahead(pairs, scratch->a + a_lane_floats(pairs, words, early), scratch->b, panel, words,
+                         target_part(c, sizeof(float), early, p->rows - early, 0, p->columns), &ahead);
+}
+
+/* c, at the part's first number, = or += the product of lanes of a and lanes of b. next: what this thread is likely to do
+ * then, or NULL. */
+static void multiply_both(const struct operand *a, const struct operand *b, const struct part *p, float *c, int64_t c_stride,
+                          bool add, const struct part *next) {
+    struct both_scratch scratch = both_scratch_take(a, p);
+    for (int64_t k = p->first; k < p->end; k += scratch.block) {
+        int64_t count = at_most(p->end - k, scratch.block);
+        struct part rest = *p;
+        rest.first = k + count;
+        pack_b(b->lanes, &b->matrix, p->column, p->columns, k, count, scratch.b);
+        pack_a(a->lanes, &a->matrix, p->row, p->rows, k, count, scratch.a);
+        multiply_block(a, b, p, &scratch, k, count, (struct target){c, c_stride, p->rows, p->columns, add || k > p->first},
+                       rest.first < p->end ? &rest : next);
     }
 }
 
@@ -328,21 +407,32 @@ struct weight_job {
     struct tensor dw, offsets;
     int64_t row_count, out, in;
     int64_t task_rows, task_columns; /* of one expert's dw */
-    int64_t row_tasks, column_tasks;
+    int64_t row_tasks, column_tasks, task_count;
+    int thread_count;
 };
+
+static int64_t weight_part(const struct weight_job *job, int64_t index, struct part *part) {
+    int64_t tasks = job->row_tasks * job->column_tasks, expert = index / tasks;
+    int64_t row = index % tasks / job->column_tasks * job->task_rows, column = index % job->column_tasks * job->task_columns;
+    *part = (struct part){row, at_most(job->out - row, job->task_rows),
+                          column, at_most(job->in - column, job->task_columns),
+                          group_begin(job->offsets, expert, job->row_count),
+                          group_begin(job->offsets, expert + 1, job->row_count)};
+    return expert;
+}
 
 /* One expert's part of dw, block by block of routed rows. */
 static void weight_task(void *context, int64_t index) {
     const struct weight_job *job = context;
-    int64_t tasks = job->row_tasks * job->column_tasks;
-    int64_t expert = index / tasks, row = index % tasks / job->column_tasks * job->task_rows;
-    int64_t column = index % job->column_tasks * job->task_columns;
-    int64_t rows = at_most(job->out - row, job->task_rows), columns = at_most(job->in - column, job->task_columns);
-    int64_t first = group_begin(job->offsets, expert, job->row_count);
-    int64_t end = group_begin(job->offsets, expert + 1, job->row_count);
-    if (first < end)
-        multiply_both(&job->dy, &job->x, first, end, row, rows, column, columns,
-                      (float *)job->dw.data + (expert * job->out + row) * job->in + column, job->in, true);
+    struct part part, next;
+    int64_t expert = weight_part(job, index, &part);
+    bool more = index + job->thread_count < job->task_count;
+    if (more)
+        weight_part(job, index + job->thread_count, &next);
+    if (part.first < part.end)
+        multiply_both(&job->dy, &job->x, &part,
+                      (float *)job->dw.data + (expert * job->out + part.row) * job->in + part.column, job->in, true,
+                      more ? &next : NULL);
 }
 
 /* What one group's dw costs when it is cut into row_tasks x column_tasks, in multiplications per routed row and thread:
@@ -397,7 +487,9 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
                              .out = out,
                              .in = in};
     cut_weight_tasks(&job, groups.shape[0]);
-    parallel_for(groups.shape[0] * job.row_tasks * job.column_tasks, weight_task, &job);
+    job.task_count = groups.shape[0] * job.row_tasks * job.column_tasks;
+    job.thread_count = threads_count();
+    parallel_for(job.task_count, weight_task, &job);
 }
 
 struct gemm_job {
@@ -409,18 +501,19 @@ struct gemm_job {
 
 static void gemm_task(void *context, int64_t index) {
     const struct gemm_job *job = context;
-    int64_t row = index / job->column_tasks * job->task_rows, rows = at_most(job->c.shape[0] - row, job->task_rows);
-    int64_t column = index % job->column_tasks * job->task_columns, stride = job->c.shape[1];
-    int64_t columns = at_most(stride - column, job->task_columns);
+    int64_t row = index / job->column_tasks * job->task_rows, column = index % job->column_tasks * job->task_columns;
+    int64_t stride = job->c.shape[1];
+    struct part part = {row, at_most(job->c.shape[0] - row, job->task_rows), column, at_most(stride - column, job->task_columns),
+                        0, job->k};
     if (job->c.dtype == DTYPE_F32) {
-        multiply_both(&job->a, &job->b, 0, job->k, row, rows, column, columns,
-                      (float *)job->c.data + row * stride + column, stride, job->accumulate);
+        multiply_both(&job->a, &job->b, &part, (float *)job->c.data + row * stride + column, stride, job->accumulate, NULL);
         return;
     }
     float sums[STACK_ROWS * STACK_COLUMNS];
-    struct rows_job store = {.y = job->c, .accumulate = job->accumulate};
-    multiply_both(&job->a, &job->b, 0, job->k, row, rows, column, columns, sums, STACK_COLUMNS, false);
-    store_bf16(&store, sums, row, rows, column, columns, STACK_COLUMNS);
+    multiply_both(&job->a, &job->b, &part, sums, STACK_COLUMNS, false, NULL);
+    for (int64_t i = 0; i < part.rows; i++)
+        round_row(sums + i * STACK_COLUMNS, (uint16_t *)job->c.data + (row + i) * stride + column, part.columns,
+                  job->accumulate);
 }
 
 static void gemm(struct tensor a, bool transpose_a, struct tensor b, bool transpose_b, struct tensor c,

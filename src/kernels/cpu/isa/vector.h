@@ -56,6 +56,22 @@ ALWAYS_INLINE void vector_store(void *to, vector_f32 v) {
     memcpy(to, &v, sizeof v);
 }
 
+/* Past the caches, to an address of whole vectors: for what nobody reads soon, and what would be read first otherwise. Other
+ * threads may read it after vector_stream_end. */
+ALWAYS_INLINE void vector_stream(void *to, vector_f32 v) {
+#ifdef __AVX512F__
+    _mm512_stream_ps(to, (__m512)v);
+#else
+    vector_store(to, v);
+#endif
+}
+
+ALWAYS_INLINE void vector_stream_end(void) {
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
+
 /* One word in every lane. As an integer where it is a pair: arithmetic on floats may change the bits of a NaN. */
 ALWAYS_INLINE vector_f32 vector_splat_word(bool pairs, const float *word) {
     uint32_t bits;
