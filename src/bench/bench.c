@@ -5,13 +5,15 @@
 #include "base/memory.h"
 #include "base/random.h"
 #include "base/threads.h"
+#include "train/roof.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { ROUNDS_MAX = 1000, FILL_CHUNK = 1 << 16 };
-static const double ROUND_SECONDS = 0.05;
+static const double ROUND_SECONDS = 0.05, ROOF_SECONDS = 0.02;
+enum { ROOF_PRODUCTS = 64 }; /* of a device: a tenth of a second */
 
 static int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -63,6 +65,27 @@ struct bench_time bench_call(const struct bench *bench, void (*call)(void *conte
         } while (now - begin < ROUND_SECONDS);
         seconds[i] = (now - begin) / (double)calls;
     }
+    return bench_time_of(seconds, rounds);
+}
+
+static double roof_in_turn(const struct bench *bench, enum dtype dtype) {
+    if (!bench_on_device(bench))
+        return roof_multiply(bench->ops, bench->device, dtype, ROOF_SECONDS);
+    double begin = clock_seconds(), operations = bench->ops->multiply_registers(dtype, ROOF_PRODUCTS);
+    return operations / (clock_seconds() - begin);
+}
+
+struct bench_time bench_call_and_roof(const struct bench *bench, void (*call)(void *context), void *context, enum dtype dtype,
+                                      double *roof) {
+    double seconds[ROUNDS_MAX], roofs[ROUNDS_MAX];
+    struct bench once = *bench;
+    once.rounds = 1;
+    int rounds = bench->rounds < ROUNDS_MAX ? bench->rounds : ROUNDS_MAX;
+    for (int i = 0; i < rounds; i++) {
+        roofs[i] = roof_in_turn(bench, dtype);
+        seconds[i] = bench_call(&once, call, context).median;
+    }
+    *roof = bench_time_of(roofs, rounds).median;
     return bench_time_of(seconds, rounds);
 }
 

@@ -41,6 +41,10 @@ bool bench_on_device(const struct bench *bench);
 /* Time of one call: in every round it is repeated until a twentieth of a second has passed; on a device, as often as filled that
  * time in a trial, and then waited for once. */
 struct bench_time bench_call(const struct bench *bench, void (*call)(void *context), void *context);
+/* The same in turns with multiplications as fast as they go, operations a second: what multiplies for long lowers its clock,
+ * and what is measured later would seem the slower. */
+struct bench_time bench_call_and_roof(const struct bench *bench, void (*call)(void *context), void *context, enum dtype dtype,
+                                      double *roof);
 
 /* One figure. roof: operations or bytes a second. */
 struct bench_figure {

@@ -1,6 +1,5 @@
 #include "bench/bench.h"
 
-#include "train/roof.h"
 #include <math.h>
 #include <stdio.h>
 
@@ -78,16 +77,16 @@ static enum status measure(const struct bench *bench, int64_t length, enum dtype
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, length, dtype, &arena, &a);
     /* Only what is below the diagonal counts: two products forward, five backward. */
-    double roof = roof_multiply(bench->ops, bench->device, dtype, 0.2), width = a.shape.head_count * a.shape.head_dim;
+    double width = a.shape.head_count * a.shape.head_dim;
     double product = 2.0 * (double)a.shape.batch * width * (double)length * (double)length / 2;
     for (int backward = 0; backward < 2; backward++) {
         char label[LABEL_BYTES];
         print_label(bench, length, backward, label);
         if (!bench_wants(bench, label))
             continue;
-        struct bench_figure figure = {.name = "attention", .label = label, .precision = dtype, .roof = roof,
+        struct bench_figure figure = {.name = "attention", .label = label, .precision = dtype,
                                       .operations = (backward ? 5 : 2) * product};
-        figure.time = bench_call(bench, backward ? run_backward : run_forward, &a);
+        figure.time = bench_call_and_roof(bench, backward ? run_backward : run_forward, &a, dtype, &figure.roof);
         bench_print(bench, &figure);
     }
     arena_release(&arena);

@@ -1,16 +1,13 @@
 /* Products: dense ones over packed weights, and grouped ones over the routings that a model meets. */
 #include "bench/bench.h"
 
-#include "base/clock.h"
 #include "base/memory.h"
 #include "base/random.h"
-#include "train/roof.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 enum { GROUPS_MAX = 256 };
-static const double ROOF_SECONDS = 0.2;
 
 /* E (0: dense), N routed rows from `tokens` rows of x, O, I; the busiest expert has `skew` times the rows of another. */
 struct shape {
@@ -113,26 +110,7 @@ static bool wants_shape(const struct bench *bench, const struct shape *s) {
     return wants;
 }
 
-enum { ROOF_PRODUCTS = 64 }; /* a tenth of a second */
-
-/* In turns: a device that multiplies for long lowers its clock, and the one that is measured later would seem the slower. */
-static void measure_in_turns(const struct bench *bench, int part, struct product *p, struct bench_figure *figure) {
-    double *seconds = memory_must((size_t)bench->rounds, sizeof *seconds), *roof = memory_must((size_t)bench->rounds, sizeof *roof);
-    struct bench once = *bench;
-    once.rounds = 1;
-    for (int i = 0; i < bench->rounds; i++) {
-        double begin = clock_seconds();
-        double operations = bench->ops->multiply_registers(p->packed.dtype, ROOF_PRODUCTS);
-        roof[i] = operations / (clock_seconds() - begin);
-        seconds[i] = bench_call(&once, parts[part].run, p).median;
-    }
-    figure->time = bench_time_of(seconds, bench->rounds);
-    figure->roof = bench_time_of(roof, bench->rounds).median;
-    free(seconds);
-    free(roof);
-}
-
-static void measure(const struct bench *bench, const char *name, const struct shape *s, struct product *p, double roof) {
+static void measure(const struct bench *bench, const char *name, const struct shape *s, struct product *p) {
     double operations = 2 * (double)s->rows * (double)s->out * (double)s->in;
     run_pack(p);
     for (int i = 0; i < PARTS; i++) {
@@ -141,16 +119,12 @@ static void measure(const struct bench *bench, const char *name, const struct sh
         if (!bench_wants(bench, label))
             continue;
         struct bench_figure figure = {.name = name, .label = label, .precision = p->packed.dtype,
-                                      .operations = parts[i].products * operations, .roof = roof};
-        if (bench_on_device(bench))
-            measure_in_turns(bench, i, p, &figure);
-        else
-            figure.time = bench_call(bench, parts[i].run, p);
+                                      .operations = parts[i].products * operations};
+        figure.time = bench_call_and_roof(bench, parts[i].run, p, p->packed.dtype, &figure.roof);
         bench_print(bench, &figure);
     }
 }
 
-/* The roof is measured anew for every shape: on a machine with neighbours it moves within seconds. */
 static enum status measure_shape(const struct bench *bench, const char *name, const struct shape *s, enum dtype dtype) {
     struct product p;
     struct arena arena;
@@ -158,7 +132,7 @@ static enum status measure_shape(const struct bench *bench, const char *name, co
     take(bench, s, dtype, &arena, &p);
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, s, dtype, &arena, &p);
-    measure(bench, name, s, &p, roof_multiply(bench->ops, bench->device, dtype, ROOF_SECONDS));
+    measure(bench, name, s, &p);
     arena_release(&arena);
     return STATUS_OK;
 }
