@@ -206,6 +206,7 @@ ALWAYS_INLINE void copy_pairs(const struct matrix *m, int64_t first, int64_t lan
                               int width, int64_t panel_words, float *out) {
     const int panels = width % PAIR_LANES == 0 ? 1 : 2, lanes = panels * width; /* that whole vectors make */
     const int64_t panel = panel_floats(panel_words, width);
+    const bool more = k + 2 * words < end;
     const uint16_t *from[2 * COPY_WORDS], *next[2 * COPY_WORDS];
     for (int i = 0; i < 2 * words; i++) {
         from[i] = matrix_at(m, k + i, first);
@@ -218,8 +219,10 @@ ALWAYS_INLINE void copy_pairs(const struct matrix *m, int64_t first, int64_t lan
             vector_f32 v[2 * A_LANES / VECTOR_LANES];
 #pragma GCC unroll 3
             for (int lane = 0; lane < lanes; lane += PAIR_LANES) {
-                __builtin_prefetch(next[2 * i] + at + lane);
-                __builtin_prefetch(next[2 * i + 1] + at + lane);
+                if (more) {
+                    __builtin_prefetch(next[2 * i] + at + lane);
+                    __builtin_prefetch(next[2 * i + 1] + at + lane);
+                }
                 interleave(even + lane, odd + lane, &v[lane / VECTOR_LANES], &v[lane / VECTOR_LANES + 1]);
             }
 #pragma GCC unroll 6

@@ -23,6 +23,8 @@ enum {
     ROWS_MAX = 256,          /* of a task */
     ROWS_MIN = 64,           /* where there would be too few tasks */
     UNIT_ROWS = 96,          /* packed at a time: whole panels of every copy, whole tiles of AMX */
+    ASKING_ROWS = 13,        /* fewer do not multiply for long enough to hide that panels come from far, */
+    ASKING_WORDS = 32,       /* nor do fewer words of k that operands of the next task do */
     BLOCK_COLUMNS = 128,     /* that all rows meet before the next ones: their weights stay in the second cache */
     TASK_COLUMNS_MAX = 1024, /* of a task */
     THREAD_TASKS = 8, /* wanted for every thread: enough to even out */
@@ -155,6 +157,8 @@ struct rows_ahead {
 static void panels_ahead(const struct rows_job *job, const struct task *task, int64_t k, int64_t count, int64_t column,
                          int64_t first, int64_t end, int64_t rows, struct rows_ahead *ahead) {
     int64_t panels = divide_up(at_most(task->column_end - column, BLOCK_COLUMNS), TILE_COLUMNS);
+    if (rows < ASKING_ROWS)
+        return;
     ahead->panels = (struct matrix){(const char *)panel_at(job, task->expert, k, column), job->panel_floats, sizeof(float), NULL};
     ahead->of_panels = ahead_of(&ahead->panels, first * panels / rows, end * panels / rows, 0,
                                 words_of(&job->x, count) * TILE_COLUMNS);
@@ -179,7 +183,7 @@ static void step_ahead(const struct rows_job *job, int64_t index, const struct s
     if (column < task->column_end)
         panels_ahead(job, task, s->k, s->count, column, s->row, end, rows, ahead);
     else if (end == rows && after)
-        panels_ahead(job, after, k, count, after->column, 0, 1, 1, ahead);
+        panels_ahead(job, after, k, count, after->column, 0, rows, rows, ahead);
     ahead->all = ahead_then(of_rows, &ahead->of_panels);
     ahead_spread(&ahead->all, tile_count(s->rows, s->columns), words_of(&job->x, s->count));
 }
@@ -370,12 +374,12 @@ static struct both_scratch both_scratch_take(const struct operand *a, const stru
 static void multiply_block(const struct operand *a, const struct operand *b, const struct part *p,
                            const struct both_scratch *scratch, int64_t k, int64_t count, struct target c,
                            const struct part *next) {
-    const bool pairs = word_elements(&a->matrix) == 2, asks = next && !(BF16_TILES && pairs);
+    const bool pairs = word_elements(&a->matrix) == 2;
     int64_t words = words_of(&a->matrix, count), panel = panel_floats(words, TILE_COLUMNS);
+    bool asks = next && words >= ASKING_WORDS && !(BF16_TILES && pairs);
     int64_t early = asks ? p->rows * (k + count < p->end ? 3 : 2) / 4 / UNIT_ROWS * UNIT_ROWS : p->rows;
-    struct ahead nothing = {0}, of_b = {0}, ahead = {0};
-    block_multiply_ahead(pairs, scratch->a, scratch->b, panel, words, target_part(c, sizeof(float), 0, early, 0, p->columns),
-                         &nothing);
+    struct ahead of_b = {0}, ahead = {0};
+    block_multiply_panels(pairs, scratch->a, scratch->b, panel, words, c.c, c.stride, early, p->columns, c.add);
     if (early == p->rows)
         return;
     int64_t end = at_most(next->end, next->first + scratch->block);
