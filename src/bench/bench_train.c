@@ -93,9 +93,11 @@ static enum status print_table(const struct bench *bench, const struct training 
 }
 
 /* Of all ranks, each measured while the others are, too. */
-static enum status measure_roof(const struct bench *bench, struct training *t, double seconds, double *roof) {
+static enum status measure_roof(const struct bench *bench, struct training *t, double *roof) {
     TRY(comm_agree(t->world, STATUS_OK));
-    *roof = roof_multiply(bench->ops, bench->device, t->model->context.compute, seconds);
+    *roof = bench_on_device(bench)
+                ? roof_multiply(bench->ops, bench->device, t->model->context.compute, DEVICE_ROOF_SECONDS)
+                : roof_multiply_now(bench->ops, t->model->context.compute, ROOF_SECONDS);
     return comm_sum_f64(t->world, roof, 1);
 }
 
@@ -124,7 +126,7 @@ static enum status measure(const struct bench *bench, struct training *t) {
         status = profile_init(&t->profile, &t->runner, false);
     for (int i = 0; i < bench->rounds && status == STATUS_OK; i++) {
         if (i < roofs)
-            status = measure_roof(bench, t, roofs > 1 ? ROOF_SECONDS : DEVICE_ROOF_SECONDS, &roof[i]);
+            status = measure_roof(bench, t, &roof[i]);
         if (status == STATUS_OK)
             status = training_step(t, &seconds[i]);
         if (status == STATUS_OK && bench->peer)

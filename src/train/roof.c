@@ -26,17 +26,20 @@ static void multiply_task(void *context, int64_t index) {
     job->rates[index] = operations / (now - begin);
 }
 
-static double multiply_on_threads(const struct kernel_ops *ops, enum dtype compute, double seconds) {
+double roof_multiply_now(const struct kernel_ops *ops, enum dtype compute, double seconds) {
     int count = threads_count();
-    double rates[count], best = 0;
-    struct multiply_job job = {ops, compute, seconds / PASSES, rates};
-    for (int pass = 0; pass < PASSES; pass++) { /* the best: what disturbs the measurement only lowers it */
-        double sum = 0;
-        parallel_for(count, multiply_task, &job);
-        for (int i = 0; i < count; i++)
-            sum += rates[i];
-        best = fmax(best, sum);
-    }
+    double rates[count], sum = 0;
+    struct multiply_job job = {ops, compute, seconds, rates};
+    parallel_for(count, multiply_task, &job);
+    for (int i = 0; i < count; i++)
+        sum += rates[i];
+    return sum;
+}
+
+static double multiply_on_threads(const struct kernel_ops *ops, enum dtype compute, double seconds) {
+    double best = 0;
+    for (int pass = 0; pass < PASSES; pass++) /* the best: what disturbs the measurement only lowers it */
+        best = fmax(best, roof_multiply_now(ops, compute, seconds / PASSES));
     return best;
 }
 

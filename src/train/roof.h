@@ -9,6 +9,10 @@
  * the fastest library for it that is there; what the device's maker promises is more than any product reaches. */
 double roof_multiply(const struct kernel_ops *ops, const struct device *device, enum dtype compute, double seconds);
 
+/* The same of processors over one stretch of time, not the best of several: for what is measured in turns with it and meets the
+ * same clock and the same neighbours. */
+double roof_multiply_now(const struct kernel_ops *ops, enum dtype compute, double seconds);
+
 struct roof_bandwidth { /* bytes per second between what computes and its memory, all threads together */
     double read, copy;  /* copy counts what is read and what is written */
 };
