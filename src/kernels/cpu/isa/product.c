@@ -378,13 +378,13 @@ static void multiply_block(const struct operand *a, const struct operand *b, con
     int64_t words = words_of(&a->matrix, count), panel = panel_floats(words, TILE_COLUMNS);
     bool asks = next && words >= ASKING_WORDS && !(BF16_TILES && pairs);
     int64_t early = asks ? p->rows * (k + count < p->end ? 3 : 2) / 4 / UNIT_ROWS * UNIT_ROWS : p->rows;
-    struct ahead of_b = {0}, ahead = {0};
+    struct ahead of_a, ahead;
     block_multiply_panels(pairs, scratch->a, scratch->b, panel, words, c.c, c.stride, early, p->columns, c.add);
     if (early == p->rows)
         return;
     int64_t end = at_most(next->end, next->first + scratch->block);
-    of_b = operand_ahead(b, next->column, next->columns, next->first, end);
-    ahead = ahead_then(operand_ahead(a, next->row, next->rows, next->first, end), &of_b);
+    of_a = operand_ahead(a, next->row, next->rows, next->first, end);
+    ahead = ahead_then(operand_ahead(b, next->column, next->columns, next->first, end), &of_a);
     ahead_spread(&ahead, tile_count(p->rows - early, p->columns), words);
     block_multiply_ahead(pairs, scratch->a + a_lane_floats(pairs, words, early), scratch->b, panel, words,
                          target_part(c, sizeof(float), early, p->rows - early, 0, p->columns), &ahead);
