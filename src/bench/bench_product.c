@@ -54,8 +54,8 @@ static void run_pack_and_products(void *context) {
 }
 
 static void update(const struct product *p, struct packed packed) {
-    const struct adamw_settings standing_still = {.lr = 0, .beta1 = 0.9, .beta2 = 0.95, .epsilon = 1e-8, .step = 1, .grad_scale = 1};
-    p->ops->adamw(p->w, p->dw, p->m, p->v, standing_still, packed, (struct update_hashes){0});
+    const struct adamw_settings still = {.lr = 0, .beta1 = 0.9, .beta2 = 0.95, .epsilon = 1e-8, .step = 1, .grad_scale = 1};
+    p->ops->adamw(p->w, p->dw, p->m, p->v, still, packed, (struct update_hashes){0});
 }
 
 static void run_update(void *context) {
