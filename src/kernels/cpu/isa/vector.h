@@ -56,7 +56,7 @@ ALWAYS_INLINE void vector_store(void *to, vector_f32 v) {
     memcpy(to, &v, sizeof v);
 }
 
-/* Past the caches, to an address of whole vectors: for what nobody reads soon, and what would be read first otherwise. Other
+/* Past the caches, to an address of whole vectors: for what nobody reads soon. (A store into a cache reads the line first.) Other
  * threads may read it after vector_stream_end. */
 ALWAYS_INLINE void vector_stream(void *to, vector_f32 v) {
 #ifdef __AVX512F__
