@@ -115,15 +115,19 @@ ALWAYS_INLINE void pack_square(bool rounded, bool stream, const float *from, int
 #endif
 }
 
-/* `count` rows of a group from row `row` on, square by square. */
+/* `count` rows of a group from row `row` on, square by square, those two after each other that share the lines of a forward
+ * panel: memory takes neighbours together faster. */
 ALWAYS_INLINE void pack_squares(bool rounded, bool stream, const struct packed *w, const float *from, int64_t row, int64_t count,
                                 float *forward, float *backward) {
     const int elements = rounded ? 2 : 1;
-    for (int64_t i = 0; i < count; i += SQUARE_ROWS) {
-        float *f = forward + (row + i) / TILE_COLUMNS * panel_floats(w->in / elements, TILE_COLUMNS) + (row + i) % TILE_COLUMNS;
+    for (int64_t i = 0; i < count; i += TILE_COLUMNS) {
+        float *f = forward + (row + i) / TILE_COLUMNS * panel_floats(w->in / elements, TILE_COLUMNS);
         float *b = backward ? backward + (row + i) / elements * TILE_COLUMNS : NULL;
         for (int64_t k = 0; k < w->in; k += SQUARE_COLUMNS, f += SQUARE_COLUMNS / elements * TILE_COLUMNS) {
-            pack_square(rounded, stream, from + i * w->in + k, w->in, f, b);
+#pragma GCC unroll 2
+            for (int lane = 0; lane < TILE_COLUMNS; lane += SQUARE_ROWS)
+                pack_square(rounded, stream, from + (i + lane) * w->in + k, w->in, f + lane,
+                            b ? b + lane / elements * TILE_COLUMNS : NULL);
             if (b)
                 b += panel_floats(w->out / elements, TILE_COLUMNS);
         }
