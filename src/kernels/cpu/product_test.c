@@ -148,6 +148,7 @@ static void case_squares(int64_t out, int64_t in, int d) {
         run(&(struct product){{random_2d(dtype, ROWS, k), tensor_none(), make_offsets(), w,
                                random_2d(output_dtypes[d], ROWS, columns)},
                               .count = 5,
+                              .accumulate = direction > 0,
                               .make = direction == 0   ? make_forward
                                       : direction == 1 ? make_forward_of_both
                                                        : make_backward_input});
