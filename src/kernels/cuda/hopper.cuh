@@ -66,8 +66,8 @@ static __device__ __forceinline__ void barriers_are_initialized(void) {
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
 }
 
-/* What this thread wrote to shared memory may be read by the matrix units. */
-static __device__ __forceinline__ void fence_for_matrix_units(void) {
+/* What this thread wrote to shared memory may be read by the matrix units and the copy engine. */
+static __device__ __forceinline__ void fence_for_engines(void) {
     asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
 
@@ -91,6 +91,46 @@ static __device__ __forceinline__ void share_box_3d(void *to, const void *map, u
                  " [%0], [%1, {%3, %4, %5}], [%2], %6;"
                  : : "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(mask)
                  : "memory");
+}
+
+static __device__ __forceinline__ void load_box_3d(void *to, const void *map, uint64_t *barrier, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 : : "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
+/* The way back, whole numbers of what lies within the tensor: written, or added to what is there. */
+static __device__ __forceinline__ void store_box(const void *map, const void *from, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 : : "l"(map), "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
+static __device__ __forceinline__ void add_box(const void *map, const void *from, int c0, int c1, int c2) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 : : "l"(map), "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
+/* Boxes that this thread sent since the last commit are a group. */
+static __device__ __forceinline__ void boxes_commit(void) {
+    asm volatile("cp.async.bulk.commit_group;" : : : "memory");
+}
+
+/* Of all groups but the `newest` last the shared memory may be written again. */
+template <int newest> static __device__ __forceinline__ void boxes_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(newest) : "memory");
+}
+
+/* All are in memory. */
+static __device__ __forceinline__ void boxes_wait(void) {
+    asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
+}
+
+/* As copy_async, 16 bytes; what lies beside them comes into the second-level cache. */
+static __device__ __forceinline__ void copy_async_of_row(void *shared, const void *global) {
+#ifdef TRY_NOHINT
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(global) : "memory");
+#else
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(global) : "memory");
+#endif
 }
 
 /* The way back of load_matrices: lane l names row l % 8 of matrix l / 8 in shared memory. */

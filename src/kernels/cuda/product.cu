@@ -269,7 +269,7 @@ static void product_backward_input(struct tensor dy, struct tensor rows, struct 
 static void product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
                                     struct tensor offsets, struct tensor dw) {
     int64_t n = tensor_exists(x_rows) ? tensor_elements(x_rows) : x.shape[0];
-    if (n == 0 || sm90_backward_weight(dy, dy_rows, x, x_rows, offsets, dw))
+    if (n == 0 || sm90_backward_weight(dy, dy_rows, x, x_rows, offsets, dw, true))
         return;
     struct product p = {};
     p.m = dy.shape[1];

@@ -14,93 +14,47 @@
  *   WEIGHT    dw_e [O,I] +=         dy or x                x or dy; inner: the rows of the group, for both
  *
  * Of a WEIGHT product the gathered operand, if there is one, is A: then C may be written transposed. */
-#include "kernels/cuda/product.cuh"
-
-#include "kernels/cuda/hopper.cuh"
-#include "kernels/cuda/tensor_map.cuh"
-
-enum {
-    TILE_M = 128,
-    TILE_N = 256,
-    TILE_K = 64,
-    CLUSTER = 2,
-    STAGES = 4,
-    GROUP_THREADS = 128,
-    MULTIPLIERS = 2,
-    THREADS = (1 + MULTIPLIERS) * GROUP_THREADS,
-    GROUPS_MAX = 256,
-    BAND = 8, /* tiles of rows that are worked on together, for the second-level cache */
-    STRIP_BYTES = 2 * 16 * 128, /* two strips */
-    BOX_BYTES = 64 * 128, /* 64 rows of 64 numbers */
-    A_BYTES = TILE_M * TILE_K * 2,
-    B_BYTES = TILE_N * TILE_K * 2,
-    STAGE_BYTES = A_BYTES + B_BYTES,
-};
-
-enum form { FORWARD, INPUT, WEIGHT };
-enum result { TO_BF16, TO_F32, ADD_F32, ADD_F32_TRANSPOSED, TO_SWIGLU, THROUGH_SWIGLU, ONTO_F32 };
-
-struct rows_operand {
-    const bf16 *data;
-    const int32_t *index; /* NULL: row r is row r */
-    int64_t stride;       /* elements */
-    int columns;
-};
-
-struct maps {
-    CUtensorMap a[PRODUCT_TERMS_MAX], b[PRODUCT_TERMS_MAX];
-};
-
-struct problem {
-    const int32_t *offsets; /* NULL: one group of all rows */
-    int groups;
-    int rows;               /* N */
-    int group_rows;         /* without offsets: rows of each group but the last; of one group all */
-    int m, n;               /* of C: rows (WEIGHT only), columns (of one half where there are two) */
-    int inner[PRODUCT_TERMS_MAX], terms; /* FORWARD, INPUT */
-    struct rows_operand a[PRODUCT_TERMS_MAX], b;
-    void *c, *c_up, *c_act; /* THROUGH_SWIGLU: gate and up, which become their gradients, and act */
-    const float *base;      /* ONTO_F32: what the sums are added to, as large as C */
-    const float *row_weight;
-    float *row_part;        /* THROUGH_SWIGLU [tiles of columns, N]: parts of the gradient of row_weight */
-    int64_t stride;         /* of C's rows, elements */
-    int64_t group_elements; /* WEIGHT: from one group's C to the next */
-};
-
-struct shared {
-    unsigned char stage[STAGES][STAGE_BYTES]; /* A, then B */
-    unsigned char strip[MULTIPLIERS][GROUP_THREADS / WARP][STRIP_BYTES];
-    uint64_t full[STAGES], empty[STAGES];
-    int first_row[GROUPS_MAX + 1], first_tile[GROUPS_MAX + 1];
-};
-
-struct tile {
-    int group, row_begin, row_end; /* FORWARD, INPUT: rows of A and C. WEIGHT: of the group */
-    int m, n;                      /* first row (WEIGHT: of C) and column of this block */
-};
+#include "kernels/cuda/product_results_sm90.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-static __device__ void count_tiles(const struct problem &p, enum form form, int column_tiles, struct shared *s) {
+/* Groups in the order in which their tiles are worked on. The tiles of a WEIGHT product take as long as their group has rows: long
+ * ones first, so that what is left at the end is short. */
+template <typename S> static __device__ void order_groups(const struct problem &p, enum form form, S *s) {
     for (int g = (int)threadIdx.x; g <= p.groups; g += THREADS)
         s->first_row[g] = p.offsets ? p.offsets[g] : g < p.groups ? g * p.group_rows : p.rows;
     __syncthreads();
+    for (int g = (int)threadIdx.x; g < p.groups; g += THREADS) {
+        int rows = s->first_row[g + 1] - s->first_row[g], place = form == WEIGHT ? 0 : g;
+        for (int other = 0; form == WEIGHT && other < p.groups; other++) {
+            int others = s->first_row[other + 1] - s->first_row[other];
+            place += others > rows || (others == rows && other < g);
+        }
+        s->order[place] = (uint8_t)g;
+    }
+    __syncthreads();
+}
+
+/* has_empty: groups without rows have a result. */
+template <typename S>
+static __device__ void count_tiles(const struct problem &p, enum form form, bool has_empty, int column_tiles, S *s) {
+    order_groups(p, form, s);
     if (threadIdx.x < WARP) {
         int before = 0;
         for (int base = 0; base < p.groups; base += WARP) {
-            int g = base + (int)threadIdx.x, tiles = 0;
-            if (g < p.groups) {
-                int rows = s->first_row[g + 1] - s->first_row[g];
-                int pairs = form == WEIGHT ? (rows > 0 ? p.m : 0) : rows;
-                tiles = (pairs + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M) * column_tiles;
+            int i = base + (int)threadIdx.x, tiles = 0;
+            if (i < p.groups) {
+                int group = s->order[i], rows = s->first_row[group + 1] - s->first_row[group];
+                int extent = form != WEIGHT ? rows : rows > 0 || has_empty ? p.m : 0;
+                tiles = (extent + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M) * column_tiles;
             }
             int sum = tiles;
             for (int distance = 1; distance < WARP; distance *= 2) {
                 int other = __shfl_up_sync(FULL_WARP, sum, distance);
                 sum += (int)threadIdx.x >= distance ? other : 0;
             }
-            if (g < p.groups)
-                s->first_tile[g] = before + sum - tiles;
+            if (i < p.groups)
+                s->first_tile[i] = before + sum - tiles;
             before += __shfl_sync(FULL_WARP, sum, WARP - 1);
         }
         if (threadIdx.x == 0)
@@ -109,20 +63,28 @@ static __device__ void count_tiles(const struct problem &p, enum form form, int 
     __syncthreads();
 }
 
-/* Tile number t; `group` is one at or before its own. */
+/* The tile that this cluster works on in a round. Tiles that get shorter and shorter are dealt out to and fro. */
+static __device__ __forceinline__ int tile_of_round(enum form form, int round) {
+    int clusters = (int)gridDim.x / CLUSTER, cluster = (int)blockIdx.x / CLUSTER;
+    return round * clusters + (form == WEIGHT && round % 2 ? clusters - 1 - cluster : cluster);
+}
+
+/* Tile number t; `place` is one at or before that of its group. */
+template <typename S>
 static __device__ __forceinline__ struct tile find_tile(const struct problem &p, enum form form, int column_tiles, int columns,
-                                                        const struct shared *s, int t, int group, int rank) {
-    while (t >= s->first_tile[group + 1])
-        group++;
-    int within = t - s->first_tile[group], row_begin = s->first_row[group], row_end = s->first_row[group + 1];
+                                                        const S *s, int t, int place, int rank) {
+    while (t >= s->first_tile[place + 1])
+        place++;
+    int group = s->order[place], within = t - s->first_tile[place];
+    int row_begin = s->first_row[group], row_end = s->first_row[group + 1];
     int extent = form == WEIGHT ? p.m : row_end - row_begin;
     int pairs = (extent + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
     int band = within / (BAND * column_tiles), in_band = within - band * BAND * column_tiles;
     int height = pairs - band * BAND < BAND ? pairs - band * BAND : BAND;
     int m = ((band * BAND + in_band % height) * CLUSTER + rank) * TILE_M, n = in_band / height * columns;
     if (form == WEIGHT)
-        return {group, row_begin, row_end, m, n};
-    return {group, row_begin + m, row_end, m, n};
+        return {place, group, row_begin, row_end, m, n};
+    return {place, group, row_begin + m, row_end, m, n};
 }
 
 static __device__ __forceinline__ void bringers_sync(void) {
@@ -136,8 +98,8 @@ struct ring {
     uint32_t parity;
 };
 
-static __device__ __forceinline__ void advance(struct ring *ring) {
-    if (++ring->stage == STAGES) {
+template <int stages> static __device__ __forceinline__ void advance(struct ring *ring) {
+    if (++ring->stage == stages) {
         ring->stage = 0;
         ring->parity ^= 1;
     }
@@ -169,7 +131,7 @@ static __device__ __forceinline__ void bring_rows(const struct rows_operand &a, 
     if (k + TILE_K <= a.columns) {
 #pragma unroll
         for (int i = 0; i < TILE_M / 16; i++)
-            copy_async(at + i * 16 * 128, rows.from[i] + k, 16);
+            copy_async_of_row(at + i * 16 * 128, rows.from[i] + k);
     } else {
         bool is_there = k + chunk * 8 < a.columns;
         for (int i = 0; i < TILE_M / 16; i++)
@@ -203,11 +165,16 @@ template <int boxes> static __device__ __forceinline__ unsigned char *inner_plac
 template <int boxes>
 static __device__ __forceinline__ void bring_inner_rows(const struct rows_operand &a, const struct inner_rows<boxes> &rows,
                                                         int column, int thread, bool is_inside, unsigned char *to) {
-    const bf16 *from = a.data + (is_inside ? column + thread % inner_rows<boxes>::CHUNKS * 8 : 0);
-    int bytes = is_inside ? 16 : 0;
+    const bf16 *from = a.data + column + thread % inner_rows<boxes>::CHUNKS * 8;
+    if (is_inside) {
 #pragma unroll
-    for (int i = 0; i < inner_rows<boxes>::COUNT; i++)
-        copy_async(inner_place<boxes>(to, thread, i), from + (uint64_t)(uint32_t)rows.source[i] * (uint32_t)a.stride, bytes);
+        for (int i = 0; i < inner_rows<boxes>::COUNT; i++)
+            copy_async_of_row(inner_place<boxes>(to, thread, i),
+                              from + (uint64_t)(uint32_t)rows.source[i] * (uint32_t)a.stride);
+    } else {
+        for (int i = 0; i < inner_rows<boxes>::COUNT; i++)
+            copy_async(inner_place<boxes>(to, thread, i), a.data, 0);
+    }
 }
 
 /* Rows row..end-1, fewer than a block, and zeros after. */
@@ -267,6 +234,11 @@ template <int form> static __device__ __forceinline__ struct walk first_block(co
     return {0, 0, p.inner[0]};
 }
 
+/* Of a group without rows. */
+static __device__ __forceinline__ bool is_empty(const struct walk &walk) {
+    return walk.k >= walk.end;
+}
+
 /* False after the last one. */
 template <int form> static __device__ __forceinline__ bool next_block(const struct problem &p, struct walk *walk) {
     walk->k += TILE_K;
@@ -304,17 +276,19 @@ static __device__ __forceinline__ void bring_tail(const struct problem &p, const
 }
 
 /* Nothing is gathered: one thread asks the copy engine; the others only help with tails. */
-template <int form, int result>
+template <int form, int result, typename S>
 static __device__ __forceinline__ void bring_direct(const struct maps &maps, const struct problem &p, int column_tiles, int columns,
-                                                    struct shared *s, int rank) {
+                                                    S *s, int rank) {
     struct ring ring = {0, 1};
-    int group = 0, total = s->first_tile[p.groups], thread = (int)threadIdx.x;
+    int place = 0, total = s->first_tile[p.groups], thread = (int)threadIdx.x;
     if (form != WEIGHT && thread > 0)
         return;
-    for (int t = (int)blockIdx.x / CLUSTER; t < total; t += (int)gridDim.x / CLUSTER) {
-        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, group, rank);
+    for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
+        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
         struct walk walk = first_block<form>(p, tile);
-        group = tile.group;
+        place = tile.place;
+        if (is_empty(walk))
+            continue;
         do {
             uint64_t *full = &s->full[ring.stage];
             barrier_wait(&s->empty[ring.stage], ring.parity);
@@ -322,31 +296,33 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
                 bring_tail(p, tile, walk, thread, s->stage[ring.stage]);
                 copy_async_commit();
                 copy_async_wait<0>();
-                fence_for_matrix_units();
+                fence_for_engines();
                 bringers_sync();
                 if (thread == 0)
                     barrier_arrive(full);
             } else if (thread == 0) {
                 bring_boxes<form, false, result>(maps, tile, walk, rank, s->stage[ring.stage], full);
             }
-            advance(&ring);
+            advance<S::STAGES>(&ring);
         } while (next_block<form>(p, &walk));
     }
 }
 
 /* A is gathered by all threads of the group; each arrives when its rows are there. */
-template <int form, int result>
+template <int form, int result, typename S>
 static __device__ __forceinline__ void bring_gathered(const struct maps &maps, const struct problem &p, int column_tiles,
-                                                      int columns, struct shared *s, int rank) {
+                                                      int columns, S *s, int rank) {
     struct ring ring = {0, 1};
-    int group = 0, total = s->first_tile[p.groups], thread = (int)threadIdx.x;
-    for (int t = (int)blockIdx.x / CLUSTER; t < total; t += (int)gridDim.x / CLUSTER) {
-        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, group, rank);
+    int place = 0, total = s->first_tile[p.groups], thread = (int)threadIdx.x;
+    for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
+        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
         struct walk walk = first_block<form>(p, tile);
         struct gathered_rows rows;
         struct inner_rows<TILE_M / 64> inner;
         bool goes_on, is_inside = form == WEIGHT && tile.m + thread % inner.CHUNKS * 8 < p.a[0].columns;
-        group = tile.group;
+        place = tile.place;
+        if (is_empty(walk))
+            continue;
         if (form != WEIGHT)
             find_rows(p.a[0], tile, thread, &rows);
         else if (!is_tail<form>(walk))
@@ -359,15 +335,21 @@ static __device__ __forceinline__ void bring_gathered(const struct maps &maps, c
             if (is_tail<form>(now)) {
                 bring_tail(p, tile, now, thread, stage);
             } else {
+#ifndef TRY_COPIES_FIRST
                 if (thread == 0)
                     bring_boxes<form, true, result>(maps, tile, now, rank, stage, full);
+#endif
                 if (form == WEIGHT)
                     bring_inner_rows(p.a[0], inner, tile.m, thread, is_inside, stage);
                 else
                     bring_rows(p.a[now.term], rows, now.k, thread, stage);
+#ifdef TRY_COPIES_FIRST
+                if (thread == 0)
+                    bring_boxes<form, true, result>(maps, tile, now, rank, stage, full);
+#endif
             }
             barrier_arrive_after_copies(full);
-            advance(&ring);
+            advance<S::STAGES>(&ring);
             goes_on = next_block<form>(p, &walk);
             if (form == WEIGHT && goes_on && !is_tail<form>(walk)) /* while the copies are on their way */
                 find_inner_rows(p.a[0], walk.k, thread, &inner);
@@ -391,339 +373,87 @@ static __device__ __forceinline__ void multiply_stage(float d[128], uint32_t a, 
     matrices_commit();
 }
 
-/* ---- storing ----------------------------------------------------------------------------------------------------- */
+/* ---- multiplying and storing ----------------------------------------------------------------------------------- */
 
-/* Results of bf16 pass through shared memory, 16 rows of 64 columns of a warp at a time: there they come in the order that the
- * sums have in registers and leave in rows of 128 bytes. `strip` holds them, the 16-byte chunks of row r swapped by r % 8. */
-struct strip {
-    unsigned char *at;    /* of this warp */
-    int row, row_end;     /* the first of the 16, and where the group ends */
-    int columns;
-};
-
-static __device__ __forceinline__ unsigned char *strip_chunk(const struct strip &s, int row, int chunk) {
-    return s.at + row * 128 + ((chunk ^ (row & 7)) << 4);
-}
-
-/* Of the 8x8 matrices (rows 0-7, j), (8-15, j), (0-7, j+1), (8-15, j+1) the row that this lane names. */
-static __device__ __forceinline__ unsigned char *strip_matrix_row(const struct strip &s, int j) {
-    int lane = (int)threadIdx.x % WARP;
-    return strip_chunk(s, lane % 16, j + lane / 16);
-}
-
-/* As rows, from column `n` of c on. */
-static __device__ __forceinline__ void store_rows(const struct strip &s, bf16 *c, int64_t stride, int n) {
-    int lane = (int)threadIdx.x % WARP, column = n + lane % 8 * 8;
-    bf16 *to = c + (int64_t)(s.row + lane / 8) * stride + column;
-#pragma unroll
-    for (int i = 0; i < 4; i++, to += 4 * stride) {
-        int row = lane / 8 + 4 * i;
-        uint4 whole = *(const uint4 *)strip_chunk(s, row, lane % 8);
-        if (s.row + row < s.row_end && column < s.columns)
-            *(uint4 *)to = whole;
-    }
-}
-
-/* pair[j][half]: two columns of row lane / 4 + 8 half, of the j-th 8 columns. */
-static __device__ __forceinline__ void store_strip(const struct strip &s, const uint32_t pair[8][2], bf16 *c, int64_t stride,
-                                                   int n) {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 8; j += 2)
-        store_matrices(strip_matrix_row(s, j), pair[j][0], pair[j][1], pair[j + 1][0], pair[j + 1][1]);
-    __syncwarp();
-    store_rows(s, c, stride, n);
-}
-
-static __device__ __forceinline__ void store_bf16(const float d[128], const struct problem &p, const struct tile &tile,
-                                                  const struct strip &s) {
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-        uint32_t pair[8][2];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                pair[j][half] = pack_bf16(d[32 * q + 4 * j + 2 * half], d[32 * q + 4 * j + 2 * half + 1]);
-        store_strip(s, pair, (bf16 *)p.c, p.stride, tile.n + 64 * q);
-    }
-}
-
-/* By the special-function unit, to about 1e-6: both blocks of a cluster wait for it while nothing is multiplied. */
-static __device__ __forceinline__ float sigmoid(float x) {
-    const float log2_of_e = 1.44269504f;
-    float power, inverse;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-x * log2_of_e));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
-    return inverse;
-}
-
-static __device__ __forceinline__ float silu_times(float gate, float up, float weight) {
-    return gate * sigmoid(gate) * up * weight;
-}
-
-static __device__ __forceinline__ float weight_of(const struct problem &p, const struct strip &s, int half) {
-    int row = s.row + (int)threadIdx.x % WARP / 4 + 8 * half;
-    return p.row_weight && row < s.row_end ? p.row_weight[row] : 1;
-}
-
-static __device__ __forceinline__ void store_swiglu(const float d[128], const struct problem &p, const struct tile &tile,
-                                                    const struct strip &s) {
-    float weight[2] = {weight_of(p, s, 0), weight_of(p, s, 1)};
-#pragma unroll
-    for (int q = 0; q < 2; q++) {
-        uint32_t gate[8][2], up[8][2];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int at = 32 * q + 4 * j + 2 * half;
-                gate[j][half] = pack_bf16(d[at], d[at + 1]);
-                up[j][half] = pack_bf16(d[64 + at], d[64 + at + 1]);
-            }
-        store_strip(s, gate, (bf16 *)p.c, p.stride, tile.n + 64 * q);
-        store_strip(s, up, (bf16 *)p.c_up, p.stride, tile.n + 64 * q);
-        if (!p.c_act)
-            continue;
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                gate[j][half] = pack_bf16(silu_times(low_bf16(gate[j][half]), low_bf16(up[j][half]), weight[half]),
-                                          silu_times(high_bf16(gate[j][half]), high_bf16(up[j][half]), weight[half]));
-        store_strip(s, gate, (bf16 *)p.c_act, p.stride, tile.n + 64 * q);
-    }
-}
-
-/* The sums are the gradient of act = silu(gate) up weight. */
-struct swiglu_gradient {
-    float act, gate, up, weight;
-};
-
-static __device__ __forceinline__ struct swiglu_gradient through_swiglu(float dact, float gate, float up, float weight) {
-    float share = sigmoid(gate), silu = gate * share, product = silu * up, scaled = dact * weight;
-    return {product * weight, scaled * up * (share + silu * (1 - share)), scaled * silu, dact * product};
-}
-
-/* Into the second-level cache, while the tile is being multiplied. */
-static __device__ __forceinline__ void ask_for_swiglu(const struct problem &p, const struct tile &tile) {
-    int thread = (int)threadIdx.x - GROUP_THREADS, row = tile.row_begin + thread / 2;
-    if (row >= tile.row_end)
-        return;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int column = tile.n + (thread % 2 * 2 + i) * 64;
-        if (column < p.n) {
-            ask_for((const bf16 *)p.c + row * p.stride + column);
-            ask_for((const bf16 *)p.c_up + row * p.stride + column);
-        }
-    }
-}
-
-/* Gate and up of 16 rows of 64 columns in two strips: they come there as rows, are read in the order of the sums, and their
- * gradients take their place. */
-static __device__ __forceinline__ void load_rows(const struct strip &s, const bf16 *c, int64_t stride, int n, uint4 whole[4]) {
-    int lane = (int)threadIdx.x % WARP, column = n + lane % 8 * 8;
-    const bf16 *from = c + (int64_t)(s.row + lane / 8) * stride + column;
-#pragma unroll
-    for (int i = 0; i < 4; i++, from += 4 * stride) {
-        bool is_there = s.row + lane / 8 + 4 * i < s.row_end && column < s.columns;
-        whole[i] = is_there ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
-    }
-}
-
-static __device__ __forceinline__ void put_rows(const struct strip &s, const uint4 whole[4]) {
-    int lane = (int)threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        *(uint4 *)strip_chunk(s, lane / 8 + 4 * i, lane % 8) = whole[i];
-}
-
-static __device__ __forceinline__ void store_through_swiglu(const float d[128], const struct problem &p, const struct tile &tile,
-                                                            const struct strip &gates) {
-    int lane = (int)threadIdx.x % WARP;
-    struct strip ups = gates;
-    float weight[2] = {weight_of(p, gates, 0), weight_of(p, gates, 1)}, sum[2] = {0, 0};
-    uint4 gate_rows[4], up_rows[4];
-    ups.at += 16 * 128;
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-        int n = tile.n + 64 * q;
-        uint32_t act[8][2];
-        load_rows(gates, (const bf16 *)p.c, p.stride, n, gate_rows);
-        load_rows(ups, (const bf16 *)p.c_up, p.stride, n, up_rows);
-        __syncwarp();
-        put_rows(gates, gate_rows);
-        put_rows(ups, up_rows);
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            uint32_t gate[4], up[4];
-            load_matrices(gate, strip_matrix_row(gates, j));
-            load_matrices(up, strip_matrix_row(ups, j));
-#pragma unroll
-            for (int i = 0; i < 4; i++) { /* the 8 columns j + i / 2, the rows of half i % 2 */
-                int at = 32 * q + 4 * (j + i / 2) + 2 * (i % 2);
-                struct swiglu_gradient a = through_swiglu(d[at], low_bf16(gate[i]), low_bf16(up[i]), weight[i % 2]);
-                struct swiglu_gradient b = through_swiglu(d[at + 1], high_bf16(gate[i]), high_bf16(up[i]), weight[i % 2]);
-                act[j + i / 2][i % 2] = pack_bf16(a.act, b.act);
-                gate[i] = pack_bf16(a.gate, b.gate);
-                up[i] = pack_bf16(a.up, b.up);
-                sum[i % 2] += a.weight + b.weight;
-            }
-            store_matrices(strip_matrix_row(gates, j), gate[0], gate[1], gate[2], gate[3]);
-            store_matrices(strip_matrix_row(ups, j), up[0], up[1], up[2], up[3]);
-        }
-        __syncwarp();
-        store_rows(gates, (bf16 *)p.c, p.stride, n);
-        store_rows(ups, (bf16 *)p.c_up, p.stride, n);
-        store_strip(gates, act, (bf16 *)p.c_act, p.stride, n);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int row = gates.row + lane / 4 + 8 * half;
-        sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 1);
-        sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 2);
-        if (p.row_part && row < gates.row_end && lane % 4 == 0)
-            p.row_part[(int64_t)(tile.n / TILE_N) * p.rows + row] = sum[half];
-    }
-}
-
-/* Sums are added where they lie, in the second-level cache: nobody here waits for what was there. An element is added to once. */
-static __device__ __forceinline__ void store_f32(const float d[128], const struct problem &p, float *c, int row, int row_end, int n,
-                                                 bool adds) {
-    int column = n + (int)threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        bool is_inside = row + 8 * half < row_end;
-        float *to = c + (int64_t)(row + 8 * half) * p.stride + column;
-#pragma unroll
-        for (int i = 0; i < 32; i++) {
-            if (!is_inside || column + 8 * i >= p.n)
-                continue;
-            if (adds)
-                add_pair(to + 8 * i, d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
-            else
-                *(float2 *)(to + 8 * i) = make_float2(d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
-        }
-    }
-}
-
-/* Into the second-level cache, while the tile is being multiplied. */
-static __device__ __forceinline__ void ask_for_base(const struct problem &p, const struct tile &tile) {
-    int thread = (int)threadIdx.x - GROUP_THREADS, row = tile.row_begin + thread / 2;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int column = tile.n + (thread % 2 * 4 + i) * 32;
-        if (row < tile.row_end && column < p.n)
-            ask_for(p.base + row * p.stride + column);
-    }
-}
-
-static __device__ __forceinline__ void store_onto(const float d[128], const struct problem &p, int row, int row_end, int n) {
-    enum { BATCH = 8 };
-    int lane_column = n + (int)threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        bool is_inside = row + 8 * half < row_end;
-        int64_t begin = (int64_t)(row + 8 * half) * p.stride + lane_column;
-#pragma unroll
-        for (int first = 0; first < 32; first += BATCH) {
-            float2 sum[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                sum[i] = is_inside && lane_column + 8 * (first + i) < p.n ? *(const float2 *)(p.base + begin + 8 * (first + i))
-                                                                          : make_float2(0, 0);
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                int at = 4 * (first + i) + 2 * half;
-                if (is_inside && lane_column + 8 * (first + i) < p.n)
-                    *(float2 *)((float *)p.c + begin + 8 * (first + i)) = make_float2(sum[i].x + d[at], sum[i].y + d[at + 1]);
-            }
-        }
-    }
-}
-
-/* Eight lanes of a column write 32 bytes. */
-static __device__ __forceinline__ void add_transposed(const float d[128], const struct problem &p, float *c, int row, int n) {
-    int64_t stride = p.stride;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        bool is_inside = row + 8 * half < p.m;
-        int column = n + (int)threadIdx.x % 4 * 2;
-        float *to = c + row + 8 * half + column * stride;
-#pragma unroll
-        for (int i = 0; i < 32; i++, to += 8 * stride)
-            if (is_inside && column + 8 * i < p.n) {
-                add_number(to, d[4 * i + 2 * half]);
-                add_number(to + stride, d[4 * i + 2 * half + 1]);
-            }
-    }
-}
-
-template <int form, int result>
-static __device__ __forceinline__ void store_tile(const float d[128], const struct problem &p, const struct tile &tile,
-                                                  struct shared *shared, int multiplier) {
-    int in_group = (int)threadIdx.x % GROUP_THREADS, warp = in_group / WARP;
-    int row = multiplier * 64 + warp * 16 + in_group % WARP / 4;
-    struct strip strip = {shared->strip[multiplier][warp], tile.row_begin + multiplier * 64 + warp * 16, tile.row_end, p.n};
-    if (result == TO_BF16)
-        store_bf16(d, p, tile, strip);
-    else if (result == TO_SWIGLU)
-        store_swiglu(d, p, tile, strip);
-    else if (result == THROUGH_SWIGLU)
-        store_through_swiglu(d, p, tile, strip);
-    else if (result == ONTO_F32)
-        store_onto(d, p, tile.row_begin + row, tile.row_end, tile.n);
-    else if (form != WEIGHT)
-        store_f32(d, p, (float *)p.c, tile.row_begin + row, tile.row_end, tile.n, result == ADD_F32);
-    else if (result == ADD_F32 || result == TO_F32)
-        store_f32(d, p, (float *)p.c + (int64_t)tile.group * p.group_elements, tile.m + row, p.m, tile.n, result == ADD_F32);
-    else
-        add_transposed(d, p, (float *)p.c + (int64_t)tile.group * p.group_elements, tile.m + row, tile.n);
-}
-
-static __device__ __forceinline__ void release(struct shared *s, int stage) {
+template <typename S> static __device__ __forceinline__ void release(S *s, int stage) {
     if (threadIdx.x % GROUP_THREADS < CLUSTER)
         barrier_arrive_at(&s->empty[stage], threadIdx.x % GROUP_THREADS);
 }
 
-template <int form, bool gathers, int result>
-static __device__ __forceinline__ void multiply_all(const struct problem &p, int column_tiles, int columns, struct shared *s,
-                                                    int rank, int multiplier) {
+template <int form> static __device__ __forceinline__ int blocks_of(const struct problem &p, const struct tile &tile) {
+    int blocks = form == WEIGHT ? (tile.row_end - tile.row_begin + TILE_K - 1) / TILE_K : 0;
+    for (int i = 0; form != WEIGHT && i < p.terms; i++)
+        blocks += (p.inner[i] + TILE_K - 1) / TILE_K;
+    return blocks;
+}
+
+template <int form, bool gathers, typename S>
+static __device__ __forceinline__ void multiply_tile(float d[128], int blocks, S *s, int multiplier, struct ring *ring) {
+    int before = 0;
+    for (int k = 0; k < blocks; k++) {
+        barrier_wait(&s->full[ring->stage], ring->parity);
+        if (gathers || form == WEIGHT) /* what threads copied */
+            fence_for_engines();
+        uint32_t a = shared_address(s->stage[ring->stage]);
+        multiply_stage<form>(d, a + multiplier * BOX_BYTES, a + A_BYTES, k == 0);
+        if (k > 0) {
+            matrices_wait<1>();
+            release(s, before);
+        }
+        before = ring->stage;
+        advance<S::STAGES>(ring);
+    }
+    matrices_wait<0>();
+    if (blocks > 0)
+        release(s, before);
+}
+
+/* A group without rows: its sums. */
+static __device__ __forceinline__ void clear_sums(float d[128]) {
+#pragma unroll
+    for (int i = 0; i < 128; i++)
+        d[i] = 0;
+}
+
+template <int form, bool gathers, int result, typename S>
+static __device__ __forceinline__ void multiply_all(const struct maps &maps, const struct problem &p, int column_tiles, int columns,
+                                                    S *s, int rank, int multiplier) {
     struct ring ring = {0, 0};
-    int group = 0, total = s->first_tile[p.groups];
+    int place = 0, total = s->first_tile[p.groups], warp = (int)threadIdx.x % GROUP_THREADS / WARP;
+    uint64_t *loaded = s->loaded[multiplier][warp];
+    uint32_t parity[2] = {0, 0};
     float d[128];
-    for (int t = (int)blockIdx.x / CLUSTER; t < total; t += (int)gridDim.x / CLUSTER) {
-        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, group, rank);
-        group = tile.group;
-        int blocks = 0, before = 0;
-        if (result == THROUGH_SWIGLU)
-            ask_for_swiglu(p, tile);
+    for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
+        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
+        int row = (form == WEIGHT ? tile.m : tile.row_begin) + multiplier * 64 + warp * STRIP_ROWS;
+        int row_end = form == WEIGHT ? p.m : tile.row_end, blocks = blocks_of<form>(p, tile);
+        struct strips strips = {s->strip[multiplier][warp][0], row, row_end, p.n, form == WEIGHT ? tile.group : 0,
+                                p.in_boxes && (form == WEIGHT || row + STRIP_ROWS <= row_end)};
+        place = tile.place;
         if (result == ONTO_F32)
             ask_for_base(p, tile);
-        if (form == WEIGHT)
-            blocks = (tile.row_end - tile.row_begin + TILE_K - 1) / TILE_K;
-        else
-            for (int i = 0; i < p.terms; i++)
-                blocks += (p.inner[i] + TILE_K - 1) / TILE_K;
-        for (int k = 0; k < blocks; k++) {
-            barrier_wait(&s->full[ring.stage], ring.parity);
-            if (gathers || form == WEIGHT) /* what threads copied */
-                fence_for_matrix_units();
-            uint32_t a = shared_address(s->stage[ring.stage]);
-            multiply_stage<form>(d, a + multiplier * BOX_BYTES, a + A_BYTES, k == 0);
-            if (k > 0) {
-                matrices_wait<1>();
-                release(s, before);
-            }
-            before = ring.stage;
-            advance(&ring);
+        if (result == THROUGH_SWIGLU) {
+            ask_for_swiglu(p, tile);
+            strips_wait<0>();
+            for (int q = 0; q < 2 && lane_index() == 0; q++)
+                ask_for_strips(p, maps, tile, strips, q, loaded);
         }
-        matrices_wait<0>();
-        release(s, before);
-        store_tile<form, result>(d, p, tile, s, multiplier);
+        if (form == WEIGHT && blocks == 0)
+            clear_sums(d);
+        multiply_tile<form, gathers>(d, blocks, s, multiplier, &ring);
+        store_tile<form, result, S::STRIPS>(d, p, maps, tile, strips, loaded, parity);
     }
+    boxes_wait();
+}
+
+template <typename S> static __device__ void init_barriers(S *s, int full_arrivals) {
+    for (int i = 0; i < S::STAGES; i++) {
+        barrier_init(&s->full[i], full_arrivals);
+        barrier_init(&s->empty[i], CLUSTER * MULTIPLIERS);
+    }
+    for (int i = 0; i < MULTIPLIERS * WARPS * 2; i++)
+        barrier_init(&s->loaded[0][0][0] + i, 1);
+    barriers_are_initialized();
 }
 
 #endif
@@ -732,17 +462,13 @@ template <int form, bool gathers, int result>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     multiply(const __grid_constant__ struct maps maps, const __grid_constant__ struct problem p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    CUDA_SHARED_DYNAMIC(struct shared, s);
+    typedef struct shared_memory<stages_of(result), strips_of(result)> shared;
+    CUDA_SHARED_DYNAMIC(shared, s);
     int columns = result == TO_SWIGLU ? TILE_N / 2 : TILE_N, column_tiles = (p.n + columns - 1) / columns;
     int rank = (int)cluster_rank(), role = (int)threadIdx.x / GROUP_THREADS;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(&s->full[i], gathers ? GROUP_THREADS : 1);
-            barrier_init(&s->empty[i], CLUSTER * MULTIPLIERS);
-        }
-        barriers_are_initialized();
-    }
-    count_tiles(p, (enum form)form, column_tiles, s);
+    if (threadIdx.x == 0)
+        init_barriers(s, gathers ? GROUP_THREADS : 1);
+    count_tiles(p, (enum form)form, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
     cluster_sync();
     if (role == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
@@ -752,7 +478,7 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
             bring_direct<form, result>(maps, p, column_tiles, columns, s, rank);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-        multiply_all<form, gathers, result>(p, column_tiles, columns, s, rank, role - 1);
+        multiply_all<form, gathers, result>(maps, p, column_tiles, columns, s, rank, role - 1);
     }
     cluster_sync(); /* the other block may still write to this one's memory */
 #endif
@@ -767,9 +493,9 @@ static __global__ void add_row_parts(const float *part, int column_tiles, int64_
     }
 }
 
-static __global__ void add_splits(const float *part, int splits, int64_t count, float *sum) {
+static __global__ void add_splits(const float *part, int splits, int64_t count, bool accumulate, float *sum) {
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count / 4; i += (int64_t)gridDim.x * blockDim.x) {
-        float4 all = *(const float4 *)(sum + 4 * i);
+        float4 all = accumulate ? *(const float4 *)(sum + 4 * i) : make_float4(0, 0, 0, 0);
         for (int split = 0; split < splits; split++) {
             float4 more = *(const float4 *)(part + split * count + 4 * i);
             all.x += more.x, all.y += more.y, all.z += more.z, all.w += more.w;
@@ -780,16 +506,45 @@ static __global__ void add_splits(const float *part, int splits, int64_t count, 
 
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
 
-/* Boxes of 64 numbers by `box_rows` rows of groups of matrices [rows, columns]. */
+/* Boxes of so many columns and rows of groups of matrices [rows, columns]; of bf16, or f32. A box's columns are 128 bytes, or of
+ * f32 64. */
+static void describe(CUtensorMap *map, bool is_f32, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_columns,
+                     int box_rows, bool has_groups) {
+    cuuint64_t width = is_f32 ? 4 : 2, size[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
+    cuuint64_t stride[2] = {size[0] * width, size[0] * size[1] * width};
+    cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
+    bool is_narrow = box_columns * width == 64;
+    CUresult result = encode()(map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, has_groups ? 3 : 2,
+                               (void *)data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                               is_narrow ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CHECK_OP(result, ==, CUDA_SUCCESS);
+}
+
+/* Of operands. */
 static void make_map(CUtensorMap *map, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_rows,
                      bool has_groups) {
-    cuuint64_t size[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
-    cuuint64_t stride[2] = {(cuuint64_t)columns * 2, (cuuint64_t)(rows * columns) * 2};
-    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
-    CUresult result = encode()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, has_groups ? 3 : 2, (void *)data, size, stride, box, step,
-                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    CHECK_OP(result, ==, CUDA_SUCCESS);
+    describe(map, false, data, groups, rows, columns, TILE_K, box_rows, has_groups);
+}
+
+/* Of results, in strips. */
+static void make_result_map(CUtensorMap *map, bool is_f32, const void *data, int64_t groups, int64_t rows, int64_t columns) {
+    describe(map, is_f32, data, groups, rows, columns, is_f32 ? 32 : 64, STRIP_ROWS, true);
+}
+
+/* C [rows, p->stride], or that of each group. */
+static void describe_result(struct maps *maps, struct problem *p, bool is_f32, int64_t groups, int64_t rows) {
+    p->in_boxes = is_aligned(p->c, 16) && p->stride % (is_f32 ? 4 : 8) == 0 && rows > 0;
+    if (p->in_boxes)
+        make_result_map(&maps->c[0], is_f32, p->c, groups, rows, p->stride);
+}
+
+static void describe_swiglu(struct maps *maps, struct problem *p) {
+    void *const results[RESULTS_MAX] = {p->c, p->c_up, p->c_act};
+    p->in_boxes = p->rows > 0;
+    for (int i = 0; i < RESULTS_MAX && p->in_boxes; i++)
+        if (results[i])
+            make_result_map(&maps->c[i], false, results[i], 1, p->rows, p->stride);
 }
 
 static bool is_fit(struct tensor t) {
@@ -835,8 +590,9 @@ static unsigned cluster_grid(void) {
     return (unsigned)(processors / CLUSTER * CLUSTER);
 }
 
-#define START(form, gathers, result)                                                                             \
-    CUDA_LAUNCH((multiply<form, gathers, result>), cluster_grid(), THREADS, sizeof(struct shared), maps, problem)
+#define START(form, gathers, result)                                                                     \
+    CUDA_LAUNCH((multiply<form, gathers, result>), cluster_grid(), THREADS,                              \
+                (sizeof(struct shared_memory<stages_of(result), strips_of(result)>)), maps, problem)
 
 /* Of rows as they are or gathered, to what a call's to_bf16 and accumulate say. */
 #define START_RESULT(form, gathers)                \
@@ -874,6 +630,7 @@ bool sm90_forward(struct tensor x, struct tensor rows, struct tensor offsets, st
     problem.stride = w.out;
     make_map(&maps.a[0], x.data, 1, x.shape[0], w.in, TILE_M, false);
     make_map(&maps.b[0], w.data, w.groups, w.out, w.in, TILE_N / 2, true);
+    describe_result(&maps, &problem, !to_bf16, 1, problem.rows);
     START_ROWS(FORWARD);
     return true;
 }
@@ -891,6 +648,7 @@ bool sm90_forward_onto(struct tensor x, struct packed w, struct tensor base, str
     problem.stride = w.out;
     make_map(&maps.a[0], x.data, 1, x.shape[0], w.in, TILE_M, false);
     make_map(&maps.b[0], w.data, 1, w.out, w.in, TILE_N / 2, true);
+    describe_result(&maps, &problem, true, 1, problem.rows);
     START(FORWARD, false, ONTO_F32);
     return true;
 }
@@ -914,6 +672,7 @@ bool sm90_swiglu_forward(struct tensor x, struct tensor rows, struct tensor offs
     make_map(&maps.a[0], x.data, 1, x.shape[0], gate_weight.in, TILE_M, false);
     make_map(&maps.b[0], gate_weight.data, gate_weight.groups, gate_weight.out, gate_weight.in, TILE_N / 2, true);
     make_map(&maps.b[1], up_weight.data, up_weight.groups, up_weight.out, up_weight.in, TILE_N / 2, true);
+    describe_swiglu(&maps, &problem);
     if (tensor_exists(rows))
         START(FORWARD, true, TO_SWIGLU);
     else
@@ -940,6 +699,7 @@ bool sm90_swiglu_backward(struct tensor dy, struct tensor rows, struct tensor of
         problem.row_part = (float *)cuda_scratch((size_t)column_tiles * (size_t)problem.rows * sizeof(float));
     make_map(&maps.a[0], dy.data, 1, dy.shape[0], w.out, TILE_M, false);
     make_map(&maps.b[0], w.data, w.groups, w.out, w.in, TILE_K, true);
+    describe_swiglu(&maps, &problem);
     if (tensor_exists(rows))
         START(INPUT, true, THROUGH_SWIGLU);
     else
@@ -972,6 +732,7 @@ bool sm90_backward_inputs(const struct product_term *terms, int term_count, stru
         make_map(&maps.a[i], terms[i].dy.data, 1, terms[i].dy.shape[0], w.out, TILE_M, false);
         make_map(&maps.b[i], w.data, w.groups, w.out, w.in, TILE_K, true);
     }
+    describe_result(&maps, &problem, !to_bf16, 1, problem.rows);
     START_ROWS(INPUT);
     return true;
 }
@@ -985,18 +746,34 @@ static int splits_of(int64_t m, int64_t n, int64_t rows) {
     return splits < 2 ? 1 : splits < 16 ? (int)splits : 16;
 }
 
-static void start_splits(const struct maps &maps, struct problem problem, int splits, float *dw) {
+static void start_weight(const struct maps &maps, const struct problem &problem, bool gathers, enum result result) {
+    if (result == ADD_F32_TRANSPOSED)
+        START(WEIGHT, true, ADD_F32_TRANSPOSED);
+    else if (result == TO_F32_TRANSPOSED)
+        START(WEIGHT, true, TO_F32_TRANSPOSED);
+    else if (result == ADD_F32 && gathers)
+        START(WEIGHT, true, ADD_F32);
+    else if (result == ADD_F32)
+        START(WEIGHT, false, ADD_F32);
+    else if (gathers)
+        START(WEIGHT, true, TO_F32);
+    else
+        START(WEIGHT, false, TO_F32);
+}
+
+static void start_splits(struct maps *maps, struct problem problem, int splits, bool accumulate, float *dw) {
     int64_t count = problem.group_elements;
     problem.groups = splits;
     problem.group_rows = (int)(ceil_div(problem.rows, splits * TILE_K) * TILE_K);
     problem.groups = (int)ceil_div(problem.rows, problem.group_rows);
     problem.c = cuda_scratch((size_t)(problem.groups * count) * sizeof(float));
-    START(WEIGHT, false, TO_F32);
-    CUDA_LAUNCH(add_splits, grid_for(count / 4, 256), 256, 0, (const float *)problem.c, problem.groups, count, dw);
+    describe_result(maps, &problem, true, problem.groups, problem.m);
+    start_weight(*maps, problem, false, TO_F32);
+    CUDA_LAUNCH(add_splits, grid_for(count / 4, 256), 256, 0, (const float *)problem.c, problem.groups, count, accumulate, dw);
 }
 
 bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows, struct tensor offsets,
-                          struct tensor dw) {
+                          struct tensor dw, bool accumulate) {
     bool turns = tensor_exists(x_rows); /* the gathered one is A */
     struct tensor left = turns ? x : dy, left_rows = turns ? x_rows : dy_rows, right = turns ? dy : x;
     int64_t groups = tensor_exists(offsets) ? dw.shape[0] : 1;
@@ -1016,13 +793,14 @@ bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor
     make_map(&maps.b[0], right.data, 1, right.shape[0], right.shape[1], TILE_K, false);
     bool may_split = !tensor_exists(offsets) && !tensor_exists(left_rows) && is_aligned(dw.data, 16);
     int splits = !may_split ? 1 : splits_of(dw.shape[0], dw.shape[1], rows);
-    if (turns)
-        START(WEIGHT, true, ADD_F32_TRANSPOSED);
-    else if (tensor_exists(left_rows))
-        START(WEIGHT, true, ADD_F32);
-    else if (splits == 1)
-        START(WEIGHT, false, ADD_F32);
-    else
-        start_splits(maps, problem, splits, (float *)dw.data);
+    if (splits > 1) {
+        start_splits(&maps, problem, splits, accumulate, (float *)dw.data);
+        return true;
+    }
+    describe_result(&maps, &problem, true, groups, dy.shape[1]);
+    if (turns && problem.in_boxes)
+        describe(&maps.c[0], true, dw.data, groups, dy.shape[1], x.shape[1], STRIP_ROWS, 32, true);
+    start_weight(maps, problem, tensor_exists(left_rows),
+                 turns ? accumulate ? ADD_F32_TRANSPOSED : TO_F32_TRANSPOSED : accumulate ? ADD_F32 : TO_F32);
     return true;
 }

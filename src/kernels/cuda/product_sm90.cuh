@@ -1,0 +1,99 @@
+/* What the products on Hopper's matrix units (product_sm90.cu) and the ways their results take (product_results_sm90.cuh) share:
+ * tiles, problems, and how a block's shared memory is laid out. */
+#pragma once
+
+#include "kernels/cuda/product.cuh"
+
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+
+enum {
+    TILE_M = 128,
+    TILE_N = 256,
+    TILE_K = 64,
+    CLUSTER = 2,
+    GROUP_THREADS = 128,
+    MULTIPLIERS = 2,
+    WARPS = GROUP_THREADS / WARP, /* of a group */
+    THREADS = (1 + MULTIPLIERS) * GROUP_THREADS,
+    GROUPS_MAX = 256,
+    BAND = 8, /* tiles of rows that are worked on together, for the second-level cache */
+    BOX_BYTES = 64 * 128, /* 64 rows of 64 numbers */
+    A_BYTES = TILE_M * TILE_K * 2,
+    B_BYTES = TILE_N * TILE_K * 2,
+    STAGE_BYTES = A_BYTES + B_BYTES,
+    STRIP_ROWS = 16,
+    STRIP_BYTES = STRIP_ROWS * 128,
+    RESULTS_MAX = 3,
+};
+
+enum form { FORWARD, INPUT, WEIGHT };
+/* Sums written or added as rows, as columns; SwiGLU of them; backward through SwiGLU; their sum with a base. */
+enum result { TO_BF16, TO_F32, ADD_F32, TO_F32_TRANSPOSED, ADD_F32_TRANSPOSED, TO_SWIGLU, THROUGH_SWIGLU, ONTO_F32 };
+
+/* Shared memory is stages, and strips in which a warp's results wait for the copy engine. Backward through SwiGLU has two inputs
+ * and three results for each sum: it takes a stage less for strips. */
+static constexpr bool has_many_strips(int result) {
+#if defined(TRY_SWIGLU3)
+    return result == THROUGH_SWIGLU || result == TO_SWIGLU;
+#elif defined(TRY_BF3)
+    return result == THROUGH_SWIGLU || result == TO_SWIGLU || result == TO_BF16;
+#elif defined(TRY_ONTO3)
+    return result == THROUGH_SWIGLU || result == ONTO_F32 || result == TO_F32;
+#else
+    return result == THROUGH_SWIGLU;
+#endif
+}
+
+static constexpr int stages_of(int result) {
+    return has_many_strips(result) ? 3 : 4;
+}
+
+static constexpr int strips_of(int result) {
+    return has_many_strips(result) ? 5 : 2;
+}
+
+struct rows_operand {
+    const bf16 *data;
+    const int32_t *index; /* NULL: row r is row r */
+    int64_t stride;       /* elements */
+    int columns;
+};
+
+struct maps {
+    CUtensorMap a[PRODUCT_TERMS_MAX], b[PRODUCT_TERMS_MAX], c[RESULTS_MAX];
+};
+
+struct problem {
+    const int32_t *offsets; /* NULL: one group of all rows */
+    int groups;
+    int rows;               /* N */
+    int group_rows;         /* without offsets: rows of each group but the last; of one group all */
+    int m, n;               /* of C: rows (WEIGHT only), columns (of one half where there are two) */
+    int inner[PRODUCT_TERMS_MAX], terms; /* FORWARD, INPUT */
+    struct rows_operand a[PRODUCT_TERMS_MAX], b;
+    void *c, *c_up, *c_act; /* THROUGH_SWIGLU: gate and up, which become their gradients, and act */
+    bool in_boxes;          /* the copy engine can write C: maps.c */
+    const float *base;      /* ONTO_F32: what the sums are added to, as large as C */
+    const float *row_weight;
+    float *row_part;        /* THROUGH_SWIGLU [tiles of columns, N]: parts of the gradient of row_weight */
+    int64_t stride;         /* of C's rows, elements */
+    int64_t group_elements; /* WEIGHT: from one group's C to the next */
+};
+
+template <int stages, int strips> struct shared_memory {
+    enum { STAGES = stages, STRIPS = strips };
+    unsigned char stage[stages][STAGE_BYTES]; /* A, then B */
+    unsigned char strip[MULTIPLIERS][WARPS][strips][STRIP_BYTES];
+    uint64_t full[stages], empty[stages];
+    uint64_t loaded[MULTIPLIERS][WARPS][2]; /* THROUGH_SWIGLU: gate and up of 64 columns are in two strips */
+    int first_row[GROUPS_MAX + 1];
+    int first_tile[GROUPS_MAX + 1]; /* of the group that is the i-th in order */
+    uint8_t order[GROUPS_MAX];
+};
+
+struct tile {
+    int place;                     /* of its group in the order */
+    int group, row_begin, row_end; /* FORWARD, INPUT: rows of A and C. WEIGHT: of the group */
+    int m, n;                      /* first row (WEIGHT: of C) and column of this block */
+};
