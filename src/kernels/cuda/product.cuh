@@ -17,5 +17,5 @@ bool sm90_swiglu_backward(struct tensor dy, struct tensor rows, struct tensor of
 bool sm90_backward_inputs(const struct product_term *terms, int term_count, struct tensor rows, struct tensor offsets,
                           struct tensor dx, bool accumulate);
 bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
-                          struct tensor offsets, struct tensor dw);
+                          struct tensor offsets, struct tensor dw, bool accumulate);
 }

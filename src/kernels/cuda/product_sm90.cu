@@ -996,13 +996,15 @@ static void start_splits(const struct maps &maps, struct problem problem, int sp
 }
 
 bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows, struct tensor offsets,
-                          struct tensor dw) {
+                          struct tensor dw, bool accumulate) {
     bool turns = tensor_exists(x_rows); /* the gathered one is A */
     struct tensor left = turns ? x : dy, left_rows = turns ? x_rows : dy_rows, right = turns ? dy : x;
     int64_t groups = tensor_exists(offsets) ? dw.shape[0] : 1;
     int64_t rows = rows_of(right, tensor_none());
     if (!is_fit(dy) || !is_fit(x) || !is_fit_real(dw) || (turns && tensor_exists(dy_rows)) || !groups_fit(groups, rows))
         return false;
+    if (!accumulate) /* to be replaced by kernels that write */
+        cuda_check(cudaMemsetAsync(dw.data, 0, tensor_bytes(dw), (cudaStream_t)cuda_stream()), "cudaMemset");
     struct maps maps;
     struct problem problem = problem_of(offsets, groups, rows);
     problem.m = (int)left.shape[1];
