@@ -39,7 +39,7 @@ static void run_backward_input(void *context) {
 
 static void run_backward_weight(void *context) {
     const struct product *p = context;
-    p->ops->product_backward_weight(p->dy, tensor_none(), p->x, p->rows, p->offsets, p->dw);
+    p->ops->product_backward_weight(p->dy, tensor_none(), p->x, p->rows, p->offsets, p->dw, true);
 }
 
 static void run_products(void *context) {

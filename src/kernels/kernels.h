@@ -135,14 +135,15 @@ struct kernel_ops {
      *
      * forward:          y [N,O] = x[rows] w_e^T, or +=      x [any,I]
      * backward_input:   dx [N,I] = dy[rows] w_e, or +=      dy [any,O]; w.backward
-     * backward_weight:  dw [O,I] or [E,O,I] += dy[dy_rows]^T x[x_rows] over each group    dy [any,O], x [any,I]; dw real
+     * backward_weight:  dw [O,I] or [E,O,I] = dy[dy_rows]^T x[x_rows] over each group, or +=    dy [any,O], x [any,I]; dw real;
+     *                   of a group without rows = is zeros
      * x, dy and w of a call have one dtype; y and dx have it too or are real. */
     void (*product_forward)(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w,
                             struct tensor y, bool accumulate);
     void (*product_backward_input)(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
                                    struct tensor dx, bool accumulate);
     void (*product_backward_weight)(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
-                                    struct tensor offsets, struct tensor dw);
+                                    struct tensor offsets, struct tensor dw, bool accumulate);
 
     /* Several of these at once; NULL where a backend has nothing better than one after the other.
      *

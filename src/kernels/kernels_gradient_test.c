@@ -177,7 +177,7 @@ static void check_grouped(enum test_spread spread, int64_t experts, int64_t row_
     p.offsets = test_offsets(spread, row_count, experts);
     p.coefficient = test_random(f64_2d(row_count, out), 1);
     struct tensor dw = sum_like(p.in[1]), dx = test_tensor(f64_2d(row_count, in));
-    ref->product_backward_weight(p.coefficient, tensor_none(), p.in[0], p.rows, p.offsets, dw);
+    ref->product_backward_weight(p.coefficient, tensor_none(), p.in[0], p.rows, p.offsets, dw, true);
     ref->product_backward_input(p.coefficient, tensor_none(), p.offsets, as_packed(p.in[1]), dx, false);
     check_gradient(&p, "w", p.in[1], dw, SUM_START);
     if (gathered)
@@ -197,7 +197,7 @@ static void check_grouped_from_tokens(void) {
     for (int64_t i = 0; i < 45; i++)
         test_set(p.coefficient, i, test_get(dtoken, (int64_t)test_get(row_token, i / 5) * 5 + i % 5));
     struct tensor dw = sum_like(p.in[1]), dx = sum_like(p.in[0]);
-    ref->product_backward_weight(dtoken, row_token, p.in[0], tensor_none(), p.offsets, dw);
+    ref->product_backward_weight(dtoken, row_token, p.in[0], tensor_none(), p.offsets, dw, true);
     ref->product_backward_input(dtoken, row_token, p.offsets, as_packed(p.in[1]), dx, true);
     check_gradient(&p, "w", p.in[1], dw, SUM_START);
     check_gradient(&p, "x", p.in[0], dx, SUM_START);
@@ -718,11 +718,11 @@ static void moe_layer(const struct problem *p, int64_t choices, struct moe *m) {
     ref->product_forward(act, none, r.offsets, as_packed(down_w), rows, false);
     ref->combine_rows(rows, r.slot_row, m->y, false);
 
-    ref->product_backward_weight(dy, r.row_token, act, none, r.offsets, m->ddown);
+    ref->product_backward_weight(dy, r.row_token, act, none, r.offsets, m->ddown, true);
     ref->product_backward_input(dy, r.row_token, r.offsets, as_packed(down_w), dact, false);
     ref->swiglu_backward(dact, gate, up, r.row_weight, gate, up, drow_weight); /* in place */
-    ref->product_backward_weight(gate, none, x, r.row_token, r.offsets, m->dgate);
-    ref->product_backward_weight(up, none, x, r.row_token, r.offsets, m->dup);
+    ref->product_backward_weight(gate, none, x, r.row_token, r.offsets, m->dgate, true);
+    ref->product_backward_weight(up, none, x, r.row_token, r.offsets, m->dup, true);
     ref->product_backward_input(gate, none, r.offsets, as_packed(gate_w), rows, false);
     ref->product_backward_input(up, none, r.offsets, as_packed(up_w), rows, true);
     ref->combine_rows(rows, r.slot_row, m->dx, false);

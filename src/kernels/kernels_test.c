@@ -145,8 +145,7 @@ static void make_product_backward_input(const struct kernel_ops *ops, const stru
 
 static void make_product_backward_weight(const struct kernel_ops *ops, const struct call *call,
                                          const struct tensor *t) {
-    (void)call;
-    ops->product_backward_weight(t[0], t[1], t[2], t[3], t[4], t[5]);
+    ops->product_backward_weight(t[0], t[1], t[2], t[3], t[4], t[5], call->accumulate);
 }
 
 static void add_offsets(struct call *call, enum test_spread spread, struct groups g) {
@@ -173,16 +172,17 @@ static void case_grouped_rows(struct groups g, enum test_spread spread, bool gat
 }
 
 static void case_grouped_weight(struct groups g, enum test_spread spread, bool dy_gathered, bool x_gathered,
-                                enum dtype dtype) {
+                                enum dtype dtype, bool accumulate) {
     struct call call = {.operation = "product_backward_weight",
                         .label = x_gathered ? "x gathered" : "x in order",
                         .make = make_product_backward_weight,
+                        .accumulate = accumulate,
                         .magnitude = 1};
     add_gathered(&call, "dy", dtype, g.rows, g.out, dy_gathered);
     add_gathered(&call, "x", dtype, g.rows, g.in, x_gathered);
     add_offsets(&call, spread, g);
-    add_sum(&call, "dw", test_random(g.experts > 0 ? make_3d(real_of[dtype], g.experts, g.out, g.in)
-                                                   : make_2d(real_of[dtype], g.out, g.in), 1));
+    add_out_or_sum(&call, "dw", g.experts > 0 ? make_3d(real_of[dtype], g.experts, g.out, g.in)
+                                              : make_2d(real_of[dtype], g.out, g.in), 1);
     run(&call);
 }
 
@@ -234,8 +234,9 @@ static void test_product_backward_input(void **state) {
 static void test_product_backward_weight(void **state) {
     (void)state;
     for (int i = 0; i < GROUP_SHAPES * SPREAD_COUNT * FLOAT_DTYPES; i++)
-        case_grouped_weight(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1,
-                            i % 3 == 0, float_dtypes[i / (GROUP_SHAPES * SPREAD_COUNT)]);
+        for (int accumulate = 0; accumulate < 2; accumulate++)
+            case_grouped_weight(group_shapes[i % GROUP_SHAPES], i / GROUP_SHAPES % SPREAD_COUNT, i & 1, i % 3 == 0,
+                                float_dtypes[i / (GROUP_SHAPES * SPREAD_COUNT)], accumulate);
     expect_no_failures();
 }
 

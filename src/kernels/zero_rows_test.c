@@ -78,8 +78,10 @@ static void check_products(const struct fixture *f) {
             f->ops->product_forward(rows(f->compute, D), index, offsets, packed, rows(f->real, F), accumulate);
             f->ops->product_backward_input(rows(f->compute, F), index, offsets, packed, rows(f->real, D), accumulate);
         }
-        f->ops->product_backward_weight(rows(f->compute, F), index, rows(f->compute, D), index, offsets, dw);
+        f->ops->product_backward_weight(rows(f->compute, F), index, rows(f->compute, D), index, offsets, dw, true);
         expect_all(dw, 3);
+        f->ops->product_backward_weight(rows(f->compute, F), index, rows(f->compute, D), index, offsets, dw, false);
+        expect_all(dw, 0);
     }
 }
 

@@ -35,12 +35,17 @@ static struct attention_weights attention_weights(const struct model *m, int blo
     };
 }
 
-static struct attention_gradients attention_gradients(const struct model *m, int block) {
+/* Whether backward adds to the gradients of matrices that lie as this one does: else they hold nothing yet. */
+static bool adds(const struct model *m, const struct workspace *w, enum parameter_role role, int block) {
+    return !w->writes_gradients && !model_gradient_in_slot(m, parameter_find(&m->table, role, block));
+}
+
+static struct attention_gradients attention_gradients(const struct model *m, const struct workspace *w, int block) {
     return (struct attention_gradients){
         gradient(m, PARAMETER_ATTENTION_NORM, block), gradient(m, PARAMETER_QUERY_NORM, block),
         gradient(m, PARAMETER_KEY_NORM, block),       gradient(m, PARAMETER_QUERY, block),
         gradient(m, PARAMETER_KEY, block),            gradient(m, PARAMETER_VALUE, block),
-        gradient(m, PARAMETER_OUTPUT, block),
+        gradient(m, PARAMETER_OUTPUT, block),         adds(m, w, PARAMETER_OUTPUT, block),
     };
 }
 
@@ -49,9 +54,9 @@ static struct expert_weights expert_weights(const struct model *m, int block) {
                                    packed(m, PARAMETER_DOWN, block)};
 }
 
-static struct expert_gradients expert_gradients(const struct model *m, int block) {
+static struct expert_gradients expert_gradients(const struct model *m, const struct workspace *w, int block) {
     return (struct expert_gradients){gradient(m, PARAMETER_GATE, block), gradient(m, PARAMETER_UP, block),
-                                     gradient(m, PARAMETER_DOWN, block)};
+                                     gradient(m, PARAMETER_DOWN, block), adds(m, w, PARAMETER_GATE, block)};
 }
 
 /* The head's row of the table, or the embedding's where they are tied. */
@@ -218,7 +223,8 @@ enum status block_recompute(const struct model *m, struct workspace *w, int bloc
 void model_head(const struct model *m, struct workspace *w, double token_scale, bool with_gradients) {
     struct head_dims dims = dims_head(m, row_count(w));
     struct head_weights weights = head_weights(m);
-    struct head_gradients gradients = {gradient(m, PARAMETER_FINAL_NORM, -1), gradient(m, head_role(m), -1)};
+    struct head_gradients gradients = {gradient(m, PARAMETER_FINAL_NORM, -1), gradient(m, head_role(m), -1),
+                                       adds(m, w, head_role(m), -1)};
     head_loss(&m->context, &dims, &weights, w->x[w->block_count], w->targets, token_scale, &w->head, w->loss_sum,
               w->row_loss, with_gradients ? &gradients : NULL, w->dx, w->attention.dy);
 }
@@ -243,14 +249,16 @@ static enum status combine_round_backward(const struct model *m, struct workspac
 static enum status run_experts_backward(const struct model *m, struct workspace *w, int block, int round) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
-    struct expert_gradients gradients = expert_gradients(m, block);
+    struct expert_gradients gradients = expert_gradients(m, w, block);
     struct exchange_call call = exchange_call(m, saved);
+    gradients.accumulate |= round > 0;
     for (int i = 0; i < w->drows.part_count; i++) {
         const struct expert_part *part = &w->drows.parts[i];
         TRY(w->exchange->arrive_backward(w->exchange_self, &call, round, i));
         experts_backward_rows(&m->context, &weights, &saved->rows, &w->drows, part, &saved->expert, &w->expert, &gradients);
         TRY(w->exchange->answer_backward(w->exchange_self, &call, round, i, w->expert.drows, w->expert.drow_weight));
         experts_inner_backward(&m->context, &saved->rows, part, &saved->expert, &gradients);
+        gradients.accumulate = true; /* to what the first part has written */
     }
     return STATUS_OK;
 }
@@ -268,7 +276,7 @@ enum status block_combine_backward(const struct model *m, struct workspace *w, i
 enum status block_experts_backward(const struct model *m, struct workspace *w, int block) {
     struct block_saved *saved = &w->blocks[block];
     struct expert_weights weights = expert_weights(m, block);
-    struct expert_gradients gradients = expert_gradients(m, block);
+    struct expert_gradients gradients = expert_gradients(m, w, block);
     if (model_is_dense(m))
         dense_backward(&m->context, &weights, saved->mlp_normed, result_gradient(m, w), &saved->expert, &w->expert,
                        &gradients, w->dmlp);
@@ -307,7 +315,7 @@ void block_route_backward(const struct model *m, struct workspace *w, int block,
 void block_attention_backward(const struct model *m, struct workspace *w, int block) {
     struct attention_dims dims = dims_attention(m, w->batch, w->sequence_length);
     struct attention_weights weights = attention_weights(m, block);
-    struct attention_gradients gradients = attention_gradients(m, block);
+    struct attention_gradients gradients = attention_gradients(m, w, block);
     attention_backward(&m->context, &dims, &weights, w->x[block], &w->blocks[block].attention, &w->attention,
                        &gradients, w->dx);
 }

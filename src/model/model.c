@@ -25,6 +25,10 @@ bool model_gradient_in_slot(const struct model *model, int row) {
     return model->sharding.zero >= 2 && model->table.rows[row].block >= 0 && !model_row_is_whole(model, row);
 }
 
+bool model_gradient_is_written(const struct model *model, int row) {
+    return model->table.rows[row].is_packed;
+}
+
 /* Rows 'of slot s': those of the one block whose memory all blocks of that slot share. */
 static bool is_slot_block(const struct model *model, int row, int slot) {
     return model->table.rows[row].block == slot;
@@ -88,20 +92,31 @@ static void take_whole_packed(struct model *model, const struct model_options *o
             model->packed[i] = take_packed(model, options, i, arena);
 }
 
+static void take_whole_gradients(struct model *model, bool written, struct arena *arena) {
+    for (int i = 0; i < model->table.count; i++)
+        if (!model_gradient_in_slot(model, i) && model_gradient_is_written(model, i) == written)
+            model->gradient[i] = take_row(model, i, FORM_COMPUTE, model->context.real, arena);
+}
+
+static struct tensor taken_since(const struct model *model, size_t begin, const struct arena *arena) {
+    size_t elements = (arena->used - begin) / dtype_size(model->context.real);
+    return tensor_2d(arena->device ? arena->base + begin : NULL, model->context.real, (int64_t)elements, 1);
+}
+
 /* Gradients that last through the step, one after the other: those of whole rows, the computing form below stage 2, and
- * the own part of divided rows. */
+ * the own part of divided rows, to which what arrives is added. What a step clears comes first. */
 static void take_gradients(struct model *model, struct arena *arena) {
     size_t begin = arena->used;
-    char *base = arena->device ? arena->base + begin : NULL;
-    for (int i = 0; i < model->table.count; i++) {
-        bool whole = model_row_is_whole(model, i);
-        if (!model_gradient_in_slot(model, i))
-            model->gradient[i] = take_row(model, i, FORM_COMPUTE, model->context.real, arena);
-        model->own_gradient[i] = whole ? model->gradient[i]
-                                       : take_row(model, i, FORM_OWN, model->context.real, arena);
-    }
-    size_t elements = (arena->used - begin) / dtype_size(model->context.real);
-    model->all_gradients = tensor_2d(base, model->context.real, (int64_t)elements, 1);
+    take_whole_gradients(model, false, arena);
+    for (int i = 0; i < model->table.count; i++)
+        if (!model_row_is_whole(model, i))
+            model->own_gradient[i] = take_row(model, i, FORM_OWN, model->context.real, arena);
+    model->cleared_gradients = taken_since(model, begin, arena);
+    take_whole_gradients(model, true, arena);
+    model->all_gradients = taken_since(model, begin, arena);
+    for (int i = 0; i < model->table.count; i++)
+        if (model_row_is_whole(model, i))
+            model->own_gradient[i] = model->gradient[i];
 }
 
 static void take_moments(struct model *model, struct arena *arena) {
@@ -344,7 +359,7 @@ void model_repack(struct model *model) {
 
 void model_clear_slot(struct model *model, int block) {
     for (int i = 0; i < model->table.count; i++)
-        if (model->table.rows[i].block == block && model_gradient_in_slot(model, i))
+        if (model->table.rows[i].block == block && model_gradient_in_slot(model, i) && !model_gradient_is_written(model, i))
             model->context.ops->fill(model->gradient[i], 0);
 }
 

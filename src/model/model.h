@@ -38,9 +38,10 @@ struct model {
     struct sharding sharding;
     struct model_memory memory;
     struct tensor rope; /* real [position_count, P] */
-    /* One view a row of the table; none (packed: no data) where a row has no such thing. Gradients that last from clear
-     * to optimizer are one flat tensor, too. A gathered weight that only products read has the compute dtype. */
-    struct tensor all_gradients;
+    /* One view a row of the table; none (packed: no data) where a row has no such thing. Gradients that last through a
+     * step are one flat tensor, too, which begins with those that must be zeros when it begins. A gathered weight that only
+     * products read has the compute dtype. */
+    struct tensor all_gradients, cleared_gradients;
     struct tensor *weight, *gradient;
     struct packed *packed; /* in the compute dtype, of the rows that products read */
     struct tensor *own_weight, *own_gradient, *moment1, *moment2; /* real */
@@ -77,7 +78,12 @@ bool model_row_is_whole(const struct model *model, int row);
 
 /* True where a row's gradient lives in a slot: it is empty before the block's backward, and handed on after it. */
 bool model_gradient_in_slot(const struct model *model, int row);
-/* Gradients of a block's slot to zero: before its backward. */
+
+/* True where the first backward writes a row's gradient, of a step or, in a slot, of each micro-batch: one product makes it.
+ * Nothing clears those, later ones add. All other gradients are sums from the beginning. What the embedding adds where it is
+ * the head too comes after the head. */
+bool model_gradient_is_written(const struct model *model, int row);
+/* Gradients of a block's slot that are not written to zero: before its backward. */
 void model_clear_slot(struct model *model, int block);
 
 /* The view of a role in a block in one of the arrays above; none where the model has no such parameter. */

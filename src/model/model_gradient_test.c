@@ -69,7 +69,9 @@ static void forward(struct fixture *f) {
 
 static void backward(struct fixture *f) {
     struct loss_scales scales = model_loss_scales(f->model, ROWS, ROWS);
-    memset(f->model->all_gradients.data, 0, tensor_bytes(f->model->all_gradients));
+    memset(f->model->all_gradients.data, 0xFF, tensor_bytes(f->model->all_gradients)); /* NaN: what is not cleared is written */
+    memset(f->model->cleared_gradients.data, 0, tensor_bytes(f->model->cleared_gradients));
+    f->workspace->writes_gradients = true;
     forward(f);
     model_head(f->model, f->workspace, scales.token, true);
     for (int block = f->workspace->block_count - 1; block >= 0; block--) {

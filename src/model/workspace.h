@@ -36,6 +36,7 @@ struct block_saved {
 struct workspace {
     struct workspace_options options;
     int64_t batch, sequence_length; /* of the present layout */
+    bool writes_gradients; /* this micro-batch is a step's first: see model_gradient_is_written. Else backward adds */
     struct tensor ids, targets;     /* i32 [S] */
     struct tensor *x;               /* L+1 residual streams real [S,D]: input of each block, output of the last */
     struct block_saved *blocks;     /* L */

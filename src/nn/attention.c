@@ -83,8 +83,9 @@ void attention_backward(const struct layer_context *context, const struct attent
                         const struct attention_scratch *scratch, const struct attention_gradients *gradients,
                         struct tensor dx) {
     const struct kernel_ops *ops = context->ops;
+    const bool add = gradients->accumulate;
     struct tensor dy = layer_gradient_as_compute(context, dx, scratch->dy);
-    layer_product_backward_weight(context, dy, saved->mixed, gradients->output);
+    layer_product_backward_weight(context, dy, saved->mixed, gradients->output, add);
     layer_product_backward_input(context, dy, w->output, scratch->dmixed, false);
     ops->attention_backward(make_shape(dims, dims->sequence_length), scratch->dmixed, saved->query, saved->key,
                             saved->value, saved->mixed, saved->logsumexp, scratch->dquery, scratch->dkey,
@@ -93,9 +94,9 @@ void attention_backward(const struct layer_context *context, const struct attent
                               dims->sequence_length, 0, scratch->dquery, gradients->query_norm);
     ops->qknorm_rope_backward(scratch->dkey, saved->key_raw, w->key_norm, saved->key_rstd, dims->rope,
                               dims->sequence_length, 0, scratch->dkey, gradients->key_norm);
-    layer_product_backward_weight(context, scratch->dquery, saved->normed, gradients->query);
-    layer_product_backward_weight(context, scratch->dkey, saved->normed, gradients->key);
-    layer_product_backward_weight(context, scratch->dvalue, saved->normed, gradients->value);
+    layer_product_backward_weight(context, scratch->dquery, saved->normed, gradients->query, add);
+    layer_product_backward_weight(context, scratch->dkey, saved->normed, gradients->key, add);
+    layer_product_backward_weight(context, scratch->dvalue, saved->normed, gradients->value, add);
     const struct product_term terms[] = {{scratch->dquery, w->query}, {scratch->dkey, w->key}, {scratch->dvalue, w->value}};
     layer_product_backward_inputs(context, terms, 3, tensor_none(), scratch->dnormed);
     layer_rmsnorm_backward(context, scratch->dnormed, x, w->norm, saved->norm_rstd, dx, true, gradients->norm, scratch->dy);

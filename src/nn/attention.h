@@ -19,6 +19,7 @@ struct attention_weights {
 
 struct attention_gradients { /* real, shapes of the weights */
     struct tensor norm, query_norm, key_norm, query, key, value, output;
+    bool accumulate;
 };
 
 struct attention_saved {

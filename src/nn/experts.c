@@ -32,6 +32,13 @@ static bool is_empty(const struct expert_part *part) {
     return range_count(part->range) == 0;
 }
 
+/* The gradient of a matrix that no row of this part meets. */
+static void write_nothing(const struct layer_context *context, const struct expert_gradients *gradients,
+                          struct tensor gradient) {
+    if (!gradients->accumulate)
+        context->ops->fill(gradient, 0);
+}
+
 void experts_inner_forward(const struct layer_context *context, const struct expert_weights *w,
                            const struct expert_rows *rows, const struct expert_part *part,
                            const struct expert_saved *saved) {
@@ -56,14 +63,16 @@ void experts_backward_rows(const struct layer_context *context, const struct exp
                            const struct expert_rows *rows, const struct expert_rows *drows,
                            const struct expert_part *part, const struct expert_saved *saved,
                            const struct expert_scratch *scratch, const struct expert_gradients *gradients) {
-    if (is_empty(part))
+    if (is_empty(part)) {
+        write_nothing(context, gradients, gradients->down);
         return;
+    }
     struct tensor offsets = part->offsets, none = tensor_none(), index = part_of(drows->rows, part);
     struct tensor gate = part_of(saved->gate, part), up = part_of(saved->up, part), weight = part_of(rows->weight, part);
     struct tensor act = part_of(scratch->act, part), dact = part_of(scratch->dact, part);
     layer_swiglu_backward(context, drows->data, index, offsets, w->down, gate, up, weight, act, dact,
                           part_of(scratch->drow_weight, part));
-    context->ops->product_backward_weight(drows->data, index, act, none, offsets, gradients->down);
+    context->ops->product_backward_weight(drows->data, index, act, none, offsets, gradients->down, gradients->accumulate);
     const struct product_term terms[] = {{gate, w->gate}, {up, w->up}};
     layer_product_backward_inputs(context, terms, 2, offsets, part_of(scratch->drows, part));
 }
@@ -71,12 +80,16 @@ void experts_backward_rows(const struct layer_context *context, const struct exp
 void experts_inner_backward(const struct layer_context *context, const struct expert_rows *rows,
                             const struct expert_part *part, const struct expert_saved *saved,
                             const struct expert_gradients *gradients) {
-    if (is_empty(part))
+    if (is_empty(part)) {
+        write_nothing(context, gradients, gradients->gate);
+        write_nothing(context, gradients, gradients->up);
         return;
+    }
     const struct kernel_ops *ops = context->ops;
+    const bool add = gradients->accumulate;
     struct tensor none = tensor_none(), index = part_of(rows->rows, part);
-    ops->product_backward_weight(part_of(saved->gate, part), none, rows->data, index, part->offsets, gradients->gate);
-    ops->product_backward_weight(part_of(saved->up, part), none, rows->data, index, part->offsets, gradients->up);
+    ops->product_backward_weight(part_of(saved->gate, part), none, rows->data, index, part->offsets, gradients->gate, add);
+    ops->product_backward_weight(part_of(saved->up, part), none, rows->data, index, part->offsets, gradients->up, add);
 }
 
 void dense_inner_forward(const struct layer_context *context, const struct expert_weights *w, struct tensor x,
@@ -98,9 +111,9 @@ void dense_backward(const struct layer_context *context, const struct expert_wei
                     const struct expert_gradients *gradients, struct tensor dx) {
     struct tensor none = tensor_none();
     layer_swiglu_backward(context, dy, none, none, w->down, saved->gate, saved->up, none, scratch->act, scratch->dact, none);
-    layer_product_backward_weight(context, dy, scratch->act, gradients->down);
-    layer_product_backward_weight(context, saved->gate, x, gradients->gate);
-    layer_product_backward_weight(context, saved->up, x, gradients->up);
+    layer_product_backward_weight(context, dy, scratch->act, gradients->down, gradients->accumulate);
+    layer_product_backward_weight(context, saved->gate, x, gradients->gate, gradients->accumulate);
+    layer_product_backward_weight(context, saved->up, x, gradients->up, gradients->accumulate);
     const struct product_term terms[] = {{saved->gate, w->gate}, {saved->up, w->up}};
     layer_product_backward_inputs(context, terms, 2, tensor_none(), dx);
 }

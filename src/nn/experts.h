@@ -19,6 +19,7 @@ struct expert_weights { /* compute [E,F,D], [E,F,D], [E,D,F]; dense: without E *
 
 struct expert_gradients { /* real, shapes of the weights */
     struct tensor gate, up, down;
+    bool accumulate;
 };
 
 struct expert_saved {
@@ -38,7 +39,8 @@ void expert_saved_take(struct expert_saved *saved, const struct layer_context *c
 void expert_scratch_take(struct expert_scratch *scratch, const struct layer_context *context,
                          const struct expert_dims *dims, bool is_dense, struct arena *arena);
 
-/* Each of the following works on one part of the rows, and does nothing where it has none. */
+/* Each of the following works on one part of the rows. Where it has none, gradients that are written (=) become zeros, and
+ * nothing else happens. */
 
 /* The first half of forward: what backward needs, saved->gate and saved->up. */
 void experts_inner_forward(const struct layer_context *context, const struct expert_weights *weights,
@@ -54,12 +56,12 @@ void experts_forward(const struct layer_context *context, const struct expert_we
 
 /* Backward, in two halves: first all that needs drows, the gradient of the results, up to the gradient of the rows; so
  * that it can leave while the second half runs. rows: as in forward; part: of drows.
- * scratch->drows, scratch->drow_weight = ; gradients->down += ; saved->gate and saved->up become their gradients. */
+ * scratch->drows, scratch->drow_weight = ; gradients->down = or += ; saved->gate and saved->up become their gradients. */
 void experts_backward_rows(const struct layer_context *context, const struct expert_weights *weights,
                            const struct expert_rows *rows, const struct expert_rows *drows,
                            const struct expert_part *part, const struct expert_saved *saved,
                            const struct expert_scratch *scratch, const struct expert_gradients *gradients);
-/* gradients->gate and gradients->up += . */
+/* gradients->gate and gradients->up = or += . */
 void experts_inner_backward(const struct layer_context *context, const struct expert_rows *rows,
                             const struct expert_part *part, const struct expert_saved *saved,
                             const struct expert_gradients *gradients);
@@ -69,7 +71,7 @@ void dense_forward(const struct layer_context *context, const struct expert_weig
                    const struct expert_saved *saved, const struct expert_scratch *scratch, struct tensor base,
                    struct tensor y);
 
-/* dy compute [S,D]; dx real [S,D] = ; gradients += . */
+/* dy compute [S,D]; dx real [S,D] = ; gradients = or += . */
 void dense_backward(const struct layer_context *context, const struct expert_weights *weights, struct tensor x,
                     struct tensor dy, const struct expert_saved *saved, const struct expert_scratch *scratch,
                     const struct expert_gradients *gradients, struct tensor dx);

@@ -35,11 +35,13 @@ void head_loss(const struct layer_context *context, const struct head_dims *dims
         ops->cross_entropy(logits, tensor_rows(target, first, count), scale, loss_sum,
                            tensor_exists(row_loss) ? tensor_rows(row_loss, first, count) : row_loss, dlogits);
         if (gradients) {
-            layer_product_backward_weight(context, dlogits, normed, gradients->head);
+            layer_product_backward_weight(context, dlogits, normed, gradients->head, gradients->accumulate || first > 0);
             layer_product_backward_input(context, dlogits, w->head, tensor_rows(scratch->dnormed, first, count),
                                          false);
         }
     }
+    if (gradients && !gradients->accumulate && dims->rows == 0) /* there was no chunk to write it */
+        ops->fill(gradients->head, 0);
     if (gradients)
         layer_rmsnorm_backward(context, scratch->dnormed, x, w->norm, scratch->rstd, dx, false, gradients->norm, dx_compute);
 }

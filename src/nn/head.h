@@ -17,6 +17,7 @@ struct head_weights {
 
 struct head_gradients { /* real */
     struct tensor norm, head;
+    bool accumulate;
 };
 
 struct head_scratch {
@@ -34,7 +35,7 @@ void head_scratch_take(struct head_scratch *scratch, const struct layer_context 
 int64_t head_chunk_rows(int64_t rows, int64_t vocab, int64_t elements);
 
 /* loss_sum f64 [1] += cross entropy of x real [S,D] with target i32 [S]; row_loss real [S] or none.
- * With gradients: dx real [S,D] = gradient of scale * loss_sum, and the weights' gradients += . NULL: loss only.
+ * With gradients: dx real [S,D] = gradient of scale * loss_sum, and the weights' gradients (head: = or +=). NULL: loss only.
  * dx_compute: see layer_rmsnorm_backward. */
 void head_loss(const struct layer_context *context, const struct head_dims *dims, const struct head_weights *weights,
                struct tensor x, struct tensor target, double scale, const struct head_scratch *scratch,

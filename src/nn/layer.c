@@ -35,8 +35,8 @@ void layer_product_backward_input(const struct layer_context *context, struct te
 }
 
 void layer_product_backward_weight(const struct layer_context *context, struct tensor dy, struct tensor x,
-                                   struct tensor dw) {
-    context->ops->product_backward_weight(dy, tensor_none(), x, tensor_none(), tensor_none(), dw);
+                                   struct tensor dw, bool accumulate) {
+    context->ops->product_backward_weight(dy, tensor_none(), x, tensor_none(), tensor_none(), dw, accumulate);
 }
 
 void layer_product_backward_inputs(const struct layer_context *context, const struct product_term *terms, int term_count,

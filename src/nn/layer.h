@@ -5,7 +5,8 @@
  * (f32, or f64 in the tests that take finite differences).
  *
  * Naming: a struct *_weights holds what forward reads, *_gradients what backward adds to (+=), *_saved what forward
- * leaves for backward, *_scratch what neither needs afterwards.
+ * leaves for backward, *_scratch what neither needs afterwards. Where *_gradients says `accumulate` false, backward writes
+ * (=) the gradients of what products read, whatever they held, and adds to the others all the same.
  */
 #pragma once
 
@@ -27,7 +28,8 @@ enum dtype layer_gradient_dtype(const struct layer_context *context);
 /* x itself where it has the compute dtype already, else its copy in `scratch` (compute dtype, as large). */
 struct tensor layer_as_compute(const struct layer_context *context, struct tensor x, struct tensor scratch);
 
-/* Dense products of a layer: y = x w^T, or += with accumulate; y = base + x w^T, both real; dx = dy w, or +=; dw += dy^T x. */
+/* Dense products of a layer: y = x w^T, or += with accumulate; y = base + x w^T, both real; dx = dy w, or +=;
+ * dw = dy^T x, or +=. */
 void layer_product(const struct layer_context *context, struct tensor x, struct packed w, struct tensor y,
                    bool accumulate);
 void layer_product_onto(const struct layer_context *context, struct tensor x, struct packed w, struct tensor base,
@@ -35,7 +37,7 @@ void layer_product_onto(const struct layer_context *context, struct tensor x, st
 void layer_product_backward_input(const struct layer_context *context, struct tensor dy, struct packed w,
                                   struct tensor dx, bool accumulate);
 void layer_product_backward_weight(const struct layer_context *context, struct tensor dy, struct tensor x,
-                                   struct tensor dw);
+                                   struct tensor dw, bool accumulate);
 
 /* dx = the sum of dy_t w_t over the terms, grouped by offsets (none: dense). */
 void layer_product_backward_inputs(const struct layer_context *context, const struct product_term *terms, int term_count,

@@ -46,7 +46,9 @@ struct event_cost event_cost(const struct event *event, const struct model *mode
     struct model_operations forward = model_forward_operations(&model->config, workspace->sequence_length);
     double tokens = (double)(workspace->batch * workspace->sequence_length);
     struct event_cost cost = {.operations = tokens * operations_per_token(event->kind, &forward)};
-    if (event->kind == EVENT_CLEAR || event->kind == EVENT_GRADIENT_NORM)
+    if (event->kind == EVENT_CLEAR)
+        cost.bytes = (double)tensor_bytes(model->cleared_gradients);
+    if (event->kind == EVENT_GRADIENT_NORM)
         cost.bytes = (double)tensor_bytes(model->all_gradients);
     if (event->kind == EVENT_OPTIMIZER)
         cost.bytes = optimizer_bytes(model, event->block);

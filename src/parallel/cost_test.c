@@ -14,6 +14,16 @@ struct case_of_cost {
     int micro_batches;
 };
 
+/* Norms, the router and an embedding that is only looked up; rows are padded to 64 numbers. */
+static void check_cleared(const struct model *m, const struct event *event, const struct workspace *workspace) {
+    double elements = 0;
+    for (int i = 0; i < m->table.count; i++)
+        if (!m->table.rows[i].is_packed)
+            elements += (double)((parameter_elements(&m->table.rows[i]) + 63) / 64 * 64);
+    assert_int_equal(event->kind, EVENT_CLEAR);
+    assert_true(event_cost(event, m, workspace).bytes == elements * sizeof(double));
+}
+
 static struct event_cost add_up(struct case_of_cost wanted, double *expected) {
     struct model_config c;
     struct model *model;
@@ -45,6 +55,7 @@ static struct event_cost add_up(struct case_of_cost wanted, double *expected) {
         sum.operations += cost.operations;
         sum.bytes += schedule.events[i].kind == EVENT_OPTIMIZER ? cost.bytes : 0;
     }
+    check_cleared(model, &schedule.events[0], workspace);
     *expected = BATCH * LENGTH * model_train_operations_per_token(&c, LENGTH);
     /* One optimizer pass over seven numbers a parameter, and what is packed. */
     double least = 7 * (double)sizeof(double) * (double)parameter_table_count(&model->table, &c).total;

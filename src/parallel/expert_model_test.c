@@ -132,10 +132,12 @@ static enum status backward(struct member *m, int micro_batch) {
 
 static enum status step(struct member *m) {
     TRY(member_open(m));
-    m->model->context.ops->fill(m->model->all_gradients, 0);
+    m->model->context.ops->fill(m->model->all_gradients, NAN);
+    m->model->context.ops->fill(m->model->cleared_gradients, 0);
     model_clear_sums(m->model, m->workspace);
     for (int micro_batch = 0; micro_batch < MICRO_BATCHES; micro_batch++) {
         load(m, micro_batch);
+        m->workspace->writes_gradients = micro_batch == 0;
         TRY(forward(m));
         TRY(backward(m, micro_batch));
     }

@@ -186,7 +186,7 @@ static void take_layer(struct member *m, int index) {
     layer->weights = (struct expert_weights){take_packed(m, stream + 4, INNER, WIDTH), take_packed(m, stream + 5, INNER, WIDTH),
                                              take_packed(m, stream + 6, WIDTH, INNER)};
     layer->gradients = (struct expert_gradients){take_gradient(m, INNER, WIDTH), take_gradient(m, INNER, WIDTH),
-                                                 take_gradient(m, WIDTH, INNER)};
+                                                 take_gradient(m, WIDTH, INNER), true};
     layer->outcome = (struct outcome){take(m, real, s, WIDTH, 1), take(m, real, s, WIDTH, 1), take(m, real, s, p->choices, 1),
                                       layer->gradients.gate, layer->gradients.up, layer->gradients.down};
     fill(layer->base, p->seed, stream + 7, m->first_token, 1);

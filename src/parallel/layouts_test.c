@@ -150,6 +150,13 @@ static void note_rank(struct job *job, const struct rank *r) {
     }
 }
 
+/* A step needs nothing of what gradients hold before it. */
+static void poison_gradients(const struct rank *r) {
+    r->model->context.ops->fill(r->model->all_gradients, NAN);
+    for (int i = 0; i < r->model->table.count; i++) /* also those in slots */
+        r->model->context.ops->fill(r->model->gradient[i], NAN);
+}
+
 static enum status run_rank(void *context, struct comm *world) {
     struct job *job = context;
     struct rank r = {0};
@@ -157,6 +164,7 @@ static enum status run_rank(void *context, struct comm *world) {
     for (int step = 1; step <= job->steps && status == STATUS_OK; step++) {
         struct step_result result;
         draw_tokens(r.tokens, job->sequences, step);
+        poison_gradients(&r);
         status = step_run(&r.runner, (struct step_input){.tokens = r.tokens, .step = step, .step_count = job->steps}, &result);
         if (status == STATUS_OK && world->rank == 0) {
             job->loss[step - 1] = result.loss;

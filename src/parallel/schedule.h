@@ -22,7 +22,7 @@
 #include <stdbool.h>
 
 enum event_kind {
-    EVENT_CLEAR,              /* gradients and sums to zero */
+    EVENT_CLEAR,              /* sums to zero, gradients too but for those that are written first */
     EVENT_LOAD,               /* tokens of a micro-batch to the device */
     EVENT_GATHER,             /* start: parameters of a block that are divided over the ranks */
     EVENT_GATHERED,           /* wait for them, and pack them for the products */
@@ -34,7 +34,7 @@ enum event_kind {
     EVENT_EXPERTS,
     EVENT_EXCHANGE_BACK,      /* wait for the results, and sum them */
     EVENT_HEAD,               /* loss, and the backward of the head */
-    EVENT_CLEAR_BLOCK,        /* gradients of a block's slot to zero */
+    EVENT_CLEAR_BLOCK,        /* the same in a block's slot */
     EVENT_RECOMPUTE,          /* forward of a block again, its activations were not kept */
     EVENT_EXCHANGE_BACK_GRAD, /* backward of EXCHANGE_BACK, and so on */
     EVENT_EXPERTS_GRAD,

@@ -138,6 +138,7 @@ static void run_load(struct step_runner *runner, struct step_state *state, int m
     int64_t sequences = runner->settings.micro_batch_sequences, length = w->options.sequence_length;
     struct range mine = step_sequences(&runner->ranks->mesh, sequences);
     workspace_shape(w, runner->model, range_count(mine), length);
+    w->writes_gradients = micro_batch == 0;
     const int32_t *tokens = state->input.tokens + (micro_batch * sequences + mine.begin) * (length + 1);
     load_column(runner, tokens, 0, w->ids);
     load_column(runner, tokens, 1, w->targets);
@@ -145,7 +146,7 @@ static void run_load(struct step_runner *runner, struct step_state *state, int m
 }
 
 static void run_clear(struct step_runner *runner) {
-    runner->model->context.ops->fill(runner->model->all_gradients, 0);
+    runner->model->context.ops->fill(runner->model->cleared_gradients, 0);
     model_clear_sums(runner->model, runner->workspace);
 }
 

@@ -21,7 +21,7 @@ struct bench {
     int32_t tokens[BATCH * (LENGTH + 1)];
 };
 
-static void bench_init(struct bench *b, int64_t experts, int micro_batches, bool recompute) {
+static void bench_init_with(struct bench *b, int64_t experts, int micro_batches, bool recompute, bool tied) {
     struct model_config c;
     model_config_init(&c);
     c.vocab_size = VOCAB;
@@ -30,6 +30,7 @@ static void bench_init(struct bench *b, int64_t experts, int micro_batches, bool
     c.num_attention_heads = 2;
     c.num_key_value_heads = 1;
     c.num_experts = experts;
+    c.tie_word_embeddings = tied;
     c.intermediate_size = 12;
     c.moe_intermediate_size = 6;
     c.initializer_range = 0.2;
@@ -49,6 +50,10 @@ static void bench_init(struct bench *b, int64_t experts, int micro_batches, bool
                      STATUS_OK);
     for (int i = 0; i < BATCH * (LENGTH + 1); i++)
         b->tokens[i] = (int32_t)(random_bits(2, 3, (uint64_t)i) % VOCAB);
+}
+
+static void bench_init(struct bench *b, int64_t experts, int micro_batches, bool recompute) {
+    bench_init_with(b, experts, micro_batches, recompute, false);
 }
 
 static void bench_release(struct bench *b) {
@@ -120,6 +125,45 @@ static void test_step_that_is_not_finite_changes_no_weight(void **state) {
     bench_release(&b);
 }
 
+static bool some_expert_has_no_row(const struct workspace *w, int64_t experts) {
+    const int32_t *count = w->balance_count[0].data; /* of all micro-batches */
+    for (int64_t e = 0; e < experts; e++)
+        if (count[e] == 0)
+            return true;
+    return false;
+}
+
+/* The same steps, one bench with gradients that hold NaN before each. */
+static void check_poisoned(int64_t experts, int micro_batches, bool recompute, bool tied) {
+    struct bench clean, poisoned;
+    bench_init_with(&clean, experts, micro_batches, recompute, tied);
+    bench_init_with(&poisoned, experts, micro_batches, recompute, tied);
+    struct model *a = clean.model, *b = poisoned.model;
+    for (int step = 1; step <= 3; step++) {
+        memset(a->all_gradients.data, 0, tensor_bytes(a->all_gradients));
+        memset(b->all_gradients.data, 0xFF, tensor_bytes(b->all_gradients));
+        struct step_result x = run(&clean, step), y = run(&poisoned, step);
+        assert_int_equal(y.skipped, STEP_UPDATED);
+        assert_true(x.loss == y.loss && x.gradient_norm == y.gradient_norm);
+        if (experts > 8)
+            assert_true(some_expert_has_no_row(poisoned.workspace, experts));
+    }
+    for (int i = 0; i < a->table.count; i++)
+        assert_memory_equal(a->weight[i].data, b->weight[i].data, tensor_bytes(a->weight[i]));
+    bench_release(&clean);
+    bench_release(&poisoned);
+}
+
+static void test_a_step_reads_no_old_gradient(void **state) {
+    (void)state;
+    for (int micro_batches = 1; micro_batches <= 4; micro_batches *= 2)
+        for (int tied = 0; tied < 2; tied++) {
+            check_poisoned(0, micro_batches, false, tied);
+            check_poisoned(4, micro_batches, tied, tied);
+            check_poisoned(100, micro_batches, !tied, tied); /* more than there are rows for */
+        }
+}
+
 static void count_event(void *context, const struct event *event, double seconds) {
     assert_true(seconds >= 0);
     ((int *)context)[event->kind]++;
@@ -144,6 +188,7 @@ int main(void) {
         cmocka_unit_test(test_micro_batches_add_up),
         cmocka_unit_test(test_recompute_changes_nothing),
         cmocka_unit_test(test_step_that_is_not_finite_changes_no_weight),
+        cmocka_unit_test(test_a_step_reads_no_old_gradient),
         cmocka_unit_test(test_observer_sees_every_event),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

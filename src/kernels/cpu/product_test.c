@@ -104,8 +104,7 @@ static void make_forward_of_both(const struct kernel_ops *ops, const struct prod
 }
 
 static void make_backward_weight(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
-    (void)product;
-    ops->product_backward_weight(t[0], tensor_none(), t[1], t[2], t[3], t[4]);
+    ops->product_backward_weight(t[0], tensor_none(), t[1], t[2], t[3], t[4], product->accumulate);
 }
 
 static void make_gemm(const struct kernel_ops *ops, const struct product *product, const struct tensor *t) {
@@ -163,17 +162,40 @@ static void test_squares(void **state) {
     }
 }
 
-/* More rows than one packed block sums over. */
+static struct product backward_weight(enum dtype in, bool accumulate) {
+    struct tensor like = tensor_3d(NULL, DTYPE_F32, EXPERTS, NARROW, NARROW + 9);
+    return (struct product){{random_2d(in, ROWS, NARROW), random_2d(in, ROWS / 2, NARROW + 9),
+                             test_indices(tensor_1d(NULL, DTYPE_I32, ROWS), ROWS / 2), make_offsets(),
+                             accumulate ? test_random(like, 1) : test_tensor(like)},
+                            .count = 5,
+                            .accumulate = accumulate,
+                            .make = make_backward_weight};
+}
+
+/* More rows than one packed block sums over; added to numbers, and written over what is none. */
 static void test_backward_weight(void **state) {
     (void)state;
-    for (int d = 0; d < 2; d++) {
-        enum dtype in = input_dtypes[d];
-        run(&(struct product){{random_2d(in, ROWS, NARROW), random_2d(in, ROWS / 2, NARROW + 9),
-                               test_indices(tensor_1d(NULL, DTYPE_I32, ROWS), ROWS / 2), make_offsets(),
-                               test_random(tensor_3d(NULL, DTYPE_F32, EXPERTS, NARROW, NARROW + 9), 1)},
-                              .count = 5,
-                              .make = make_backward_weight});
-    }
+    for (int d = 0; d < 2; d++)
+        for (int accumulate = 0; accumulate < 2; accumulate++) {
+            struct product product = backward_weight(input_dtypes[d], accumulate);
+            run(&product);
+        }
+}
+
+/* What is written is what is added to zeros. */
+static void test_backward_weight_from_nothing(void **state) {
+    (void)state;
+    for (const struct kernel_ops *const *ops = test_backends(); *ops; ops++)
+        for (int d = 0; d < 2; d++) {
+            struct product product = backward_weight(input_dtypes[d], false);
+            struct tensor written = make_product(*ops, &product, THREADS_MAX), added;
+            product.accumulate = true;
+            (*ops)->fill(product.t[4], 0);
+            added = make_product(*ops, &product, THREADS_MAX);
+            for (int64_t i = 0; i < tensor_elements(added); i++)
+                assert_true(test_get(written, i) == test_get(added, i));
+            test_release();
+        }
 }
 
 static void case_gemm(int64_t m, int64_t n, int64_t k, int form, int d) {
@@ -206,6 +228,7 @@ int main(void) {
         cmocka_unit_test(test_backward_input),
         cmocka_unit_test(test_squares),
         cmocka_unit_test(test_backward_weight),
+        cmocka_unit_test(test_backward_weight_from_nothing),
         cmocka_unit_test(test_gemm),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

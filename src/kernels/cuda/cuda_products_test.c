@@ -109,7 +109,7 @@ static void check_rows_product(const struct problem *p, bool backward, enum dtyp
     check_same(what, first, second);
 }
 
-static void check_weight(const struct problem *p, bool gathers_dy) {
+static void check_weight(const struct problem *p, bool gathers_dy, bool accumulate) {
     char what[160];
     int64_t stored;
     struct tensor index = index_for(p, &stored), offsets = offsets_for(p), none = tensor_none();
@@ -117,12 +117,15 @@ static void check_weight(const struct problem *p, bool gathers_dy) {
     struct tensor x = host_tensor(DTYPE_BF16, gathers_dy ? p->rows : stored, p->in, 0, 1);
     struct tensor dw = p->experts > 0 ? host_tensor(DTYPE_F32, p->experts, p->out, p->in, 1)
                                       : host_tensor(DTYPE_F32, p->out, p->in, 0, 1);
+    if (!accumulate)
+        memset(dw.data, TEST_POISON, tensor_bytes(dw));
     label(p, gathers_dy ? "weight gradient, dy" : "weight gradient, x", what);
     struct tensor first = output_on_device(dw), second = output_on_device(dw);
     struct tensor ddy = on_device(dy), dx = on_device(x), di = on_device(index), doff = on_device(offsets);
     for (int i = 0; i < 2; i++)
-        ops->product_backward_weight(ddy, gathers_dy ? di : none, dx, gathers_dy ? none : di, doff, i ? second : first);
-    kernels_ref()->product_backward_weight(dy, gathers_dy ? index : none, x, gathers_dy ? none : index, offsets, dw);
+        ops->product_backward_weight(ddy, gathers_dy ? di : none, dx, gathers_dy ? none : di, doff, i ? second : first,
+                                     accumulate);
+    kernels_ref()->product_backward_weight(dy, gathers_dy ? index : none, x, gathers_dy ? none : index, offsets, dw, accumulate);
     check(what, first, dw);
     check_same(what, first, second);
 }
@@ -212,8 +215,8 @@ static void check_problem(const struct problem *p) {
         check_rows_product(p, false, outputs[i], i == 2);
         check_rows_product(p, true, outputs[i], i == 2);
     }
-    check_weight(p, false);
-    check_weight(p, true);
+    for (int i = 0; i < 4; i++)
+        check_weight(p, i & 1, i & 2);
     check_swiglu(p);
     check_swiglu_backward(p);
     if (!p->gathers)

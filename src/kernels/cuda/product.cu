@@ -248,7 +248,7 @@ bool sm90_backward_inputs(const struct product_term *, int, struct tensor, struc
     return false;
 }
 
-bool sm90_backward_weight(struct tensor, struct tensor, struct tensor, struct tensor, struct tensor, struct tensor) {
+bool sm90_backward_weight(struct tensor, struct tensor, struct tensor, struct tensor, struct tensor, struct tensor, bool) {
     return false;
 }
 #endif
@@ -267,9 +267,11 @@ static void product_backward_input(struct tensor dy, struct tensor rows, struct 
 }
 
 static void product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
-                                    struct tensor offsets, struct tensor dw) {
+                                    struct tensor offsets, struct tensor dw, bool accumulate) {
     int64_t n = tensor_exists(x_rows) ? tensor_elements(x_rows) : x.shape[0];
-    if (n == 0 || sm90_backward_weight(dy, dy_rows, x, x_rows, offsets, dw, true))
+    if (n == 0 && !accumulate)
+        kernels_cuda()->fill(dw, 0);
+    if (n == 0 || sm90_backward_weight(dy, dy_rows, x, x_rows, offsets, dw, accumulate))
         return;
     struct product p = {};
     p.m = dy.shape[1];
@@ -281,7 +283,7 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
     p.offsets = index_of(offsets);
     p.groups = p.offsets ? (int)dw.shape[0] : 1;
     p.groups_along_k = true;
-    p.accumulate = true;
+    p.accumulate = accumulate;
     run(p, dy.dtype, x.dtype, dw.dtype);
 }
 

@@ -151,6 +151,7 @@ struct weight_job {
     struct tensor dy_tensor, dy_rows, x_tensor, x_rows, offsets, dw;
     const double *dy, *x; /* [any, O], [any, I] */
     int64_t row_count;
+    bool accumulate;
 };
 
 /* One row of dw: task = e*O + o. */
@@ -164,7 +165,7 @@ static void weight_row(void *context, int64_t task) {
         int64_t x_row = operand_row(job->x_rows, r, job->x_tensor);
         ref_add_scaled(acc, job->dy[dy_row * out + o], job->x + x_row * in, in);
     }
-    ref_write(job->dw, task * in, in, acc, true);
+    ref_write(job->dw, task * in, in, acc, job->accumulate);
     free(acc);
 }
 
@@ -176,7 +177,7 @@ static int64_t routed_rows(struct tensor dy, struct tensor dy_rows, struct tenso
 }
 
 void ref_product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x,
-                                 struct tensor x_rows, struct tensor offsets, struct tensor dw) {
+                                 struct tensor x_rows, struct tensor offsets, struct tensor dw, bool accumulate) {
     if (dw.dim_count < 3)
         dw = tensor_3d(dw.data, dw.dtype, 1, dw.shape[0], dw.shape[1]);
     CHECK(ref_is_float(x) && dy.dtype == x.dtype && ref_is_real(dw, x.dtype));
@@ -185,7 +186,7 @@ void ref_product_backward_weight(struct tensor dy, struct tensor dy_rows, struct
     check_groups(offsets, dw.shape[0], dy_rows, row_count);
     check_groups(offsets, dw.shape[0], x_rows, row_count);
     double *dy_values = ref_read(dy), *x_values = ref_read(x);
-    struct weight_job job = {dy, dy_rows, x, x_rows, offsets, dw, dy_values, x_values, row_count};
+    struct weight_job job = {dy, dy_rows, x, x_rows, offsets, dw, dy_values, x_values, row_count, accumulate};
     parallel_for(dw.shape[0] * dw.shape[1], weight_row, &job);
     free(dy_values);
     free(x_values);

@@ -58,7 +58,7 @@ void ref_product_forward(struct tensor x, struct tensor rows, struct tensor offs
 void ref_product_backward_input(struct tensor dy, struct tensor rows, struct tensor offsets, struct packed w,
                                 struct tensor dx, bool accumulate);
 void ref_product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x,
-                                 struct tensor x_rows, struct tensor offsets, struct tensor dw);
+                                 struct tensor x_rows, struct tensor offsets, struct tensor dw, bool accumulate);
 
 void ref_fill(struct tensor t, double value);
 void ref_cast(struct tensor from, struct tensor to);

@@ -413,6 +413,7 @@ struct weight_job {
     int64_t task_rows, task_columns; /* of one expert's dw */
     int64_t row_tasks, column_tasks, task_count;
     int thread_count;
+    bool accumulate;
 };
 
 static int64_t weight_part(const struct weight_job *job, int64_t index, struct part *part) {
@@ -425,7 +426,7 @@ static int64_t weight_part(const struct weight_job *job, int64_t index, struct p
     return expert;
 }
 
-/* One expert's part of dw, block by block of routed rows. */
+/* One expert's part of dw, block by block of routed rows: the first one writes where nothing is added to. */
 static void weight_task(void *context, int64_t index) {
     const struct weight_job *job = context;
     struct part part, next;
@@ -433,10 +434,12 @@ static void weight_task(void *context, int64_t index) {
     bool more = index + job->thread_count < job->task_count;
     if (more)
         weight_part(job, index + job->thread_count, &next);
+    float *dw = (float *)job->dw.data + (expert * job->out + part.row) * job->in + part.column;
     if (part.first < part.end)
-        multiply_both(&job->dy, &job->x, &part,
-                      (float *)job->dw.data + (expert * job->out + part.row) * job->in + part.column, job->in, true,
-                      more ? &next : NULL);
+        multiply_both(&job->dy, &job->x, &part, dw, job->in, job->accumulate, more ? &next : NULL);
+    else if (!job->accumulate)
+        for (int64_t i = 0; i < part.rows; i++)
+            memset(dw + i * job->in, 0, (size_t)part.columns * sizeof *dw);
 }
 
 /* What one group's dw costs when it is cut into row_tasks x column_tasks, in multiplications per routed row and thread:
@@ -466,9 +469,9 @@ static void cut_weight_tasks(struct weight_job *job, int64_t groups) {
 }
 
 static void product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
-                                    struct tensor offsets, struct tensor dw) {
+                                    struct tensor offsets, struct tensor dw, bool accumulate) {
     if (dw.dtype == DTYPE_F64) {
-        kernels_ref()->product_backward_weight(dy, dy_rows, x, x_rows, offsets, dw);
+        kernels_ref()->product_backward_weight(dy, dy_rows, x, x_rows, offsets, dw, accumulate);
         return;
     }
     struct tensor groups = dw.dim_count < 3 ? tensor_3d(dw.data, dw.dtype, 1, dw.shape[0], dw.shape[1]) : dw;
@@ -489,7 +492,8 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
                              .offsets = offsets,
                              .row_count = row_count,
                              .out = out,
-                             .in = in};
+                             .in = in,
+                             .accumulate = accumulate};
     cut_weight_tasks(&job, groups.shape[0]);
     job.task_count = groups.shape[0] * job.row_tasks * job.column_tasks;
     job.thread_count = threads_count();
