@@ -199,9 +199,8 @@ struct kernel_ops {
     /* The same, dx real, and dx_cast [R,D], float, = dx; NULL where a backend has nothing better than a cast behind it. */
     void (*rmsnorm_backward_cast)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
                                   struct tensor dx, bool accumulate, struct tensor dweight, struct tensor dx_cast);
-    /* That of dy [S,D] = what combine_rows makes of rows and slot_row + dlogits weight, weight being the router's. dy, real, is
-     * scratch; NULL where a backend has nothing better than to write dy
-     * before. */
+    /* The same of a dy that nobody has yet: what combine_rows makes of rows and slot_row, + dlogits weight, weight being the
+     * router's. dy [S,D], real, is scratch; NULL where a backend has nothing better than to write it before. */
     void (*routed_norm_backward)(struct routed_gradient from, struct tensor dy, struct tensor x, struct tensor weight,
                                  struct tensor rstd, struct tensor dx, bool accumulate, struct tensor dweight,
                                  struct tensor dx_cast);
