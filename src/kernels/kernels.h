@@ -104,6 +104,12 @@ struct outer_settings {
     double lr, momentum;
 };
 
+/* The gradient of what a router and its experts read, before it is summed, see routed_norm_backward. */
+struct routed_gradient {
+    struct tensor rows, slot_row;  /* of the experts: float [N,D]; i32 [S,K], as combine_rows has them */
+    struct tensor dlogits, weight; /* of the router: real [S,E], [E,D] */
+};
+
 /* One product of a sum of them, see product_backward_inputs. */
 struct product_term {
     struct tensor dy;
@@ -169,6 +175,9 @@ struct kernel_ops {
     void (*cast)(struct tensor from, struct tensor to); /* same shape, any float to any float */
     void (*add)(struct tensor x, struct tensor y);      /* y += x; same shape, float, or both i32 */
     void (*sum_squares)(struct tensor x, struct tensor sum); /* sum f64 [1] += sum of x^2; NaN and inf carry over */
+    /* The same of `count` tensors, any floats, each onto its element of sums f64 [count]; NULL where a backend has nothing better
+     * than one after the other. */
+    void (*sum_squares_each)(const struct tensor *x, int count, struct tensor sums);
     /* to[i] = from[index[i]], flat; both real, or both i32; index i32 */
     void (*gather_scalars)(struct tensor from, struct tensor index, struct tensor to);
     /* to[i,:] = from[index[i],:]; both float of one dtype; from [any,D], index i32 [M], to [M,D] */
@@ -191,6 +200,11 @@ struct kernel_ops {
     /* The same, dx real, and dx_cast [R,D], float, = dx; NULL where a backend has nothing better than a cast behind it. */
     void (*rmsnorm_backward_cast)(struct tensor dy, struct tensor x, struct tensor weight, struct tensor rstd,
                                   struct tensor dx, bool accumulate, struct tensor dweight, struct tensor dx_cast);
+    /* The same of a dy that nobody has yet: what combine_rows makes of rows and slot_row, + dlogits weight, weight being the
+     * router's. dy [S,D], real, is scratch; NULL where a backend has nothing better than to write it before. */
+    void (*routed_norm_backward)(struct routed_gradient from, struct tensor dy, struct tensor x, struct tensor weight,
+                                 struct tensor rstd, struct tensor dx, bool accumulate, struct tensor dweight,
+                                 struct tensor dx_cast);
 
     /* Per-head RMS norm, then rotary position (half-split: pair j is elements j and j + P/2).
      * x, y [S, heads*P] float; weight [P] real; table real [positions, P]: P/2 cosines, then P/2 sines; rstd

@@ -343,6 +343,42 @@ static void test_special_numbers(void **state) {
     test_release();
 }
 
+/* Many tensors at once: empty ones among them, long ones, of two dtypes and at any address, to the same sums as one by one. */
+static void test_sum_squares_each(void **state) {
+    (void)state;
+    enum { COUNT = 230 };
+    struct tensor x[COUNT], sums = test_tensor(make_1d(DTYPE_F64, COUNT));
+    double expected[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        test_aligned = i < 150;
+        int64_t elements = i == 2 ? 4400123 : element_counts[(i * 7 + 3) % (ELEMENT_COUNTS - (i > 2))];
+        x[i] = test_random(make_1d(i > 180 ? DTYPE_BF16 : DTYPE_F32, elements), 1e20);
+        if (i > 150 && i % 5 == 0)
+            x[i] = tensor_none();
+        struct tensor one = test_filled(make_1d(DTYPE_F64, 1), (double)i * 1e40);
+        if (tensor_exists(x[i]))
+            kernels_ref()->sum_squares(x[i], one);
+        expected[i] = test_get(one, 0);
+    }
+    test_aligned = false;
+    test_set(x[40], 0, NAN);
+    test_set(x[77], 0, INFINITY);
+    for (int b = 0; b < backend_count; b++) {
+        if (!backends[b]->sum_squares_each)
+            continue;
+        for (int i = 0; i < COUNT; i++)
+            test_set(sums, i, (double)i * 1e40);
+        backends[b]->sum_squares_each(x, COUNT, sums);
+        for (int i = 0; i < COUNT; i++) {
+            double found = test_get(sums, i);
+            assert_true(i == 40 ? isnan(found) : i == 77 ? isinf(found) : fabs(found - expected[i]) <= 1e-11 * expected[i]);
+        }
+        backends[b]->sum_squares_each(x, 0, test_tensor(make_1d(DTYPE_F64, 0)));
+        assert_true(test_guards_hold());
+    }
+    test_release();
+}
+
 /* Names that no processor has are refused, with a message. */
 static void test_choose(void **state) {
     (void)state;
@@ -362,6 +398,7 @@ int main(void) {
         cmocka_unit_test(test_product_backward_weight),
         cmocka_unit_test(test_simple),
         cmocka_unit_test(test_special_numbers),
+        cmocka_unit_test(test_sum_squares_each),
         cmocka_unit_test(test_narrow_gemm),
         cmocka_unit_test(test_product_onto),
     };

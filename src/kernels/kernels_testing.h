@@ -103,6 +103,7 @@ struct test_block {
 
 static struct test_block *test_blocks;
 static uint64_t test_seed; /* grows with every tensor, so that no two are alike */
+static bool test_aligned;  /* tensors lie at multiples of 16, as those of an arena, and not anywhere */
 
 /* Memory that all backends reach, zeroed or not. From the device's in pieces that are never given back, else by malloc. */
 enum { TEST_PIECES = 64, TEST_PIECE_BYTES = 64 << 20 };
@@ -161,11 +162,12 @@ static inline void test_close_guards(const struct test_block *block, bool close)
 }
 
 /* A tensor of the shape and dtype of `like` (whose data is ignored), poisoned, between guards. The data is
- * aligned to its elements only: a view of an odd row is no better. */
+ * aligned to its elements only, unless test_aligned says more: a view of an odd row is no better. */
 static inline struct tensor test_tensor(struct tensor like) {
     struct test_block *block = memory_must(1, sizeof *block);
     block->bytes = tensor_bytes(like);
-    block->before = TEST_GUARD_BYTES + test_seed++ % 5 * dtype_size(like.dtype);
+    block->before = TEST_GUARD_BYTES + (test_aligned ? 0 : test_seed % 5 * dtype_size(like.dtype));
+    test_seed++;
     size_t all_bytes = block->before + block->bytes + TEST_GUARD_BYTES;
     block->memory = test_memory(all_bytes);
     for (size_t i = 0; i < all_bytes; i++)

@@ -555,6 +555,79 @@ static void test_rmsnorm_cast(void **state) {
     expect_no_failures();
 }
 
+static void make_routed_norm(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    struct routed_gradient from = {t[0], t[1], t[2], t[3]};
+    struct tensor dy = t[8];
+    dy.data = NULL;
+    dy = test_tensor(dy);
+    if (ops->routed_norm_backward) {
+        ops->routed_norm_backward(from, dy, t[4], t[5], t[6], t[8], call->accumulate, t[7], t[9]);
+        return;
+    }
+    ops->combine_rows(t[0], t[1], dy, false);
+    ops->gemm(t[2], false, t[3], false, dy, true);
+    ops->rmsnorm_backward(dy, t[4], t[5], t[6], t[8], call->accumulate, t[7]);
+    ops->cast(t[8], t[9]);
+}
+
+/* Every seventh choice has no row; what would have been its row is NaN. */
+static struct tensor drop_places(struct tensor places, struct tensor rows) {
+    for (int64_t i = 3; i < tensor_elements(places); i += 7) {
+        int64_t row = (int64_t)test_get(places, i), width = rows.shape[1];
+        test_set(places, i, i % 2 ? -1 : -5);
+        for (int64_t d = 0; d < width; d++)
+            test_set(rows, row * width + d, (double)NAN);
+    }
+    return places;
+}
+
+struct routed_shape {
+    int64_t tokens, width, experts, choices;
+};
+
+static void case_routed_norm(struct routed_shape s, enum dtype dtype, enum dtype copy, bool accumulate) {
+    struct call call = {.operation = "routed_norm_backward",
+                        .label = test_aligned ? "aligned" : "anywhere",
+                        .make = make_routed_norm,
+                        .accumulate = accumulate,
+                        .is_long = s.tokens * s.width > 300000,
+                        .magnitude = 1};
+    enum dtype real = real_of[dtype];
+    struct tensor x = test_random(make_2d(real, s.tokens, s.width), 1);
+    struct tensor rows = test_random(make_2d(dtype, s.tokens * s.choices, s.width), 1);
+    struct tensor places = drop_places(random_places(s.tokens, s.choices), rows);
+    add_in(&call, "rows", rows);
+    add_in(&call, "slot_row", places);
+    add_in(&call, "dlogits", test_random(make_2d(real, s.tokens, s.experts), 1));
+    add_in(&call, "router", test_random(make_2d(real, s.experts, s.width), 1));
+    add_in(&call, "x", x);
+    add_in(&call, "weight", test_random(make_1d(real, s.width), 1));
+    add_in(&call, "rstd", rstd_of(x, s.width, 1e-6, real));
+    add_sum(&call, "dweight", test_random(make_1d(real, s.width), 1));
+    add_out_or_sum(&call, "dx", make_2d(real, s.tokens, s.width), 1);
+    add_out(&call, "dx_cast", make_2d(copy, s.tokens, s.width));
+    run(&call);
+}
+
+static void test_routed_norm(void **state) {
+    (void)state;
+    static const struct routed_shape shapes[] = {
+        {5, 31, 1, 1},     {9, 8, 3, 2},      {7, 64, 8, 2},     {33, 200, 5, 3},  {20, 256, 8, 8},   {17, 1032, 8, 2},
+        {9, 2048, 8, 2},   {9, 2048, 7, 2},   {5, 2048, 9, 4},   {6, 2056, 8, 2},  {5, 4096, 8, 1},   {5, 4104, 4, 2},
+        {4, 8192, 4, 3},   {4, 8192, 8, 2},   {3, 8200, 8, 2},   {40, 264, 16, 4}, {600, 256, 64, 2}, {11, 72, 64, 33},
+        {3500, 16, 64, 2}, {3500, 16, 8, 2},  {430, 2048, 8, 2}, {1, 2048, 8, 2},  {18, 2047, 2, 2},  {300, 1024, 1, 1}};
+    for (size_t i = 0; i < 4 * sizeof shapes / sizeof *shapes; i++) {
+        test_aligned = i % 4 != 3;
+        case_routed_norm(shapes[i / 4], i % 4 == 1 ? DTYPE_F32 : DTYPE_BF16, DTYPE_BF16, i % 2 == i / 4 % 2);
+    }
+    test_aligned = true;
+    case_routed_norm((struct routed_shape){9, 64, 8, 2}, DTYPE_F32, DTYPE_F32, true);
+    case_routed_norm((struct routed_shape){9, 64, 8, 2}, DTYPE_F64, DTYPE_F32, true);
+    case_routed_norm((struct routed_shape){0, 64, 8, 2}, DTYPE_BF16, DTYPE_BF16, true);
+    test_aligned = false;
+    expect_no_failures();
+}
+
 /* ---- expert ---- */
 
 static void make_swiglu_forward(const struct kernel_ops *ops, const struct call *call,
@@ -919,6 +992,7 @@ int main(void) {
         cmocka_unit_test(test_adamw),
         cmocka_unit_test(test_adamw_hashes),
         cmocka_unit_test(test_combine_rows_onto),
+        cmocka_unit_test(test_routed_norm),
         cmocka_unit_test(test_rmsnorm_cast),
     };
     return cmocka_run_group_tests(tests, find_backends, summarize);

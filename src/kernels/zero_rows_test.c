@@ -41,6 +41,8 @@ static void check_simple(const struct fixture *f) {
     ops->add(x, rows(f->real, D));
     ops->add(rows(DTYPE_I32, 3), rows(DTYPE_I32, 3));
     ops->sum_squares(x, sum);
+    if (ops->sum_squares_each)
+        ops->sum_squares_each(&x, 1, sum);
     ops->gather_scalars(none_of(f->real), none_of(DTYPE_I32), none_of(f->real));
     ops->gather_rows(x, none_of(DTYPE_I32), rows(f->compute, D));
     ops->combine_rows(x, rows(DTYPE_I32, K), rows(f->real, D), true);
@@ -93,6 +95,11 @@ static void check_norms(const struct fixture *f) {
     if (f->ops->rmsnorm_backward_cast)
         f->ops->rmsnorm_backward_cast(rows(f->real, D), rows(f->real, D), weight, none_of(f->real), rows(f->real, D), true, dweight,
                                       rows(f->compute, D));
+    if (f->ops->routed_norm_backward) {
+        struct routed_gradient from = {rows(f->compute, D), rows(DTYPE_I32, K), rows(f->real, E), kept(f->real, E, D)};
+        f->ops->routed_norm_backward(from, rows(f->real, D), rows(f->real, D), weight, none_of(f->real), rows(f->real, D), true,
+                                     dweight, rows(f->compute, D));
+    }
     f->ops->qknorm_rope_forward(rows(f->compute, H * P), head_weight, 1e-6, table, 5, 0, rows(f->compute, H * P),
                                 none_of(f->real));
     f->ops->qknorm_rope_backward(rows(f->compute, H * P), rows(f->compute, H * P), head_weight, none_of(f->real), table, 5,

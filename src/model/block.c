@@ -263,10 +263,16 @@ static enum status run_experts_backward(const struct model *m, struct workspace 
     return STATUS_OK;
 }
 
+/* The rows' gradients are summed where those of the router and the norm are. */
+static bool sums_late(const struct model *m, const struct workspace *w) {
+    return !model_is_dense(m) && w->exchange->keeps_rows && layer_sums_routed(&m->context);
+}
+
 static enum status dispatch_round_backward(const struct model *m, struct workspace *w, int block, int round) {
     struct exchange_call call = exchange_call(m, &w->blocks[block]);
     return w->exchange->dispatch_backward(w->exchange_self, &call, round, w->expert.drows,
-                                                  w->expert.drow_weight, w->dmlp, w->router.dweight);
+                                                  w->expert.drow_weight, sums_late(m, w) ? tensor_none() : w->dmlp,
+                                                  w->router.dweight);
 }
 
 enum status block_combine_backward(const struct model *m, struct workspace *w, int block) {
@@ -303,13 +309,22 @@ enum status block_dispatch_backward(const struct model *m, struct workspace *w, 
 
 void block_route_backward(const struct model *m, struct workspace *w, int block, struct router_loss_scales scales) {
     struct block_saved *saved = &w->blocks[block];
+    struct tensor norm = weight(m, PARAMETER_MLP_NORM, block), dnorm = gradient(m, PARAMETER_MLP_NORM, block);
+    bool is_late = sums_late(m, w);
     if (!model_is_dense(m)) {
         struct router_dims dims = dims_router(m, row_count(w));
         router_backward(&m->context, &dims, weight(m, PARAMETER_ROUTER, block), saved->mlp_normed, &saved->router,
-                        &w->router, w->balance_count[block], scales, gradient(m, PARAMETER_ROUTER, block), w->dmlp);
+                        &w->router, w->balance_count[block], scales, gradient(m, PARAMETER_ROUTER, block),
+                        is_late ? tensor_none() : w->dmlp);
     }
-    layer_rmsnorm_backward(&m->context, w->dmlp, saved->x_middle, weight(m, PARAMETER_MLP_NORM, block), saved->mlp_rstd, w->dx,
-                           true, gradient(m, PARAMETER_MLP_NORM, block), w->attention.dy);
+    if (is_late) {
+        struct routed_gradient from = {w->expert.drows, saved->router.route.slot_row, w->router.dlogits,
+                                       weight(m, PARAMETER_ROUTER, block)};
+        layer_routed_norm_backward(&m->context, from, w->dmlp, saved->x_middle, norm, saved->mlp_rstd, w->dx, dnorm,
+                                   w->attention.dy);
+        return;
+    }
+    layer_rmsnorm_backward(&m->context, w->dmlp, saved->x_middle, norm, saved->mlp_rstd, w->dx, true, dnorm, w->attention.dy);
 }
 
 void block_attention_backward(const struct model *m, struct workspace *w, int block) {

@@ -6,7 +6,8 @@
  * backward; then embed. In a dense model route, dispatch and combine do nothing and experts is the dense layer. Where the
  * exchange of rows takes several rounds (nn/exchange.h), the last phase of each way does all of them, experts included.
  * Between ranks, dispatch and combine_backward only start the transfer of rows; experts waits for what travels when it
- * has computed what is here, and starts the way back, which combine and dispatch_backward wait for.
+ * has computed what is here, and starts the way back, which combine and dispatch_backward wait for. Where rows are never away,
+ * dispatch_backward may leave their sum to route's backward, which then writes all of it at once (layer_sums_routed).
  */
 #pragma once
 

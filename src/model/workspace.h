@@ -45,7 +45,7 @@ struct workspace {
     struct expert_scratch expert;
     struct head_scratch head;
     struct expert_rows drows;
-    struct tensor dmlp;             /* real [S,D] */
+    struct tensor dmlp;             /* real [S,D]: of mlp_normed; scratch where it is summed on its way (layer_sums_routed) */
     struct tensor dx;               /* real [S,D]: gradient of the residual stream */
     struct tensor loss_sum;         /* f64 [1] */
     struct tensor row_loss;         /* real [S] */

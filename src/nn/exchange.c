@@ -82,13 +82,15 @@ static enum status local_dispatch_backward(void *self, const struct exchange_cal
                                            struct tensor dweight) {
     (void)self;
     (void)round;
-    call->context->ops->combine_rows(drows, call->route->slot_row, dtokens, false);
+    if (tensor_exists(dtokens))
+        call->context->ops->combine_rows(drows, call->route->slot_row, dtokens, false);
     call->context->ops->gather_scalars(drow_weight, call->route->slot_row, dweight);
     return STATUS_OK;
 }
 
 const struct expert_exchange_ops *expert_exchange_local(void) {
     static const struct expert_exchange_ops local = {.brings_storage = false,
+                                                     .keeps_rows = true,
                                                      .announce = local_announce,
                                                      .begin = local_begin,
                                                      .dispatch = local_dispatch,

@@ -65,6 +65,9 @@ struct exchange_call {
 struct expert_exchange_ops {
     /* True where the exchange brings the storage of *saved and *scratch: how many rows arrive is not known before. */
     bool brings_storage;
+    /* True where rows never leave, are one round and one part: drows by way of the route's slot_row is then all there is of
+     * dtokens, and a caller that sums it itself gives none to dispatch_backward. */
+    bool keeps_rows;
     /* As soon as the route is known: ranks begin to tell each other how many rows they will send. */
     enum status (*announce)(void *self, const struct exchange_call *call) MUST_USE;
     /* tokens compute [S,D], untouched until the last dispatch. rounds = how many, the same on every rank. */
@@ -93,7 +96,7 @@ struct expert_exchange_ops {
      * combine_backward gave for it is no more. */
     enum status (*answer_backward)(void *self, const struct exchange_call *call, int round, int part,
                                    struct tensor drows, struct tensor drow_weight) MUST_USE;
-    /* After the last round dtokens real [S,D] =, dweight real [S,K] = . */
+    /* After the last round dtokens real [S,D] =, dweight real [S,K] = . dtokens may be none where rows are kept. */
     enum status (*dispatch_backward)(void *self, const struct exchange_call *call, int round, struct tensor drows,
                                      struct tensor drow_weight, struct tensor dtokens, struct tensor dweight) MUST_USE;
 };

@@ -69,6 +69,16 @@ void layer_rmsnorm_backward(const struct layer_context *context, struct tensor d
         ops->rmsnorm_backward(dy, x, weight, rstd, dx, accumulate, dweight);
 }
 
+bool layer_sums_routed(const struct layer_context *context) {
+    return rounds_gradients(context) && context->ops->routed_norm_backward;
+}
+
+void layer_routed_norm_backward(const struct layer_context *context, struct routed_gradient from, struct tensor dy,
+                                struct tensor x, struct tensor weight, struct tensor rstd, struct tensor dx,
+                                struct tensor dweight, struct tensor dx_compute) {
+    context->ops->routed_norm_backward(from, dy, x, weight, rstd, dx, true, dweight, dx_compute);
+}
+
 struct tensor layer_gradient_as_compute(const struct layer_context *context, struct tensor dx, struct tensor dx_compute) {
     return rounds_gradients(context) ? dx_compute : layer_as_compute(context, dx, dx_compute);
 }

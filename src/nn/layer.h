@@ -51,6 +51,13 @@ void layer_rmsnorm_backward(const struct layer_context *context, struct tensor d
                             struct tensor dx_compute);
 struct tensor layer_gradient_as_compute(const struct layer_context *context, struct tensor dx, struct tensor dx_compute);
 
+/* The same, += , of the gradient that comes from a router and its experts, where the backend sums that on its way: only if
+ * layer_sums_routed. dy real [S,D]: scratch. */
+bool layer_sums_routed(const struct layer_context *context);
+void layer_routed_norm_backward(const struct layer_context *context, struct routed_gradient from, struct tensor dy,
+                                struct tensor x, struct tensor weight, struct tensor rstd, struct tensor dx,
+                                struct tensor dweight, struct tensor dx_compute);
+
 /* gate, up and, unless it is none, act of x[rows]: product_swiglu_forward, or its parts. */
 void layer_swiglu_forward(const struct layer_context *context, struct tensor x, struct tensor rows, struct tensor offsets,
                           struct packed gate_weight, struct packed up_weight, struct tensor row_weight, struct tensor gate,

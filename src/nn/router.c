@@ -64,5 +64,6 @@ void router_backward(const struct layer_context *context, const struct router_di
     ops->router_topk_backward(scratch->dweight, saved->logits, saved->prob, route->expert, route->weight,
                               dims->normalize, count, scales, scratch->dlogits);
     ops->gemm(scratch->dlogits, true, as_real(context, x, scratch), false, dgradient, true);
-    ops->gemm(scratch->dlogits, false, weight, false, dx, true);
+    if (tensor_exists(dx))
+        ops->gemm(scratch->dlogits, false, weight, false, dx, true);
 }

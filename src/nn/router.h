@@ -32,8 +32,8 @@ void router_forward(const struct layer_context *context, const struct router_dim
                     struct tensor x, struct router_saved *saved, const struct router_scratch *scratch,
                     struct tensor stats);
 
-/* From scratch->dweight and the losses: dgradient real [E,D] +=, dx real [S,D] += . count i32 [E]: rows of each expert of
- * all tokens that the balance loss is over. */
+/* From scratch->dweight and the losses: dgradient real [E,D] +=, dx real [S,D] += . dx none: what it lacks is scratch->dlogits
+ * weight. count i32 [E]: rows of each expert of all tokens that the balance loss is over. */
 void router_backward(const struct layer_context *context, const struct router_dims *dims, struct tensor weight,
                      struct tensor x, const struct router_saved *saved, const struct router_scratch *scratch,
                      struct tensor count, struct router_loss_scales scales, struct tensor dgradient,

@@ -180,7 +180,9 @@ static void add_squares(struct step_runner *runner) {
     const struct model *model = runner->model;
     const struct kernel_ops *ops = model->context.ops;
     ops->fill(runner->row_squares, 0);
-    for (int i = 0; i < model->table.count; i++)
+    if (ops->sum_squares_each)
+        ops->sum_squares_each(model->own_gradient, model->table.count, runner->row_squares);
+    for (int i = 0; i < model->table.count && !ops->sum_squares_each; i++)
         ops->sum_squares(model->own_gradient[i], tensor_rows(runner->row_squares, i, 1));
     model->device->copy_to_host(runner->host_row_squares, runner->row_squares.data, tensor_bytes(runner->row_squares));
     runner->sums[SUM_NORM] = runner->sums[SUM_COPIES] = 0;

@@ -4,6 +4,8 @@
  * read twice by plain loops. The gradient of the weight is summed in f32 over the rows of each part, whose
  * number is given by the shape alone, then over the parts in f64, in their order.
  *
+ * A gradient that comes from a router and its experts is summed on its way: rows of it are read where the experts left them.
+ *
  * What training runs, operands of its dtypes at aligned addresses, has kernels of its own; for all others there is one, where
  * `struct anywhere` stands for every pointer and which adds in the same order. */
 #include "kernels/cuda/eights.cuh"
@@ -13,6 +15,13 @@ enum {
     WARP_WIDTH_MAX = 1024,  /* rows up to it are a warp's; longer ones a block's */
     BLOCK_WIDTH_MAX = 8192, /* 4 vectors of eight for each of 256 threads */
     PART_BLOCKS = 132 * 4,  /* of a backward pass: each leaves sums of dweight for its rows */
+    ROUTED_WIDTH = 2048,    /* of routed gradients, by 256 threads; twice and four times as much by 512 */
+    ROUTED_WIDTH_MAX = 4 * ROUTED_WIDTH,
+    ROUTED_THREADS = 768,   /* of a processor, three blocks for rows of that width */
+    ROUTED_AHEAD = 2,       /* rows of experts on their way to a thread */
+    ROUTED_EXPERTS = 2,     /* scores of them that are worked on at once */
+    ROUTED_EXPERTS_MAX = 8, /* whose weights lie in shared memory, where these bytes hold them */
+    ROUTED_SHARED_MAX = 128 << 10,
     HEAD_LANE_ELEMENTS = 16 /* of a head, by one lane: eight of the first half and their partners in the second */
 };
 
@@ -122,6 +131,152 @@ static __global__ void norm_backward(DY dy, X x, W weight, const float *rstd, in
                 store_eight(dx + row * width + i, before[n]);
                 if (is_given(copy))
                     store_eight(copy + row * width + i, before[n]);
+            }
+        }
+    }
+    for (int n = 0; n < vectors; n++) {
+        int i = (n * t.size + t.rank) * 8;
+        if (i < width)
+            store_eight(parts + t.first * width + i, dw[n]);
+    }
+}
+
+/* ---- the gradient from a router and its experts ----------------------------------------------------------------------- */
+
+struct routed {
+    const int32_t *slot_row;
+    const float *dlogits, *weight; /* of the router */
+    const float *base;             /* [S,D]: dlogits weight, where it was made before; else NULL */
+    int experts, choices;          /* choices <= WARP */
+};
+
+/* What a token has one of for each choice and each expert: one a lane. */
+struct routed_token {
+    int32_t row;
+    float dlogit, rstd;
+};
+
+static __device__ __forceinline__ struct routed_token token_of(const struct routed &r, const float *rstd, int64_t s) {
+    int lane = (int)threadIdx.x % WARP;
+    struct routed_token t = {-1, 0, rstd[s]};
+    if (lane < r.choices)
+        t.row = r.slot_row[s * r.choices + lane];
+    if (!r.base && lane < r.experts)
+        t.dlogit = r.dlogits[s * r.experts + lane];
+    return t;
+}
+
+/* d = the sum of the rows of a token's choices, from column i on. All lanes of a warp come here. */
+template <typename ROW>
+static __device__ __forceinline__ void sum_choices(const ROW *rows, const struct routed &r, const struct routed_token &t, int width,
+                                                   int i, bool is_here, float d[8]) {
+    for (int e = 0; e < 8; e++)
+        d[e] = 0;
+#pragma unroll 1 /* registers are short */
+    for (int k = 0; k < r.choices; k += ROUTED_AHEAD) {
+        float x[ROUTED_AHEAD][8];
+        int32_t at[ROUTED_AHEAD];
+#pragma unroll
+        for (int n = 0; n < ROUTED_AHEAD; n++) {
+            at[n] = __shfl_sync(FULL_WARP, t.row, k + n); /* -1 from lanes beyond the choices */
+            if (at[n] >= 0 && is_here)
+                load_eight(rows + (int64_t)at[n] * width + i, x[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < ROUTED_AHEAD; n++)
+            if (at[n] >= 0 && is_here) {
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    d[e] += x[n][e];
+            }
+    }
+}
+
+/* d += the gradient through the scores. weights [experts, 2, width / 2], in shared memory; zeros follow up to ROUTED_EXPERTS. All
+ * lanes of a warp come here. */
+static __device__ __forceinline__ void add_scores(const float *weights, const struct routed &r, const struct routed_token &t,
+                                                  int width, int i, bool is_here, float d[8]) {
+#pragma unroll 1
+    for (int first = 0; first < r.experts; first += ROUTED_EXPERTS)
+#pragma unroll
+        for (int n = 0; n < ROUTED_EXPERTS; n++) {
+            float w[8], dlogit = __shfl_sync(FULL_WARP, t.dlogit, first + n);
+            if (!is_here)
+                continue;
+            const float *low = weights + (first + n) * width + i / 2;
+            get_halves(low, low + width / 2, w);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                d[e] += dlogit * w[e];
+        }
+}
+
+static __device__ void stage_weights(const struct routed &r, int width, float *to) {
+    int padded = (r.experts + ROUTED_EXPERTS - 1) / ROUTED_EXPERTS * ROUTED_EXPERTS;
+    for (int e = 0; e < padded; e++)
+        for (int i = (int)threadIdx.x * 8; i < width; i += (int)blockDim.x * 8) {
+            float w[8] = {0}, *low = to + e * width + i / 2;
+            if (e < r.experts)
+                load_eight(r.weight + (int64_t)e * width + i, w);
+            put_halves(low, low + width / 2, w);
+        }
+    __syncthreads();
+}
+
+/* As norm_backward, of a dy that is never written; a row is a block's. What says where a row's gradient lies is loaded a row
+ * ahead. */
+template <typename ROW, int vectors, int threads, int blocks>
+static __global__ void __launch_bounds__(threads, blocks)
+    routed_backward(const ROW *from, const struct routed r, const float *x, const float *weight, const float *rstd, int64_t rows,
+                    int width, float *dx, bf16 *copy, bool accumulate, float *parts) {
+    CUDA_SHARED_DYNAMIC(float, weights);
+    if (!r.base)
+        stage_weights(r, width, weights);
+    team<true> t;
+    float dw[vectors][8] = {{0}};
+    struct routed_token next = token_of(r, rstd, t.first);
+    for (int64_t row = t.first; row < rows; row += t.count) {
+        struct routed_token token = next;
+        next = token_of(r, rstd, row + t.count < rows ? row + t.count : row);
+        float normed[vectors][8], d[vectors][8], before[vectors][8] = {{0}}, scale = token.rstd, mean = 0;
+#pragma unroll
+        for (int n = 0; n < vectors; n++) {
+            int i = (n * t.size + t.rank) * 8;
+            bool is_here = i < width;
+            int64_t at = row * width + i;
+            if (is_here) {
+                load_eight(x + at, normed[n]);
+                if (accumulate)
+                    load_eight(dx + at, before[n]);
+            }
+            sum_choices(from, r, token, width, i, is_here, d[n]);
+            if (!r.base)
+                add_scores(weights, r, token, width, i, is_here, d[n]);
+            if (is_here) {
+                float w[8];
+                if (r.base) {
+                    load_eight(r.base + at, w);
+                    for (int e = 0; e < 8; e++)
+                        d[n][e] += w[e];
+                }
+                load_eight(weight + i, w);
+                for (int e = 0; e < 8; e++) {
+                    normed[n][e] *= scale;
+                    dw[n][e] += d[n][e] * normed[n][e];
+                    d[n][e] *= w[e];
+                    mean += d[n][e] * normed[n][e];
+                }
+            }
+        }
+        mean = t.sum(mean) / (float)width;
+#pragma unroll
+        for (int n = 0; n < vectors; n++) {
+            int i = (n * t.size + t.rank) * 8;
+            if (i < width) {
+                for (int e = 0; e < 8; e++)
+                    before[n][e] += scale * (d[n][e] - normed[n][e] * mean);
+                store_eight(dx + row * width + i, before[n]);
+                store_eight(copy + row * width + i, before[n]);
             }
         }
     }
@@ -511,6 +666,69 @@ static void rmsnorm_backward_cast(struct tensor dy, struct tensor x, struct tens
     norm_backward_both(dy, x, weight, rstd, dx, accumulate, dweight, dx_cast);
 }
 
+/* CODE with `vectors`, `threads` and `blocks` as a row of the width needs them. */
+#define WITH_ROUTED_OF(the_vectors, the_threads, the_blocks, ...)               \
+    do {                                                                        \
+        constexpr int vectors = the_vectors, threads = the_threads, blocks = the_blocks; \
+        __VA_ARGS__;                                                            \
+    } while (0)
+#define WITH_ROUTED(width, ...)                                                 \
+    do {                                                                        \
+        if ((width) <= ROUTED_WIDTH)                                            \
+            WITH_ROUTED_OF(1, 256, 3, __VA_ARGS__);                             \
+        else if ((width) <= 2 * ROUTED_WIDTH)                                   \
+            WITH_ROUTED_OF(1, 512, 1, __VA_ARGS__);                             \
+        else                                                                    \
+            WITH_ROUTED_OF(2, 512, 1, __VA_ARGS__);                             \
+    } while (0)
+
+static int64_t routed_shared(struct routed r, int64_t width) {
+    return ceil_div(r.experts, ROUTED_EXPERTS) * ROUTED_EXPERTS * width * (int64_t)sizeof(float);
+}
+
+static void routed_norm_backward(struct routed_gradient from, struct tensor dy, struct tensor x, struct tensor weight,
+                                 struct tensor rstd, struct tensor dx, bool accumulate, struct tensor dweight,
+                                 struct tensor dx_cast) {
+    const struct kernel_ops *ops = kernels_cuda();
+    int64_t rows = x.shape[0], width = x.shape[1], experts = from.dlogits.shape[1], choices = from.slot_row.shape[1];
+    CHECK(is_vector(weight, width) && is_vector(rstd, rows) && is_vector(dweight, width) && width <= INT32_MAX);
+    CHECK(dx.dtype == DTYPE_F32 && is_2d(dx, rows, width) && is_float(dx_cast) && is_2d(dx_cast, rows, width));
+    CHECK(is_float(x) && dy.dtype == DTYPE_F32 && is_2d(dy, rows, width));
+    CHECK(is_float(from.rows) && is_2d(from.rows, from.rows.shape[0], width));
+    CHECK(from.slot_row.dtype == DTYPE_I32 && is_2d(from.slot_row, rows, choices));
+    CHECK(from.dlogits.dtype == DTYPE_F32 && is_2d(from.dlogits, rows, experts));
+    CHECK(from.weight.dtype == DTYPE_F32 && is_2d(from.weight, experts, width));
+    if (rows == 0 || width == 0)
+        return;
+    bool is_usual = x.dtype == DTYPE_F32 && dx_cast.dtype == DTYPE_BF16 && choices <= WARP &&
+                    are_aligned(from.rows.data, from.weight.data, dy.data, x.data) &&
+                    are_aligned(dx.data, dx_cast.data, weight.data, weight.data);
+    if (!is_usual || width % 8 != 0 || width > ROUTED_WIDTH_MAX) {
+        ops->combine_rows(from.rows, from.slot_row, dy, false);
+        ops->gemm(from.dlogits, false, from.weight, false, dy, true);
+        norm_backward_both(dy, x, weight, rstd, dx, accumulate, dweight, dx_cast);
+        return;
+    }
+    struct routed r = {(const int32_t *)from.slot_row.data, (const float *)from.dlogits.data, (const float *)from.weight.data, NULL,
+                       (int)experts, (int)choices};
+    int64_t shared = routed_shared(r, width);
+    if (experts > ROUTED_EXPERTS_MAX || shared > ROUTED_SHARED_MAX) {
+        ops->gemm(from.dlogits, false, from.weight, false, dy, false);
+        r.base = (const float *)dy.data;
+        shared = 0;
+    }
+    const float *w = (const float *)weight.data, *scales = (const float *)rstd.data, *in = (const float *)x.data;
+    WITH_FLOAT(from.rows.dtype, ROW, WITH_ROUTED(width, {
+                   int64_t block = ceil_div(width, 8 * vectors * WARP) * WARP, most = 132 * (ROUTED_THREADS / block);
+                   unsigned grid = at_most_blocks(rows, most);
+                   float *parts = (float *)cuda_scratch((size_t)(grid * width) * sizeof *parts);
+                   CUDA_LAUNCH((routed_backward<ROW, vectors, threads, blocks>), grid, (unsigned)block, shared,
+                               (const ROW *)from.rows.data, r, in, w, scales, rows, (int)width, (float *)dx.data,
+                               (bf16 *)dx_cast.data, accumulate, parts);
+                   launch_add_parts(parts, grid, width, (float *)dweight.data);
+               }));
+}
+
 static struct rope rope_of(struct tensor x, struct tensor weight, struct tensor rstd, struct tensor table,
                            int64_t sequence_length, int64_t first_position) {
     int64_t width = tensor_elements(weight), tokens = x.shape[0];
@@ -600,6 +818,7 @@ void norm_fill_cuda(struct kernel_ops *ops) {
     ops->rmsnorm_forward = rmsnorm_forward;
     ops->rmsnorm_backward = rmsnorm_backward;
     ops->rmsnorm_backward_cast = rmsnorm_backward_cast;
+    ops->routed_norm_backward = routed_norm_backward;
     ops->qknorm_rope_forward = qknorm_rope_forward;
     ops->qknorm_rope_backward = qknorm_rope_backward;
 }

@@ -39,18 +39,6 @@ struct narrow {
     bool accumulate;
 };
 
-/* Eights in shared memory lie in two halves, so that lanes next to each other read 16 bytes next to each other. */
-static __device__ __forceinline__ void put_halves(float *low, float *high, const float x[EIGHT]) {
-    float4 a = {x[0], x[1], x[2], x[3]}, b = {x[4], x[5], x[6], x[7]};
-    *(float4 *)low = a;
-    *(float4 *)high = b;
-}
-
-static __device__ __forceinline__ void get_halves(const float *low, const float *high, float x[EIGHT]) {
-    float4 a = *(const float4 *)low, b = *(const float4 *)high;
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-}
-
 /* ---- rows ----------------------------------------------------------------------------------------------------------- */
 
 /* Columns k .. k + ROWS_CHUNK - 1 of eight rows of B, those beyond N zeros. */
