@@ -26,19 +26,9 @@ static __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, uint
                  : : "r"(shared_address(barrier)), "r"(rank) : "memory");
 }
 
-static __device__ __forceinline__ void barrier_expect(uint64_t *barrier, uint32_t bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
-                 : : "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
-/* The only arrival of a phase that ends when so many bytes are there. */
+/* An arrival at a phase that ends when so many bytes more are there, too. */
 static __device__ __forceinline__ void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
-/* This thread arrives when all that it asked to copy (copy_async) is there; one of the arrivals that the barrier was made for. */
-static __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t *barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(shared_address(barrier)) : "memory");
 }
 
 static __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -71,6 +61,22 @@ static __device__ __forceinline__ void fence_for_engines(void) {
     asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
 
+/* ---- one warp as one ---- */
+
+/* The same for all lanes, and known to be: what the copy engine is asked with then needs no loop over the lanes. */
+static __device__ __forceinline__ int uniform(int x) {
+    return __shfl_sync(FULL_WARP, x, 0);
+}
+
+/* One lane of a warp that is whole. */
+static __device__ __forceinline__ bool elected(void) {
+    uint32_t is_it;
+    asm volatile("{ .reg .pred it;\n"
+                 "elect.sync _|it, 0xFFFFFFFF;\n"
+                 "selp.u32 %0, 1, 0, it; }" : "=r"(is_it));
+    return is_it;
+}
+
 /* ---- boxes of tensors: coordinates fastest first ---- */
 
 static __device__ __forceinline__ void load_box_2d(void *to, const void *map, uint64_t *barrier, int c0, int c1) {
@@ -98,41 +104,6 @@ static __device__ __forceinline__ void load_box_3d(void *to, const void *map, ui
                  : : "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
 
-/* The way back, whole numbers of what lies within the tensor: written, or added to what is there. */
-static __device__ __forceinline__ void store_box(const void *map, const void *from, int c0, int c1, int c2) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
-                 : : "l"(map), "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
-
-static __device__ __forceinline__ void add_box(const void *map, const void *from, int c0, int c1, int c2) {
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
-                 : : "l"(map), "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
-
-/* Boxes that this thread sent since the last commit are a group. */
-static __device__ __forceinline__ void boxes_commit(void) {
-    asm volatile("cp.async.bulk.commit_group;" : : : "memory");
-}
-
-/* Of all groups but the `newest` last the shared memory may be written again. */
-template <int newest> static __device__ __forceinline__ void boxes_wait_read(void) {
-    asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(newest) : "memory");
-}
-
-/* All are in memory. */
-static __device__ __forceinline__ void boxes_wait(void) {
-    asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
-}
-
-/* As copy_async, 16 bytes; what lies beside them comes into the second-level cache. */
-static __device__ __forceinline__ void copy_async_of_row(void *shared, const void *global) {
-#ifdef TRY_NOHINT
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(global) : "memory");
-#else
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(global) : "memory");
-#endif
-}
-
 /* The way back of load_matrices: lane l names row l % 8 of matrix l / 8 in shared memory. */
 static __device__ __forceinline__ void store_matrices(void *row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -148,6 +119,12 @@ static __device__ __forceinline__ void ask_for(const void *p) {
 
 static __device__ __forceinline__ void add_number(float *to, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" : : "l"(to), "f"(x) : "memory");
+}
+
+/* Aligned to 16. */
+static __device__ __forceinline__ void add_four(float *to, float4 x) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 : : "l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
 /* Aligned to 8. */

@@ -3,7 +3,7 @@
  * A cluster of two blocks computes 256 rows and 256 columns of a group's result, a block 128 of the rows. In a block one
  * warp group brings operands, 64 of the inner dimension at a time, into a ring of stages in shared memory; two others
  * multiply, each for 64 rows, and hold the sums in registers. Operand B is the same for both blocks: each brings half of it and
- * gives it to both. Operand A comes through the copy engine, or, where it is gathered, row by row through the index.
+ * gives it to both. Operand A comes in boxes, or, where it is gathered, in boxes of one row each.
  *
  * How many rows a group has is read from `offsets` on the device: every cluster counts the tiles of all groups when it
  * begins, and takes every so many-th. The sums of an element are always added in the same order.
@@ -11,7 +11,7 @@
  *   form      C                     A (rows of tile)       B (columns of tile)
  *   FORWARD   y [N,O]               x, inner I             w_e [O,I], inner I
  *   INPUT     dx [N,I]              dy, inner O            w_e, inner O: rows along the inner dimension
- *   WEIGHT    dw_e [O,I] +=         dy or x                x or dy; inner: the rows of the group, for both
+ *   WEIGHT    dw_e [O,I] =, +=      dy or x                x or dy; inner: the rows of the group, for both
  *
  * Of a WEIGHT product the gathered operand, if there is one, is A: then C may be written transposed. */
 #include "kernels/cuda/product_results_sm90.cuh"
@@ -105,76 +105,15 @@ template <int stages> static __device__ __forceinline__ void advance(struct ring
     }
 }
 
-/* A group of four warps has about a thousand cycles for a block of 64 of the inner dimension, in which each thread copies 16 bytes
- * eight times: what is the same for all blocks is done once a tile, and the usual block asks no questions.
- *
- * FORWARD, INPUT: a thread copies chunk thread % 8 of rows thread / 8, + 16, ... of A, from here on. */
-struct gathered_rows {
-    const bf16 *from[TILE_M / 16];
-};
-
-/* In the place of rows beyond the group its last one is copied: what they give is not stored. */
-static __device__ __forceinline__ void find_rows(const struct rows_operand &a, const struct tile &tile, int thread,
-                                                 struct gathered_rows *rows) {
-#pragma unroll
-    for (int i = 0; i < TILE_M / 16; i++) {
-        int row = tile.row_begin + thread / 8 + 16 * i;
-        row = row < tile.row_end ? row : tile.row_end - 1;
-        rows->from[i] = a.data + (uint64_t)(uint32_t)a.index[row] * (uint32_t)a.stride + thread % 8 * 8;
-    }
-}
-
-static __device__ __forceinline__ void bring_rows(const struct rows_operand &a, const struct gathered_rows &rows, int k,
-                                                  int thread, unsigned char *to) {
-    int chunk = thread % 8, row = thread / 8;
-    unsigned char *at = to + row * 128 + ((chunk ^ (row & 7)) << 4);
-    if (k + TILE_K <= a.columns) {
-#pragma unroll
-        for (int i = 0; i < TILE_M / 16; i++)
-            copy_async_of_row(at + i * 16 * 128, rows.from[i] + k);
-    } else {
-        bool is_there = k + chunk * 8 < a.columns;
-        for (int i = 0; i < TILE_M / 16; i++)
-            copy_async(at + i * 16 * 128, is_there ? rows.from[i] + k : a.data, is_there ? 16 : 0);
-    }
-}
-
-/* WEIGHT: a thread copies chunk thread % CHUNKS of rows thread / CHUNKS, + PASS, ... of the next 64 of the inner dimension, of
+/* The last rows of a group that fill no block are copied by threads, chunk thread % CHUNKS of rows thread / CHUNKS, + PASS, ... of
  * `boxes` * 64 columns, box after box. */
 template <int boxes> struct inner_rows {
     enum { CHUNKS = boxes * 8, PASS = GROUP_THREADS / CHUNKS, COUNT = TILE_K / PASS };
-    int source[COUNT];
 };
-
-/* Of a block that is whole. */
-template <int boxes>
-static __device__ __forceinline__ void find_inner_rows(const struct rows_operand &a, int row, int thread,
-                                                       struct inner_rows<boxes> *rows) {
-    const int32_t *index = a.index + row + thread / inner_rows<boxes>::CHUNKS;
-#pragma unroll
-    for (int i = 0; i < inner_rows<boxes>::COUNT; i++)
-        rows->source[i] = index[i * inner_rows<boxes>::PASS];
-}
 
 template <int boxes> static __device__ __forceinline__ unsigned char *inner_place(unsigned char *to, int thread, int i) {
     int chunk = thread % inner_rows<boxes>::CHUNKS, k = thread / inner_rows<boxes>::CHUNKS + i * inner_rows<boxes>::PASS;
     return to + chunk / 8 * BOX_BYTES + k * 128 + (((chunk & 7) ^ (k & 7)) << 4);
-}
-
-/* is_inside: of the thread's columns, that the operand has them. */
-template <int boxes>
-static __device__ __forceinline__ void bring_inner_rows(const struct rows_operand &a, const struct inner_rows<boxes> &rows,
-                                                        int column, int thread, bool is_inside, unsigned char *to) {
-    const bf16 *from = a.data + column + thread % inner_rows<boxes>::CHUNKS * 8;
-    if (is_inside) {
-#pragma unroll
-        for (int i = 0; i < inner_rows<boxes>::COUNT; i++)
-            copy_async_of_row(inner_place<boxes>(to, thread, i),
-                              from + (uint64_t)(uint32_t)rows.source[i] * (uint32_t)a.stride);
-    } else {
-        for (int i = 0; i < inner_rows<boxes>::COUNT; i++)
-            copy_async(inner_place<boxes>(to, thread, i), a.data, 0);
-    }
 }
 
 /* Rows row..end-1, fewer than a block, and zeros after. */
@@ -252,16 +191,12 @@ template <int form> static __device__ __forceinline__ bool next_block(const stru
 }
 
 /* By one thread: all that the copy engine brings. */
-template <int form, bool gathers, int result>
+template <int form, int result>
 static __device__ __forceinline__ void bring_boxes(const struct maps &maps, const struct tile &tile, const struct walk &walk,
                                                    int rank, unsigned char *stage, uint64_t *full) {
-    if (gathers)
-        barrier_expect(full, B_BYTES);
-    else
-        barrier_arrive_expecting(full, STAGE_BYTES);
+    barrier_arrive_expecting(full, STAGE_BYTES);
     bring_b<form, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
-    if (!gathers)
-        bring_a<form>(maps, tile, walk.term, walk.k, stage, full);
+    bring_a<form>(maps, tile, walk.term, walk.k, stage, full);
 }
 
 /* The last rows of a group are fewer than a block: the copy engine would bring the next group's. */
@@ -269,10 +204,15 @@ template <int form> static __device__ __forceinline__ bool is_tail(const struct 
     return form == WEIGHT && walk.k + TILE_K > walk.end;
 }
 
+/* By all threads; done when it returns. */
 static __device__ __forceinline__ void bring_tail(const struct problem &p, const struct tile &tile, const struct walk &walk,
                                                   int thread, unsigned char *stage) {
     bring_last_rows<TILE_M / 64>(p.a[0], walk.k, walk.end, tile.m, thread, stage);
     bring_last_rows<TILE_N / 64>(p.b, walk.k, walk.end, tile.n, thread, stage + A_BYTES);
+    copy_async_commit();
+    copy_async_wait<0>();
+    fence_for_engines();
+    bringers_sync();
 }
 
 /* Nothing is gathered: one thread asks the copy engine; the others only help with tails. */
@@ -294,68 +234,104 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
             barrier_wait(&s->empty[ring.stage], ring.parity);
             if (is_tail<form>(walk)) {
                 bring_tail(p, tile, walk, thread, s->stage[ring.stage]);
-                copy_async_commit();
-                copy_async_wait<0>();
-                fence_for_engines();
-                bringers_sync();
                 if (thread == 0)
                     barrier_arrive(full);
             } else if (thread == 0) {
-                bring_boxes<form, false, result>(maps, tile, walk, rank, s->stage[ring.stage], full);
+                bring_boxes<form, result>(maps, tile, walk, rank, s->stage[ring.stage], full);
             }
             advance<S::STAGES>(&ring);
         } while (next_block<form>(p, &walk));
     }
 }
 
-/* A is gathered by all threads of the group; each arrives when its rows are there. */
+/* Rows that an index names are boxes of one row each. (Threads that copy 16 bytes each fill shared memory at half the speed of the
+ * engine, and it is what the matrix units wait for.) A warp asks for 32 boxes for every 64 of the inner dimension: of FORWARD and
+ * INPUT rows 32 warp .. of A, of WEIGHT rows 16 warp .. of the next 64, in two boxes beside each other. */
+enum { BOXES_A_WARP = 32, INNER_ROWS_A_WARP = TILE_K / WARPS };
+
+/* In the place of rows beyond the group its last one comes: what they give is not stored. */
+static __device__ __forceinline__ void find_rows(const struct rows_operand &a, const struct tile &tile, int warp,
+                                                 int rows[BOXES_A_WARP]) {
+    int at = tile.row_begin + warp * BOXES_A_WARP + lane_index();
+    int mine = a.index[at < tile.row_end ? at : tile.row_end - 1];
+#pragma unroll
+    for (int i = 0; i < BOXES_A_WARP; i++)
+        rows[i] = __shfl_sync(FULL_WARP, mine, i);
+}
+
+/* Of WEIGHT: the index that lane % 16 has for the block from k on. */
+static __device__ __forceinline__ int find_inner_row(const struct rows_operand &a, const struct walk &walk, int k, int warp) {
+    int at = k + warp * INNER_ROWS_A_WARP + lane_index() % INNER_ROWS_A_WARP;
+    return a.index[at < walk.end ? at : walk.end - 1];
+}
+
+/* By one lane; rows are the same for all lanes. */
+template <int form>
+static __device__ __forceinline__ void bring_rows(const struct maps &maps, const struct tile &tile, const struct walk &walk,
+                                                  int warp, const int rows[BOXES_A_WARP], unsigned char *a, uint64_t *full) {
+    if (form != WEIGHT) {
+#pragma unroll
+        for (int i = 0; i < BOXES_A_WARP; i++)
+            load_box_2d(a + (warp * BOXES_A_WARP + i) * 128, &maps.a[walk.term], full, walk.k, rows[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < BOXES_A_WARP; i++)
+            load_box_2d(a + i % 2 * BOX_BYTES + (warp * INNER_ROWS_A_WARP + i / 2) * 128, &maps.a[0], full, tile.m + i % 2 * 64,
+                        rows[i / 2]);
+    }
+}
+
+static __device__ __forceinline__ struct tile uniform_tile(const struct tile &tile) {
+    return {uniform(tile.place), uniform(tile.group), uniform(tile.row_begin), uniform(tile.row_end), uniform(tile.m),
+            uniform(tile.n)};
+}
+
+/* A is gathered; a lane of each warp arrives. */
 template <int form, int result, typename S>
 static __device__ __forceinline__ void bring_gathered(const struct maps &maps, const struct problem &p, int column_tiles,
                                                       int columns, S *s, int rank) {
     struct ring ring = {0, 1};
-    int place = 0, total = s->first_tile[p.groups], thread = (int)threadIdx.x;
+    int place = 0, total = uniform(s->first_tile[p.groups]), thread = (int)threadIdx.x, warp = uniform(thread / WARP);
     for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
-        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
+        struct tile tile = uniform_tile(find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank));
         struct walk walk = first_block<form>(p, tile);
-        struct gathered_rows rows;
-        struct inner_rows<TILE_M / 64> inner;
-        bool goes_on, is_inside = form == WEIGHT && tile.m + thread % inner.CHUNKS * 8 < p.a[0].columns;
+        int rows[BOXES_A_WARP], mine = 0, next = 0;
         place = tile.place;
         if (is_empty(walk))
             continue;
-        if (form != WEIGHT)
-            find_rows(p.a[0], tile, thread, &rows);
-        else if (!is_tail<form>(walk))
-            find_inner_rows(p.a[0], walk.k, thread, &inner);
+        if (form != WEIGHT) {
+            find_rows(p.a[0], tile, warp, rows);
+        } else {
+            mine = find_inner_row(p.a[0], walk, walk.k, warp);
+            next = find_inner_row(p.a[0], walk, walk.k + TILE_K, warp);
+        }
         do {
             unsigned char *stage = s->stage[ring.stage];
             uint64_t *full = &s->full[ring.stage];
-            struct walk now = walk;
-            barrier_wait(&s->empty[ring.stage], ring.parity);
-            if (is_tail<form>(now)) {
-                bring_tail(p, tile, now, thread, stage);
-            } else {
-#ifndef TRY_COPIES_FIRST
-                if (thread == 0)
-                    bring_boxes<form, true, result>(maps, tile, now, rank, stage, full);
-#endif
-                if (form == WEIGHT)
-                    bring_inner_rows(p.a[0], inner, tile.m, thread, is_inside, stage);
-                else
-                    bring_rows(p.a[now.term], rows, now.k, thread, stage);
-#ifdef TRY_COPIES_FIRST
-                if (thread == 0)
-                    bring_boxes<form, true, result>(maps, tile, now, rank, stage, full);
-#endif
+            if (form == WEIGHT) {
+#pragma unroll
+                for (int i = 0; i < INNER_ROWS_A_WARP; i++)
+                    rows[i] = __shfl_sync(FULL_WARP, mine, i);
+                mine = next;
+                next = find_inner_row(p.a[0], walk, walk.k + 2 * TILE_K, warp);
             }
-            barrier_arrive_after_copies(full);
+            barrier_wait(&s->empty[ring.stage], ring.parity);
+            bool is_last = is_tail<form>(walk);
+            if (is_last)
+                bring_tail(p, tile, walk, thread, stage);
+            if (elected()) {
+                if (is_last) {
+                    barrier_arrive(full);
+                } else {
+                    barrier_arrive_expecting(full, A_BYTES / WARPS + (warp == 0 ? B_BYTES : 0));
+                    if (warp == 0)
+                        bring_b<form, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
+                    bring_rows<form>(maps, tile, walk, warp, rows, stage, full);
+                }
+            }
+            __syncwarp();
             advance<S::STAGES>(&ring);
-            goes_on = next_block<form>(p, &walk);
-            if (form == WEIGHT && goes_on && !is_tail<form>(walk)) /* while the copies are on their way */
-                find_inner_rows(p.a[0], walk.k, thread, &inner);
-            if (form != WEIGHT && goes_on && walk.term != now.term)
-                find_rows(p.a[walk.term], tile, thread, &rows);
-        } while (goes_on);
+        } while (next_block<form>(p, &walk));
     }
 }
 
@@ -373,8 +349,6 @@ static __device__ __forceinline__ void multiply_stage(float d[128], uint32_t a, 
     matrices_commit();
 }
 
-/* ---- multiplying and storing ----------------------------------------------------------------------------------- */
-
 template <typename S> static __device__ __forceinline__ void release(S *s, int stage) {
     if (threadIdx.x % GROUP_THREADS < CLUSTER)
         barrier_arrive_at(&s->empty[stage], threadIdx.x % GROUP_THREADS);
@@ -387,12 +361,13 @@ template <int form> static __device__ __forceinline__ int blocks_of(const struct
     return blocks;
 }
 
-template <int form, bool gathers, typename S>
-static __device__ __forceinline__ void multiply_tile(float d[128], int blocks, S *s, int multiplier, struct ring *ring) {
+/* The last block may still be multiplied when it returns; it is in stage `before`. */
+template <int form, typename S>
+static __device__ __forceinline__ int multiply_tile(float d[128], int blocks, S *s, int multiplier, struct ring *ring) {
     int before = 0;
     for (int k = 0; k < blocks; k++) {
         barrier_wait(&s->full[ring->stage], ring->parity);
-        if (gathers || form == WEIGHT) /* what threads copied */
+        if (form == WEIGHT) /* what threads copied */
             fence_for_engines();
         uint32_t a = shared_address(s->stage[ring->stage]);
         multiply_stage<form>(d, a + multiplier * BOX_BYTES, a + A_BYTES, k == 0);
@@ -403,9 +378,7 @@ static __device__ __forceinline__ void multiply_tile(float d[128], int blocks, S
         before = ring->stage;
         advance<S::STAGES>(ring);
     }
-    matrices_wait<0>();
-    if (blocks > 0)
-        release(s, before);
+    return before;
 }
 
 /* A group without rows: its sums. */
@@ -415,35 +388,48 @@ static __device__ __forceinline__ void clear_sums(float d[128]) {
         d[i] = 0;
 }
 
-template <int form, bool gathers, int result, typename S>
+template <int form, int result, typename S>
+static __device__ __forceinline__ struct strips begin_tile(const struct maps &maps, const struct problem &p,
+                                                           const struct tile &tile, S *s, int multiplier, int warp) {
+    int row = (form == WEIGHT ? tile.m : tile.row_begin) + multiplier * 64 + warp * STRIP_ROWS;
+    struct strips strips = {s->strip[multiplier][warp][0], row, form == WEIGHT ? p.m : tile.row_end, p.n};
+    if (result == ONTO_F32)
+        ask_for_base(p, tile);
+    if (result == THROUGH_SWIGLU) {
+        ask_for_swiglu(p, tile);
+        leave_strips();
+        for (int q = 0; q < S::STRIPS / 2 && lane_index() == 0; q++)
+            ask_for_strips<S::STRIPS / 2>(p, maps, tile, strips, q, s->loaded[multiplier][warp]);
+    }
+    return strips;
+}
+
+template <int form, int result, typename S>
 static __device__ __forceinline__ void multiply_all(const struct maps &maps, const struct problem &p, int column_tiles, int columns,
                                                     S *s, int rank, int multiplier) {
     struct ring ring = {0, 0};
-    int place = 0, total = s->first_tile[p.groups], warp = (int)threadIdx.x % GROUP_THREADS / WARP;
-    uint64_t *loaded = s->loaded[multiplier][warp];
+    int round = 0, t = tile_of_round((enum form)form, 0), total = s->first_tile[p.groups];
+    int warp = (int)threadIdx.x % GROUP_THREADS / WARP;
     uint32_t parity[2] = {0, 0};
+    struct tile tile, following;
     float d[128];
-    for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
-        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
-        int row = (form == WEIGHT ? tile.m : tile.row_begin) + multiplier * 64 + warp * STRIP_ROWS;
-        int row_end = form == WEIGHT ? p.m : tile.row_end, blocks = blocks_of<form>(p, tile);
-        struct strips strips = {s->strip[multiplier][warp][0], row, row_end, p.n, form == WEIGHT ? tile.group : 0,
-                                p.in_boxes && (form == WEIGHT || row + STRIP_ROWS <= row_end)};
-        place = tile.place;
-        if (result == ONTO_F32)
-            ask_for_base(p, tile);
-        if (result == THROUGH_SWIGLU) {
-            ask_for_swiglu(p, tile);
-            strips_wait<0>();
-            for (int q = 0; q < 2 && lane_index() == 0; q++)
-                ask_for_strips(p, maps, tile, strips, q, loaded);
-        }
+    if (t < total)
+        tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, 0, rank);
+    while (t < total) {
+        struct strips strips = begin_tile<form, result>(maps, p, tile, s, multiplier, warp);
+        int blocks = blocks_of<form>(p, tile);
         if (form == WEIGHT && blocks == 0)
             clear_sums(d);
-        multiply_tile<form, gathers>(d, blocks, s, multiplier, &ring);
-        store_tile<form, result, S::STRIPS>(d, p, maps, tile, strips, loaded, parity);
+        int last = multiply_tile<form>(d, blocks, s, multiplier, &ring);
+        t = tile_of_round((enum form)form, ++round);
+        if (t < total) /* while the last block is multiplied */
+            following = find_tile(p, (enum form)form, column_tiles, columns, s, t, tile.place, rank);
+        matrices_wait<0>();
+        if (blocks > 0)
+            release(s, last);
+        store_tile<form, result, S::STRIPS>(d, p, maps, tile, strips, s->loaded[multiplier][warp], parity);
+        tile = following;
     }
-    boxes_wait();
 }
 
 template <typename S> static __device__ void init_barriers(S *s, int full_arrivals) {
@@ -467,18 +453,18 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
     int columns = result == TO_SWIGLU ? TILE_N / 2 : TILE_N, column_tiles = (p.n + columns - 1) / columns;
     int rank = (int)cluster_rank(), role = (int)threadIdx.x / GROUP_THREADS;
     if (threadIdx.x == 0)
-        init_barriers(s, gathers ? GROUP_THREADS : 1);
+        init_barriers(s, gathers ? WARPS : 1);
     count_tiles(p, (enum form)form, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
     cluster_sync();
     if (role == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(gathers ? 56 : 40));
         if (gathers)
             bring_gathered<form, result>(maps, p, column_tiles, columns, s, rank);
         else
             bring_direct<form, result>(maps, p, column_tiles, columns, s, rank);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-        multiply_all<form, gathers, result>(maps, p, column_tiles, columns, s, rank, role - 1);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(gathers ? 224 : 232));
+        multiply_all<form, result>(maps, p, column_tiles, columns, s, rank, role - 1);
     }
     cluster_sync(); /* the other block may still write to this one's memory */
 #endif
@@ -506,45 +492,25 @@ static __global__ void add_splits(const float *part, int splits, int64_t count, 
 
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
 
-/* Boxes of so many columns and rows of groups of matrices [rows, columns]; of bf16, or f32. A box's columns are 128 bytes, or of
- * f32 64. */
-static void describe(CUtensorMap *map, bool is_f32, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_columns,
-                     int box_rows, bool has_groups) {
-    cuuint64_t width = is_f32 ? 4 : 2, size[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
-    cuuint64_t stride[2] = {size[0] * width, size[0] * size[1] * width};
-    cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
-    bool is_narrow = box_columns * width == 64;
-    CUresult result = encode()(map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, has_groups ? 3 : 2,
-                               (void *)data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                               is_narrow ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+/* Boxes of 64 numbers by `box_rows` rows of groups of matrices [rows, columns]. */
+static void make_map(CUtensorMap *map, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_rows,
+                     bool has_groups) {
+    cuuint64_t size[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
+    cuuint64_t stride[2] = {(cuuint64_t)columns * 2, (cuuint64_t)(rows * columns) * 2};
+    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
+    CUresult result = encode()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, has_groups ? 3 : 2, (void *)data, size, stride, box, step,
+                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     CHECK_OP(result, ==, CUDA_SUCCESS);
 }
 
-/* Of operands. */
-static void make_map(CUtensorMap *map, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_rows,
-                     bool has_groups) {
-    describe(map, false, data, groups, rows, columns, TILE_K, box_rows, has_groups);
+/* Of operand A: rows that come one after the other, or by an index. */
+static void make_rows_map(CUtensorMap *map, struct tensor a, struct tensor rows, int box_rows) {
+    make_map(map, a.data, 1, a.shape[0], a.shape[1], tensor_exists(rows) ? 1 : box_rows, false);
 }
 
-/* Of results, in strips. */
-static void make_result_map(CUtensorMap *map, bool is_f32, const void *data, int64_t groups, int64_t rows, int64_t columns) {
-    describe(map, is_f32, data, groups, rows, columns, is_f32 ? 32 : 64, STRIP_ROWS, true);
-}
-
-/* C [rows, p->stride], or that of each group. */
-static void describe_result(struct maps *maps, struct problem *p, bool is_f32, int64_t groups, int64_t rows) {
-    p->in_boxes = is_aligned(p->c, 16) && p->stride % (is_f32 ? 4 : 8) == 0 && rows > 0;
-    if (p->in_boxes)
-        make_result_map(&maps->c[0], is_f32, p->c, groups, rows, p->stride);
-}
-
-static void describe_swiglu(struct maps *maps, struct problem *p) {
-    void *const results[RESULTS_MAX] = {p->c, p->c_up, p->c_act};
-    p->in_boxes = p->rows > 0;
-    for (int i = 0; i < RESULTS_MAX && p->in_boxes; i++)
-        if (results[i])
-            make_result_map(&maps->c[i], false, results[i], 1, p->rows, p->stride);
+static bool is_wide(const struct problem *p) {
+    return is_aligned(p->c, 16) && is_aligned(p->base, 16) && p->stride % 4 == 0;
 }
 
 static bool is_fit(struct tensor t) {
@@ -628,9 +594,9 @@ bool sm90_forward(struct tensor x, struct tensor rows, struct tensor offsets, st
     problem.a[0] = operand_of(x, rows);
     problem.c = y.data;
     problem.stride = w.out;
-    make_map(&maps.a[0], x.data, 1, x.shape[0], w.in, TILE_M, false);
+    problem.is_wide = is_wide(&problem);
+    make_rows_map(&maps.a[0], x, rows, TILE_M);
     make_map(&maps.b[0], w.data, w.groups, w.out, w.in, TILE_N / 2, true);
-    describe_result(&maps, &problem, !to_bf16, 1, problem.rows);
     START_ROWS(FORWARD);
     return true;
 }
@@ -646,9 +612,9 @@ bool sm90_forward_onto(struct tensor x, struct packed w, struct tensor base, str
     problem.c = y.data;
     problem.base = (const float *)base.data;
     problem.stride = w.out;
-    make_map(&maps.a[0], x.data, 1, x.shape[0], w.in, TILE_M, false);
+    problem.is_wide = is_wide(&problem);
+    make_rows_map(&maps.a[0], x, tensor_none(), TILE_M);
     make_map(&maps.b[0], w.data, 1, w.out, w.in, TILE_N / 2, true);
-    describe_result(&maps, &problem, true, 1, problem.rows);
     START(FORWARD, false, ONTO_F32);
     return true;
 }
@@ -669,10 +635,9 @@ bool sm90_swiglu_forward(struct tensor x, struct tensor rows, struct tensor offs
     problem.c_act = act.data;
     problem.row_weight = (const float *)row_weight.data;
     problem.stride = gate_weight.out;
-    make_map(&maps.a[0], x.data, 1, x.shape[0], gate_weight.in, TILE_M, false);
+    make_rows_map(&maps.a[0], x, rows, TILE_M);
     make_map(&maps.b[0], gate_weight.data, gate_weight.groups, gate_weight.out, gate_weight.in, TILE_N / 2, true);
     make_map(&maps.b[1], up_weight.data, up_weight.groups, up_weight.out, up_weight.in, TILE_N / 2, true);
-    describe_swiglu(&maps, &problem);
     if (tensor_exists(rows))
         START(FORWARD, true, TO_SWIGLU);
     else
@@ -697,9 +662,10 @@ bool sm90_swiglu_backward(struct tensor dy, struct tensor rows, struct tensor of
     problem.stride = w.in;
     if (tensor_exists(drow_weight))
         problem.row_part = (float *)cuda_scratch((size_t)column_tiles * (size_t)problem.rows * sizeof(float));
-    make_map(&maps.a[0], dy.data, 1, dy.shape[0], w.out, TILE_M, false);
+    make_rows_map(&maps.a[0], dy, rows, TILE_M);
     make_map(&maps.b[0], w.data, w.groups, w.out, w.in, TILE_K, true);
-    describe_swiglu(&maps, &problem);
+    make_map(&maps.c[0], gate.data, 1, gate.shape[0], w.in, STRIP_ROWS, true);
+    make_map(&maps.c[1], up.data, 1, up.shape[0], w.in, STRIP_ROWS, true);
     if (tensor_exists(rows))
         START(INPUT, true, THROUGH_SWIGLU);
     else
@@ -729,10 +695,10 @@ bool sm90_backward_inputs(const struct product_term *terms, int term_count, stru
         CHECK(w.groups == groups && w.in == in);
         problem.inner[i] = (int)w.out;
         problem.a[i] = operand_of(terms[i].dy, rows);
-        make_map(&maps.a[i], terms[i].dy.data, 1, terms[i].dy.shape[0], w.out, TILE_M, false);
+        make_rows_map(&maps.a[i], terms[i].dy, rows, TILE_M);
         make_map(&maps.b[i], w.data, w.groups, w.out, w.in, TILE_K, true);
     }
-    describe_result(&maps, &problem, !to_bf16, 1, problem.rows);
+    problem.is_wide = is_wide(&problem);
     START_ROWS(INPUT);
     return true;
 }
@@ -761,14 +727,13 @@ static void start_weight(const struct maps &maps, const struct problem &problem,
         START(WEIGHT, false, TO_F32);
 }
 
-static void start_splits(struct maps *maps, struct problem problem, int splits, bool accumulate, float *dw) {
+static void start_splits(const struct maps &maps, struct problem problem, int splits, bool accumulate, float *dw) {
     int64_t count = problem.group_elements;
     problem.groups = splits;
     problem.group_rows = (int)(ceil_div(problem.rows, splits * TILE_K) * TILE_K);
     problem.groups = (int)ceil_div(problem.rows, problem.group_rows);
     problem.c = cuda_scratch((size_t)(problem.groups * count) * sizeof(float));
-    describe_result(maps, &problem, true, problem.groups, problem.m);
-    start_weight(*maps, problem, false, TO_F32);
+    start_weight(maps, problem, false, TO_F32);
     CUDA_LAUNCH(add_splits, grid_for(count / 4, 256), 256, 0, (const float *)problem.c, problem.groups, count, accumulate, dw);
 }
 
@@ -789,17 +754,15 @@ bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor
     problem.c = dw.data;
     problem.stride = x.shape[1];
     problem.group_elements = dy.shape[1] * x.shape[1];
-    make_map(&maps.a[0], left.data, 1, left.shape[0], left.shape[1], TILE_K, false);
+    problem.is_wide = is_wide(&problem);
+    make_rows_map(&maps.a[0], left, left_rows, TILE_K);
     make_map(&maps.b[0], right.data, 1, right.shape[0], right.shape[1], TILE_K, false);
     bool may_split = !tensor_exists(offsets) && !tensor_exists(left_rows) && is_aligned(dw.data, 16);
     int splits = !may_split ? 1 : splits_of(dw.shape[0], dw.shape[1], rows);
     if (splits > 1) {
-        start_splits(&maps, problem, splits, accumulate, (float *)dw.data);
+        start_splits(maps, problem, splits, accumulate, (float *)dw.data);
         return true;
     }
-    describe_result(&maps, &problem, true, groups, dy.shape[1]);
-    if (turns && problem.in_boxes)
-        describe(&maps.c[0], true, dw.data, groups, dy.shape[1], x.shape[1], STRIP_ROWS, 32, true);
     start_weight(maps, problem, tensor_exists(left_rows),
                  turns ? accumulate ? ADD_F32_TRANSPOSED : TO_F32_TRANSPOSED : accumulate ? ADD_F32 : TO_F32);
     return true;

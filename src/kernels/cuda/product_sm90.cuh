@@ -24,33 +24,22 @@ enum {
     STAGE_BYTES = A_BYTES + B_BYTES,
     STRIP_ROWS = 16,
     STRIP_BYTES = STRIP_ROWS * 128,
-    RESULTS_MAX = 3,
+    THROUGH_INPUTS = 2,
 };
+
 
 enum form { FORWARD, INPUT, WEIGHT };
 /* Sums written or added as rows, as columns; SwiGLU of them; backward through SwiGLU; their sum with a base. */
 enum result { TO_BF16, TO_F32, ADD_F32, TO_F32_TRANSPOSED, ADD_F32_TRANSPOSED, TO_SWIGLU, THROUGH_SWIGLU, ONTO_F32 };
 
-/* Shared memory is stages, and strips in which a warp's results wait for the copy engine. Backward through SwiGLU has two inputs
- * and three results for each sum: it takes a stage less for strips. */
-static constexpr bool has_many_strips(int result) {
-#if defined(TRY_SWIGLU3)
-    return result == THROUGH_SWIGLU || result == TO_SWIGLU;
-#elif defined(TRY_BF3)
-    return result == THROUGH_SWIGLU || result == TO_SWIGLU || result == TO_BF16;
-#elif defined(TRY_ONTO3)
-    return result == THROUGH_SWIGLU || result == ONTO_F32 || result == TO_F32;
-#else
-    return result == THROUGH_SWIGLU;
-#endif
-}
-
+/* Shared memory is stages, and strips in which a warp's results wait. Backward through SwiGLU has two inputs for each sum, which
+ * come into strips while the tile is multiplied: it takes a stage less for more of them. */
 static constexpr int stages_of(int result) {
-    return has_many_strips(result) ? 3 : 4;
+    return result == THROUGH_SWIGLU ? 3 : 4;
 }
 
 static constexpr int strips_of(int result) {
-    return has_many_strips(result) ? 5 : 2;
+    return result == THROUGH_SWIGLU ? 4 : 2;
 }
 
 struct rows_operand {
@@ -61,7 +50,7 @@ struct rows_operand {
 };
 
 struct maps {
-    CUtensorMap a[PRODUCT_TERMS_MAX], b[PRODUCT_TERMS_MAX], c[RESULTS_MAX];
+    CUtensorMap a[PRODUCT_TERMS_MAX], b[PRODUCT_TERMS_MAX], c[THROUGH_INPUTS];
 };
 
 struct problem {
@@ -73,7 +62,7 @@ struct problem {
     int inner[PRODUCT_TERMS_MAX], terms; /* FORWARD, INPUT */
     struct rows_operand a[PRODUCT_TERMS_MAX], b;
     void *c, *c_up, *c_act; /* THROUGH_SWIGLU: gate and up, which become their gradients, and act */
-    bool in_boxes;          /* the copy engine can write C: maps.c */
+    bool is_wide;           /* of f32: 16 bytes of C, and of base, are aligned */
     const float *base;      /* ONTO_F32: what the sums are added to, as large as C */
     const float *row_weight;
     float *row_part;        /* THROUGH_SWIGLU [tiles of columns, N]: parts of the gradient of row_weight */
