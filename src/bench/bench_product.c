@@ -37,7 +37,13 @@ static void run_backward_input(void *context) {
     p->ops->product_backward_input(p->dy, tensor_none(), p->offsets, p->packed, p->dx, false);
 }
 
+/* As the first micro-batch of a step does it: written. Others add. */
 static void run_backward_weight(void *context) {
+    const struct product *p = context;
+    p->ops->product_backward_weight(p->dy, tensor_none(), p->x, p->rows, p->offsets, p->dw, false);
+}
+
+static void run_adding_weight(void *context) {
     const struct product *p = context;
     p->ops->product_backward_weight(p->dy, tensor_none(), p->x, p->rows, p->offsets, p->dw, true);
 }
@@ -112,10 +118,11 @@ static const struct part {
 } parts[] = {{"forward", run_forward, 1},
              {"input gradient", run_backward_input, 1},
              {"weight gradient", run_backward_weight, 1},
+             {"weight gradient, added", run_adding_weight, 1},
              {"packing and all three", run_pack_and_products, 3},
              /* What a training step does with these weights: the optimizer's pass writes them packed, too. */
              {"all three, packed by the update", run_products, 3}};
-enum { PACKED_BY_UPDATE = 4 };
+enum { PACKED_BY_UPDATE = 5 };
 enum { PARTS = sizeof parts / sizeof *parts, LABEL_BYTES = 96 };
 
 static void print_label(const struct shape *s, int part, char label[LABEL_BYTES]) {
