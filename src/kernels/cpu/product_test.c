@@ -198,6 +198,43 @@ static void test_backward_weight_from_nothing(void **state) {
         }
 }
 
+/* A gradient large enough to go past the caches where its rows are aligned, in groups of few rows and of many: the same bits as at
+ * an address where it may not, zeros for the group without rows, and nothing behind it. */
+static void case_large_gradient(enum dtype in, int threads) {
+    enum { OUT = 600, IN = 448, ALIGNMENT = 64, BEHIND = 16 };
+    struct tensor like = tensor_3d(NULL, DTYPE_F32, EXPERTS, OUT, IN);
+    struct tensor dy = random_2d(in, ROWS, OUT), x = random_2d(in, ROWS / 2, IN);
+    struct tensor rows = test_indices(tensor_1d(NULL, DTYPE_I32, ROWS), ROWS / 2), offsets = make_offsets();
+    size_t count = (size_t)tensor_elements(like), numbers = count + BEHIND + ALIGNMENT;
+    float *memory[2] = {memory_must(numbers, sizeof **memory), memory_must(numbers, sizeof **memory)};
+    threads_set_count(threads);
+    for (const struct kernel_ops *const *ops = test_backends(); *ops; ops++) {
+        float *at[2];
+        for (int i = 0; i < 2; i++) {
+            at[i] = (float *)(((uintptr_t)memory[i] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT) + i;
+            for (size_t k = 0; k < count + BEHIND; k++)
+                at[i][k] = NAN;
+            like.data = at[i];
+            (*ops)->product_backward_weight(dy, tensor_none(), x, rows, offsets, like, false);
+        }
+        assert_memory_equal(at[0], at[1], tensor_bytes(like));
+        for (size_t k = 0; k < OUT * IN; k++)
+            assert_true(at[0][OUT * IN + k] == 0);
+        for (size_t k = 0; k < BEHIND; k++)
+            assert_true(isnan(at[0][count + k]));
+    }
+    free(memory[0]);
+    free(memory[1]);
+    test_release();
+}
+
+static void test_large_gradient(void **state) {
+    (void)state;
+    for (int threads = 1; threads <= THREADS_MAX; threads += 2)
+        for (int d = 0; d < 2; d++)
+            case_large_gradient(input_dtypes[d], threads);
+}
+
 static void case_gemm(int64_t m, int64_t n, int64_t k, int form, int d) {
     enum dtype in = input_dtypes[d];
     run(&(struct product){{form & 1 ? random_2d(in, k, m) : random_2d(in, m, k),
@@ -229,6 +266,7 @@ int main(void) {
         cmocka_unit_test(test_squares),
         cmocka_unit_test(test_backward_weight),
         cmocka_unit_test(test_backward_weight_from_nothing),
+        cmocka_unit_test(test_large_gradient),
         cmocka_unit_test(test_gemm),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -30,6 +30,7 @@ enum {
     THREAD_TASKS = 8, /* wanted for every thread: enough to even out */
     SIDE_MAX = 512,   /* rows and columns of a task that packs both operands */
     SIDE_MIN = 128,
+    STREAM_ROWS = 64, /* of a group, at least, for its gradient to go past the caches */
     PACK_COST = 40, /* packing a number for a task costs as much as so many multiplications */
     STACK_ROWS = 48, /* the same where sums must be rounded, and stand on the stack before: */
     STACK_COLUMNS = 64, /* multiples of every copy's tile */
@@ -372,38 +373,46 @@ static struct both_scratch both_scratch_take(const struct operand *a, const stru
 /* The packed operands of k..k+count-1 multiplied into c. The first block of `next` (NULL: none) is asked for by the last rows:
  * by the first ones it would be gone from the second cache when it is packed. */
 static void multiply_block(const struct operand *a, const struct operand *b, const struct part *p,
-                           const struct both_scratch *scratch, int64_t k, int64_t count, struct target c,
+                           const struct both_scratch *scratch, int64_t k, int64_t count, struct target c, bool past,
                            const struct part *next) {
     const bool pairs = word_elements(&a->matrix) == 2;
     int64_t words = words_of(&a->matrix, count), panel = panel_floats(words, TILE_COLUMNS);
     bool asks = next && words >= ASKING_WORDS && !(BF16_TILES && pairs);
     int64_t early = asks ? p->rows * (k + count < p->end ? 3 : 2) / 4 / UNIT_ROWS * UNIT_ROWS : p->rows;
     struct ahead of_a, ahead;
-    block_multiply_panels(pairs, scratch->a, scratch->b, panel, words, c.c, c.stride, early, p->columns, c.add);
+    struct target first = target_part(c, sizeof(float), 0, early, 0, p->columns);
+    if (past)
+        block_multiply_past(pairs, scratch->a, scratch->b, panel, words, first, NULL);
+    else
+        block_multiply_panels(pairs, scratch->a, scratch->b, panel, words, c.c, c.stride, early, p->columns, c.add);
     if (early == p->rows)
         return;
     int64_t end = at_most(next->end, next->first + scratch->block);
     of_a = operand_ahead(a, next->row, next->rows, next->first, end);
     ahead = ahead_then(operand_ahead(b, next->column, next->columns, next->first, end), &of_a);
     ahead_spread(&ahead, tile_count(p->rows - early, p->columns), words);
-    block_multiply_ahead(pairs, scratch->a + a_lane_floats(pairs, words, early), scratch->b, panel, words,
-                         target_part(c, sizeof(float), early, p->rows - early, 0, p->columns), &ahead);
+    (past ? block_multiply_past : block_multiply_ahead)(pairs, scratch->a + a_lane_floats(pairs, words, early), scratch->b, panel,
+                                                        words, target_part(c, sizeof(float), early, p->rows - early, 0, p->columns),
+                                                        &ahead);
 }
 
-/* c, at the part's first number, = or += the product of lanes of a and lanes of b. next: what this thread is likely to do
- * then, or NULL. */
+/* c, at the part's first number, = or += the product of lanes of a and lanes of b; past the caches, where it is wanted, only what
+ * is written in one go. next: what this thread is likely to do then, or NULL. */
 static void multiply_both(const struct operand *a, const struct operand *b, const struct part *p, float *c, int64_t c_stride,
-                          bool add, const struct part *next) {
+                          bool add, bool past, const struct part *next) {
     struct both_scratch scratch = both_scratch_take(a, p);
+    past &= !add && scratch.block >= p->end - p->first;
     for (int64_t k = p->first; k < p->end; k += scratch.block) {
         int64_t count = at_most(p->end - k, scratch.block);
         struct part rest = *p;
         rest.first = k + count;
         pack_b(b->lanes, &b->matrix, p->column, p->columns, k, count, scratch.b);
         pack_a(a->lanes, &a->matrix, p->row, p->rows, k, count, scratch.a);
-        multiply_block(a, b, p, &scratch, k, count, (struct target){c, c_stride, p->rows, p->columns, add || k > p->first},
+        multiply_block(a, b, p, &scratch, k, count, (struct target){c, c_stride, p->rows, p->columns, add || k > p->first}, past,
                        rest.first < p->end ? &rest : next);
     }
+    if (past)
+        vector_stream_end();
 }
 
 struct weight_job {
@@ -413,7 +422,7 @@ struct weight_job {
     int64_t task_rows, task_columns; /* of one expert's dw */
     int64_t row_tasks, column_tasks, task_count;
     int thread_count;
-    bool accumulate;
+    bool accumulate, past_caches;
 };
 
 static int64_t weight_part(const struct weight_job *job, int64_t index, struct part *part) {
@@ -436,7 +445,7 @@ static void weight_task(void *context, int64_t index) {
         weight_part(job, index + job->thread_count, &next);
     float *dw = (float *)job->dw.data + (expert * job->out + part.row) * job->in + part.column;
     if (part.first < part.end)
-        multiply_both(&job->dy, &job->x, &part, dw, job->in, job->accumulate, more ? &next : NULL);
+        multiply_both(&job->dy, &job->x, &part, dw, job->in, job->accumulate, job->past_caches, more ? &next : NULL);
     else if (!job->accumulate)
         for (int64_t i = 0; i < part.rows; i++)
             memset(dw + i * job->in, 0, (size_t)part.columns * sizeof *dw);
@@ -468,6 +477,14 @@ static void cut_weight_tasks(struct weight_job *job, int64_t groups) {
     job->column_tasks = divide_up(job->in, job->task_columns);
 }
 
+/* A large gradient that is written goes past the caches, as long as there are rows enough to multiply meanwhile: it is read again
+ * only by the optimizer. */
+static bool goes_past_caches(struct tensor dw, enum dtype dtype, int64_t rows) {
+    const int64_t vector_bytes = VECTOR_LANES * (int64_t)sizeof(float), columns = dw.shape[dw.dim_count - 1];
+    return VECTOR_LANES == 16 && !(BF16_TILES && dtype == DTYPE_BF16) && tensor_elements(dw) >= STREAM_ELEMENTS &&
+           rows >= STREAM_ROWS && (intptr_t)dw.data % vector_bytes == 0 && columns % VECTOR_LANES == 0;
+}
+
 static void product_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows,
                                     struct tensor offsets, struct tensor dw, bool accumulate) {
     if (dw.dtype == DTYPE_F64) {
@@ -494,6 +511,7 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
                              .out = out,
                              .in = in,
                              .accumulate = accumulate};
+    job.past_caches = !accumulate && goes_past_caches(dw, dy.dtype, row_count / groups.shape[0]);
     cut_weight_tasks(&job, groups.shape[0]);
     job.task_count = groups.shape[0] * job.row_tasks * job.column_tasks;
     job.thread_count = threads_count();
@@ -514,11 +532,12 @@ static void gemm_task(void *context, int64_t index) {
     struct part part = {row, at_most(job->c.shape[0] - row, job->task_rows), column, at_most(stride - column, job->task_columns),
                         0, job->k};
     if (job->c.dtype == DTYPE_F32) {
-        multiply_both(&job->a, &job->b, &part, (float *)job->c.data + row * stride + column, stride, job->accumulate, NULL);
+        multiply_both(&job->a, &job->b, &part, (float *)job->c.data + row * stride + column, stride, job->accumulate, false,
+                      NULL);
         return;
     }
     float sums[STACK_ROWS * STACK_COLUMNS];
-    multiply_both(&job->a, &job->b, &part, sums, STACK_COLUMNS, false, NULL);
+    multiply_both(&job->a, &job->b, &part, sums, STACK_COLUMNS, false, false, NULL);
     for (int64_t i = 0; i < part.rows; i++)
         round_row(sums + i * STACK_COLUMNS, (uint16_t *)job->c.data + (row + i) * stride + column, part.columns,
                   job->accumulate);

@@ -86,10 +86,14 @@ ALWAYS_INLINE void tile_words(int height, bool pairs, const float *a, int64_t a_
     }
 }
 
-/* One tile; t has at most height x TILE_COLUMNS. Constants: height; pairs; rounded: c is bf16; ahead, if it is NULL.
+/* Whole tiles of sums: to f32; to bf16; to f32 past the caches, written only, rows aligned to vectors. */
+enum way { TO_F32, TO_BF16, PAST_CACHES };
+
+/* One tile; t has at most height x TILE_COLUMNS. Constants: height; pairs; way; ahead, if it is NULL.
  * a_lanes: of the panel that the rows stand in. */
-ALWAYS_INLINE void tile_multiply(int height, bool pairs, bool rounded, const float *a, int64_t a_lanes, const float *b,
+ALWAYS_INLINE void tile_multiply(int height, bool pairs, enum way way, const float *a, int64_t a_lanes, const float *b,
                                  int64_t words, struct target t, struct ahead *ahead) {
+    const bool rounded = way == TO_BF16;
     const int64_t bytes = rounded ? 2 : 4, row_bytes = t.stride * bytes;
     vector_f32 sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
     for (int64_t i = 0; i < (t.add ? t.rows : 0); i++) { /* c may come from far: it does so while we multiply */
@@ -103,6 +107,14 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, bool rounded, const flo
         }
     else
         tile_words(height, pairs, a, a_lanes, b, 0, words, sum);
+    if (way == PAST_CACHES && t.rows == height && t.columns == TILE_COLUMNS) {
+#pragma GCC unroll 12
+        for (int i = 0; i < height; i++) {
+            vector_stream((float *)t.c + i * t.stride, sum[i][0]);
+            vector_stream((float *)t.c + i * t.stride + VECTOR_LANES, sum[i][1]);
+        }
+        return;
+    }
     if (t.rows == height && t.columns == TILE_COLUMNS) {
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++)
@@ -114,17 +126,17 @@ ALWAYS_INLINE void tile_multiply(int height, bool pairs, bool rounded, const flo
     store_part(rounded, t, spilled[0]);
 }
 
-ALWAYS_INLINE void tile_multiply_any(bool pairs, bool rounded, const float *a, int64_t a_lanes, const float *b, int64_t words,
+ALWAYS_INLINE void tile_multiply_any(bool pairs, enum way way, const float *a, int64_t a_lanes, const float *b, int64_t words,
                                      struct target t, struct ahead *ahead) {
     switch (panel_width(t.rows, TILE_ROWS) / TILE_STEP) {
     case 1:
-        tile_multiply(TILE_STEP, pairs, rounded, a, a_lanes, b, words, t, ahead);
+        tile_multiply(TILE_STEP, pairs, way, a, a_lanes, b, words, t, ahead);
         break;
     case 2:
-        tile_multiply(2 * TILE_STEP, pairs, rounded, a, a_lanes, b, words, t, ahead);
+        tile_multiply(2 * TILE_STEP, pairs, way, a, a_lanes, b, words, t, ahead);
         break;
     default:
-        tile_multiply(TILE_ROWS, pairs, rounded, a, a_lanes, b, words, t, ahead);
+        tile_multiply(TILE_ROWS, pairs, way, a, a_lanes, b, words, t, ahead);
     }
 }
 
@@ -138,14 +150,14 @@ ALWAYS_INLINE int64_t a_lane_floats(bool pairs, int64_t words, int64_t lane) {
     return BF16_TILES && pairs ? lane * words : lane / A_LANES * panel_floats(words, A_LANES);
 }
 
-ALWAYS_INLINE void block_multiply_of(bool pairs, bool rounded, const float *a, const float *b, int64_t b_panel_floats,
+ALWAYS_INLINE void block_multiply_of(bool pairs, enum way way, const float *a, const float *b, int64_t b_panel_floats,
                                      int64_t words, struct target t, struct ahead *ahead) {
     for (int64_t i = 0; i < t.rows; i += TILE_ROWS) {
         int64_t panel = i / A_LANES * A_LANES, a_lanes = panel_width(t.rows - panel, A_LANES);
         for (int64_t j = 0; j < t.columns; j += TILE_COLUMNS)
-            tile_multiply_any(pairs, rounded, a + panel / A_LANES * panel_floats(words, A_LANES) + (i - panel), a_lanes,
+            tile_multiply_any(pairs, way, a + panel / A_LANES * panel_floats(words, A_LANES) + (i - panel), a_lanes,
                               b + j / TILE_COLUMNS * b_panel_floats, words,
-                              target_part(t, rounded ? 2 : 4, i, TILE_ROWS, j, TILE_COLUMNS), ahead);
+                              target_part(t, way == TO_BF16 ? 2 : 4, i, TILE_ROWS, j, TILE_COLUMNS), ahead);
     }
 }
 
@@ -163,15 +175,24 @@ ALWAYS_INLINE void block_multiply_into(bool pairs, const float *a, const float *
     }
 #endif
     if (BF16_PAIRS && pairs)
-        block_multiply_of(true, false, a, b, b_panel_floats, words, t, ahead);
+        block_multiply_of(true, TO_F32, a, b, b_panel_floats, words, t, ahead);
     else
-        block_multiply_of(false, false, a, b, b_panel_floats, words, t, ahead);
+        block_multiply_of(false, TO_F32, a, b, b_panel_floats, words, t, ahead);
 }
 
 /* The same while what is ahead is asked for (not where bf16 multiply in tiles). */
 HEADER_FUNCTION void block_multiply_ahead(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
                                           struct target t, struct ahead *ahead) {
     block_multiply_into(pairs, a, b, b_panel_floats, words, t, ahead);
+}
+
+/* The same past the caches: t is written, its rows are aligned to vectors. Not where bf16 multiply in tiles. */
+HEADER_FUNCTION void block_multiply_past(bool pairs, const float *a, const float *b, int64_t b_panel_floats, int64_t words,
+                                         struct target t, struct ahead *ahead) {
+    if (BF16_PAIRS && pairs)
+        block_multiply_of(true, PAST_CACHES, a, b, b_panel_floats, words, t, ahead);
+    else
+        block_multiply_of(false, PAST_CACHES, a, b, b_panel_floats, words, t, ahead);
 }
 
 /* The same for t in bf16. */
@@ -192,9 +213,9 @@ HEADER_FUNCTION void block_multiply_rounded(bool pairs, const float *a, const fl
     }
 #endif
     if (BF16_PAIRS && pairs)
-        block_multiply_of(true, true, a, b, b_panel_floats, words, t, ahead);
+        block_multiply_of(true, TO_BF16, a, b, b_panel_floats, words, t, ahead);
     else
-        block_multiply_of(false, true, a, b, b_panel_floats, words, t, ahead);
+        block_multiply_of(false, TO_BF16, a, b, b_panel_floats, words, t, ahead);
 }
 
 /* c [rows, columns] = or += packed a times panels of b. */
