@@ -1,8 +1,8 @@
 /* How the sums of a product on Hopper's matrix units leave the registers (product_sm90.cu).
  *
  * A warp has 16 rows of 256 columns. It puts 16 rows of 128 bytes at a time in a strip of shared memory, the 16-byte chunks of
- * row r swapped by r % 8, and stores them from there as rows, 16 bytes a lane: half the time of what the copy engine needs for the
- * same (32 bytes a cycle and multiprocessor), and nobody waits until they are in memory. Two strips take turns. */
+ * row r swapped by r % 8, and stores them from there as rows, 16 bytes a lane; nobody waits until they are in memory. (The copy
+ * engine took as long, and had to be waited for before a strip could be filled again.) Two strips take turns. */
 #pragma once
 
 #include "kernels/cuda/product_sm90.cuh"
