@@ -96,6 +96,24 @@ static __device__ __forceinline__ bool is_given(struct anywhere to) {
     return to.data != NULL;
 }
 
+/* Eight elements of a row, the first time: x becomes the normed one, d the gradient of the normed, of whose share in dweight and
+ * in the row's mean the sums go on. */
+static __device__ __forceinline__ void weigh_eight(float x[8], float d[8], const float w[8], float scale, float dw[8],
+                                                   float *mean) {
+    for (int e = 0; e < 8; e++) {
+        x[e] *= scale;
+        dw[e] += d[e] * x[e];
+        d[e] *= w[e];
+        *mean += d[e] * x[e];
+    }
+}
+
+/* And the second time, with the mean: dx += . */
+static __device__ __forceinline__ void add_eight(const float normed[8], const float d[8], float scale, float mean, float dx[8]) {
+    for (int e = 0; e < 8; e++)
+        dx[e] += scale * (d[e] - normed[e] * mean);
+}
+
 /* parts [teams, width]: of dweight, for the rows of each team. dx may be dy: a row is read before it is written. copy: of dx,
  * where it is given. */
 template <typename DY, typename X, typename DX, typename COPY, typename W, int vectors, bool whole>
@@ -114,20 +132,14 @@ static __global__ void norm_backward(DY dy, X x, W weight, const float *rstd, in
                 load_eight(weight + i, w);
                 if (accumulate)
                     load_eight(dx + row * width + i, before[n]);
-                for (int e = 0; e < 8; e++) {
-                    normed[n][e] *= scale;
-                    dw[n][e] += dnormed[n][e] * normed[n][e];
-                    dnormed[n][e] *= w[e];
-                    mean += dnormed[n][e] * normed[n][e];
-                }
+                weigh_eight(normed[n], dnormed[n], w, scale, dw[n], &mean);
             }
         }
         mean = t.sum(mean) / (float)width;
         for (int n = 0; n < vectors; n++) {
             int i = (n * t.size + t.rank) * 8;
             if (i < width) {
-                for (int e = 0; e < 8; e++)
-                    before[n][e] += scale * (dnormed[n][e] - normed[n][e] * mean);
+                add_eight(normed[n], dnormed[n], scale, mean, before[n]);
                 store_eight(dx + row * width + i, before[n]);
                 if (is_given(copy))
                     store_eight(copy + row * width + i, before[n]);
@@ -260,12 +272,7 @@ static __global__ void __launch_bounds__(threads, blocks)
                         d[n][e] += w[e];
                 }
                 load_eight(weight + i, w);
-                for (int e = 0; e < 8; e++) {
-                    normed[n][e] *= scale;
-                    dw[n][e] += d[n][e] * normed[n][e];
-                    d[n][e] *= w[e];
-                    mean += d[n][e] * normed[n][e];
-                }
+                weigh_eight(normed[n], d[n], w, scale, dw[n], &mean);
             }
         }
         mean = t.sum(mean) / (float)width;
@@ -273,8 +280,7 @@ static __global__ void __launch_bounds__(threads, blocks)
         for (int n = 0; n < vectors; n++) {
             int i = (n * t.size + t.rank) * 8;
             if (i < width) {
-                for (int e = 0; e < 8; e++)
-                    before[n][e] += scale * (d[n][e] - normed[n][e] * mean);
+                add_eight(normed[n], d[n], scale, mean, before[n]);
                 store_eight(dx + row * width + i, before[n]);
                 store_eight(copy + row * width + i, before[n]);
             }
