@@ -289,7 +289,10 @@ static void event_done(void *context, const struct event *event, double seconds)
 static enum status saving_open(struct saving *s, const struct bench *bench, enum dtype dtype) {
     TRY(training_open(&s->training, bench, dtype));
     TRY(make_places(s, bench));
-    struct saver_settings settings = {s->checkpoints, (uint64_t)s->training.config.checkpoint.file_bytes, false, NULL};
+    const struct run_config *c = &s->training.config;
+    struct saver_settings settings = {.directory = s->checkpoints,
+                                      .file_bytes = (uint64_t)c->checkpoint.file_bytes,
+                                      .rounded = c->checkpoint.weights == CHECKPOINT_WEIGHTS_BF16};
     TRY(saver_create(&s->sync, s->training.model, NULL, &s->training.ranks, &settings));
     settings.asynchronous = true;
     TRY(saver_create(&s->async, s->training.model, NULL, &s->training.ranks, &settings));

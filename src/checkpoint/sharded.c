@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, PARTS_MAX = 64, OWN_WRITE_BYTES = 64 << 10 };
+enum { EXTENT_BYTES = CHECKPOINT_EXTENT_BYTES_MAX, PARTS_MAX = 64, OWN_WRITE_BYTES = 64 << 10, STAGED_FLOATS = 16 << 10 };
 
 /* ---- which files ------------------------------------------------------------------------------------------------- */
 
@@ -180,7 +180,7 @@ int sharded_sort(struct sharded_stretch *stretches, int count) {
         if (next->bytes == 0)
             continue;
         if (last && last->file == next->file && last->begin + last->bytes == next->begin &&
-            (const char *)last->data + last->bytes == (const char *)next->data)
+            last->rounded == next->rounded && sharded_data(last, last->bytes) == next->data)
             last->bytes += next->bytes;
         else
             stretches[kept++] = *next;
@@ -190,7 +190,37 @@ int sharded_sort(struct sharded_stretch *stretches, int count) {
 
 void sharded_headers(const struct sharded_set *set, struct sharded_stretch *stretches) {
     for (int i = 0; i < set->file_count; i++)
-        stretches[i] = (struct sharded_stretch){i, 0, set->plans[i].header_bytes, set->plans[i].header};
+        stretches[i] = (struct sharded_stretch){i, 0, set->plans[i].header_bytes, set->plans[i].header, false};
+}
+
+static void round_floats(const float *from, size_t count, char *to) {
+    for (size_t i = 0; i < count; i++) {
+        uint16_t bits = float_to_bf16(from[i]);
+        memcpy(to + 2 * i, &bits, sizeof bits);
+    }
+}
+
+static void fetch_rounded(const float *from, size_t count, const struct device *device, char *to) {
+    float staged[STAGED_FLOATS];
+    for (size_t done = 0, part; done < count; done += part) {
+        part = count - done < STAGED_FLOATS ? count - done : STAGED_FLOATS;
+        device->copy_to_host(staged, from + done, part * sizeof *staged);
+        round_floats(staged, part, to + 2 * done);
+    }
+}
+
+void sharded_fetch(const struct sharded_stretch *stretch, uint64_t skip, size_t bytes, const struct device *device,
+                   char *to) {
+    const void *from = sharded_data(stretch, skip);
+    CHECK(!stretch->rounded || (skip % 2 == 0 && bytes % 2 == 0));
+    if (stretch->rounded && device == device_cpu())
+        round_floats(from, bytes / 2, to);
+    else if (stretch->rounded)
+        fetch_rounded(from, bytes / 2, device, to);
+    else if (stretch->begin == 0) /* a header is in the host's memory everywhere */
+        memcpy(to, from, bytes);
+    else
+        device->copy_to_host(to, from, bytes);
 }
 
 /* ---- writing ----------------------------------------------------------------------------------------------------- */
@@ -236,7 +266,8 @@ static enum status add_task(struct sharded_writing *w, struct task task) {
 /* Whether a stretch lies to the blocks as in the file, and is worth a write of its own where its neighbours do not. */
 static bool is_in_place(const struct device *device, const struct sharded_stretch *stretch) {
     bool blocks = stretch->begin % FILE_BLOCK_BYTES == 0 && stretch->bytes % FILE_BLOCK_BYTES == 0;
-    return device == device_cpu() && (uintptr_t)stretch->data % FILE_BLOCK_BYTES == stretch->begin % FILE_BLOCK_BYTES &&
+    return !stretch->rounded && device == device_cpu() &&
+           (uintptr_t)stretch->data % FILE_BLOCK_BYTES == stretch->begin % FILE_BLOCK_BYTES &&
            (blocks || stretch->bytes >= OWN_WRITE_BYTES);
 }
 
@@ -278,7 +309,7 @@ static int find_parts(const struct sharded_stretch *stretches, const struct task
     for (size_t found = 0; found < task->extent.bytes; stretch++, skip = 0) {
         uint64_t has = stretch->bytes - skip, left = task->extent.bytes - found;
         size_t bytes = (size_t)(has < left ? has : left);
-        char *data = (char *)(uintptr_t)stretch->data + skip; /* not written to */
+        char *data = (char *)(uintptr_t)sharded_data(stretch, skip); /* not written to; none is rounded */
         if (count > 0 && (char *)parts[count - 1].data + parts[count - 1].bytes == data)
             parts[count - 1].bytes += bytes;
         else
@@ -296,11 +327,7 @@ static struct file_part assemble(const struct sharded_writing *w, const struct t
     for (size_t filled = 0; filled < task->extent.bytes; stretch++, skip = 0) {
         uint64_t has = stretch->bytes - skip, left = task->extent.bytes - filled;
         size_t part = (size_t)(has < left ? has : left);
-        const char *from = (const char *)stretch->data + skip;
-        if (stretch->begin == 0) /* a header is in the host's memory everywhere */
-            memcpy(to + filled, from, part);
-        else
-            w->way.device->copy_to_host(to + filled, from, part);
+        sharded_fetch(stretch, skip, part, w->way.device, to + filled);
         filled += part;
     }
     return (struct file_part){to, task->extent.bytes};

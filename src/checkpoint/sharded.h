@@ -46,9 +46,20 @@ enum status sharded_create(const struct sharded_set *set, const char *root) MUST
 /* Bytes that belong somewhere. */
 struct sharded_stretch {
     int file;
-    uint64_t begin, bytes;
+    uint64_t begin, bytes; /* of the file */
     const void *data;
+    bool rounded; /* data are f32, the file has them in bf16, to nearest even: two bytes of four */
 };
+
+/* Where byte `skip` of a stretch comes from. */
+static inline const void *sharded_data(const struct sharded_stretch *stretch, uint64_t skip) {
+    return (const char *)stretch->data + (stretch->rounded ? 2 * skip : skip);
+}
+
+/* Bytes skip .. skip+bytes-1 of a stretch, as they are in the file, into the host's memory. Of a rounded one both are
+ * even. */
+void sharded_fetch(const struct sharded_stretch *stretch, uint64_t skip, size_t bytes, const struct device *device,
+                   char *to);
 
 /* Sort by place and join neighbours that are neighbours in memory, too. Returns how many are left. */
 int sharded_sort(struct sharded_stretch *stretches, int count);
@@ -69,7 +80,7 @@ struct sharded_shelter {
     pthread_mutex_t mutex;
     int stretch; /* the writer needs what begins at byte `skip` of this one, and all after it */
     uint64_t skip;
-    const struct sharded_stretch *moved; /* [count] the same stretches, elsewhere; NULL: where they were */
+    const struct sharded_stretch *moved; /* [count] the same stretches, elsewhere, none rounded; NULL: where they were */
 };
 
 /* How a share is written. */
@@ -85,6 +96,6 @@ struct sharded_way {
 
 /* Write and flush sorted stretches, which do not overlap those of any other process. extents is an empty list before; the
  * caller frees its items, always. Straight from memory, without a copy, what lies to the blocks of FILE_BLOCK_BYTES in memory as
- * in the file, and meets at blocks. */
+ * in the file, and meets at blocks; nothing that is rounded does. */
 enum status sharded_write(const struct sharded_set *set, const char *root, const struct sharded_stretch *stretches, int count,
                           struct sharded_way way, struct sharded_extents *extents) MUST_USE;

@@ -131,10 +131,10 @@ static enum status print_tensors(const char *checkpoint, const char *stem) {
     return STATUS_OK;
 }
 
-static enum status print_all_tensors(const char *path, int64_t island_count) {
-    for (int64_t i = 0; i < checkpoint_part_count(island_count); i++) {
+static enum status print_all_tensors(const char *path, struct checkpoint_form form) {
+    for (int64_t i = 0; i < checkpoint_part_count(form); i++) {
         char stem[CHECKPOINT_STEM_BYTES];
-        checkpoint_part_stem(island_count, i, stem);
+        checkpoint_part_stem(form, i, stem);
         TRY(print_tensors(path, stem));
     }
     return STATUS_OK;
@@ -180,7 +180,7 @@ static void print_resume(const struct finding *f, const char *run_directory) {
 
 static void print_islands(const struct train_state *state) {
     const struct outer_plan *plan = &state->plan;
-    int64_t count = state->island_count;
+    int64_t count = state->form.island_count;
     if (count == 0)
         return;
     printf("islands        %" PRId64 ", each with weights and moments of its own; the model's are what they share\n",
@@ -196,8 +196,10 @@ static enum status print_newest(const struct finding *f, const char *run_directo
                                 struct inspect_checkpoint_options options) {
     TRY(options.print_model(f->path));
     print_files(&f->manifest);
+    if (f->state.form.rounded)
+        printf("weights        the model's in bf16; a resume goes on from those in f32, in training/\n");
     if (options.tensors)
-        TRY(print_all_tensors(f->path, f->state.island_count));
+        TRY(print_all_tensors(f->path, f->state.form));
     printf("checked        %s\n", options.verify ? "every byte against the manifest"
                                                  : "the manifest and the files' sizes; --verify reads every byte");
     print_islands(&f->state);
@@ -215,8 +217,9 @@ static json_t *describe(const struct finding *f, bool verify) {
     if (f->has_state) {
         json_object_set_new(object, "sequences", json_integer(f->state.sequences));
         json_object_set_new(object, "tokens", json_integer(f->state.tokens));
-        if (f->state.island_count > 0)
-            json_object_set_new(object, "islands", json_integer(f->state.island_count));
+        json_object_set_new(object, "weights", json_string(f->state.form.rounded ? "bf16" : "fp32"));
+        if (f->state.form.island_count > 0)
+            json_object_set_new(object, "islands", json_integer(f->state.form.island_count));
     }
     json_t *files = json_array();
     for (size_t i = 0; i < f->manifest.file_count; i++)

@@ -55,7 +55,8 @@ static enum status plan_saving(struct plan *p) {
     struct shares shares;
     const struct outer shapes = {.global = p->model->own_weight, .momentum = p->model->own_weight};
     const struct outer *outer = p->outer.plan.sync_steps > 0 ? &shapes : NULL;
-    enum status status = shares_init(&shares, p->model, outer, (uint64_t)p->config->checkpoint.file_bytes);
+    bool rounded = p->config->checkpoint.weights == CHECKPOINT_WEIGHTS_BF16;
+    enum status status = shares_init(&shares, p->model, outer, rounded, (uint64_t)p->config->checkpoint.file_bytes);
     p->share_bytes = (double)shares.bytes;
     p->copy_bytes = p->config->checkpoint.mode == CHECKPOINT_MODE_ASYNC ? p->share_bytes : 0;
     shares_release(&shares);

@@ -137,7 +137,7 @@ static void expect_islands(const char *directory, int64_t islands) {
     char *end = checkpoint_of(directory, STEPS);
     assert_int_equal(checkpoint_verify(end), STATUS_OK);
     assert_int_equal(checkpoint_read_state(end, &state), STATUS_OK);
-    assert_int_equal(state.island_count, islands);
+    assert_int_equal(state.form.island_count, islands);
     assert_int_equal(state.step, STEPS);
     free(end);
 }

@@ -12,16 +12,16 @@ int64_t checkpoint_island_count(const struct model *model, const struct outer *o
     return outer ? model->sharding.mesh.size[MESH_ISLAND] : 0;
 }
 
-int64_t checkpoint_part_count(int64_t island_count) {
-    return CHECKPOINT_SHARED_PARTS + island_count;
+int64_t checkpoint_part_count(struct checkpoint_form form) {
+    return CHECKPOINT_SHARED_PARTS + form.island_count;
 }
 
-void checkpoint_part_stem(int64_t island_count, int64_t index, char stem[CHECKPOINT_STEM_BYTES]) {
+void checkpoint_part_stem(struct checkpoint_form form, int64_t index, char stem[CHECKPOINT_STEM_BYTES]) {
     static const char *const shared[2][CHECKPOINT_SHARED_PARTS] = {{"model", "training/optimizer"},
                                                                    {"model", "training/outer"}};
-    CHECK_OP(index, <, checkpoint_part_count(island_count));
+    CHECK_OP(index, <, checkpoint_part_count(form));
     if (index < CHECKPOINT_SHARED_PARTS)
-        snprintf(stem, CHECKPOINT_STEM_BYTES, "%s", shared[island_count > 0][index]);
+        snprintf(stem, CHECKPOINT_STEM_BYTES, "%s", shared[form.island_count > 0][index]);
     else
         snprintf(stem, CHECKPOINT_STEM_BYTES, ISLAND_STEM "%lld", (long long)(index - CHECKPOINT_SHARED_PARTS));
 }
@@ -35,18 +35,20 @@ static void add_moments(struct checkpoint_part *part, const struct model *model)
     add_array(part, "v.", model->moment2, true);
 }
 
-struct checkpoint_part checkpoint_part_at(const struct model *model, const struct outer *outer, int64_t island_count,
-                                          int64_t index) {
-    const struct tensor *own = model->own_weight;
-    struct checkpoint_part part = {.island = -1};
-    checkpoint_part_stem(island_count, index, part.stem);
+struct checkpoint_part checkpoint_part_at(const struct model *model, const struct outer *outer,
+                                          struct checkpoint_form form, int64_t index) {
+    const struct tensor *own = model->own_weight, *weights = outer && form.island_count > 0 ? outer->global : own;
+    struct checkpoint_part part = {.island = -1, .rounded = form.rounded && index == 0};
+    checkpoint_part_stem(form, index, part.stem);
+    if (form.rounded && index == 1)
+        add_array(&part, "w.", weights, true);
     if (index >= CHECKPOINT_SHARED_PARTS) {
         part.island = index - CHECKPOINT_SHARED_PARTS;
         add_array(&part, "w.", own, outer != NULL);
         add_moments(&part, model);
     } else if (index == 0) {
-        add_array(&part, "", outer && island_count > 0 ? outer->global : own, true);
-    } else if (island_count > 0) {
+        add_array(&part, "", weights, true);
+    } else if (form.island_count > 0) {
         add_array(&part, "b.", outer ? outer->momentum : own, outer != NULL);
     } else {
         add_moments(&part, model);
@@ -66,8 +68,12 @@ enum status checkpoint_part_tensors(const struct model *model, const struct chec
         struct named_tensor *more;
         int more_count;
         TRY(model_name_tensors(model, part->arrays[a].rows, part->arrays[a].prefix, &more, &more_count));
-        for (int i = 0; i < more_count && part->arrays[a].has_no_place; i++)
-            more[i].tensor.data = NULL;
+        for (int i = 0; i < more_count; i++) {
+            if (part->arrays[a].has_no_place)
+                more[i].tensor.data = NULL;
+            if (part->rounded)
+                more[i].tensor.dtype = DTYPE_BF16;
+        }
         enum status status = memory_resize(items, (size_t)(*count + more_count), sizeof **items);
         if (status == STATUS_OK)
             memcpy(*items + *count, more, (size_t)more_count * sizeof *more);

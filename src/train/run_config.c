@@ -106,6 +106,8 @@ static const struct setting place_settings[] = {
      "a save that is due while another is written waits for it, or replaces it"},
     {"checkpoint", "file_bytes", SETTING_INTEGER, AT(checkpoint.file_bytes), 1, 1e15, NULL,
      "bytes of tensors in one file; more are divided into several, with an index"},
+    {"checkpoint", "weights", SETTING_CHOICE, AT(checkpoint.weights), 0, 1, wire_names,
+     "of model.safetensors: fp32, or bf16 for other tools, with those to go on from in training/"},
     {"checkpoint", "read", SETTING_CHOICE, AT(checkpoint.read), 0, 1, read_names,
      "on resume replicas read each for itself, or one reads and sends it to the others"},
     {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},

@@ -14,6 +14,7 @@ enum gradient_wire { GRADIENT_WIRE_FP32, GRADIENT_WIRE_BF16 };
 
 enum checkpoint_mode { CHECKPOINT_MODE_ASYNC, CHECKPOINT_MODE_SYNC };
 enum checkpoint_overlap { CHECKPOINT_OVERLAP_WAIT, CHECKPOINT_OVERLAP_REPLACE };
+enum checkpoint_weights { CHECKPOINT_WEIGHTS_FP32, CHECKPOINT_WEIGHTS_BF16 };
 
 struct run_config {
     struct model_config model;
@@ -51,6 +52,7 @@ struct run_config {
         int64_t every_steps, keep, keep_every_steps, file_bytes;
         bool keep_best;
         int mode, overlap, read; /* enum checkpoint_mode, checkpoint_overlap, checkpoint_read (train/state.h) */
+        int weights;             /* enum checkpoint_weights */
     } checkpoint;
     struct {
         char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES], device[SETTING_STRING_BYTES];

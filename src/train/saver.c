@@ -26,7 +26,7 @@ struct saver {
     struct saver_settings settings;
     struct ranks *ranks;
     const struct outer *outer; /* NULL: without islands */
-    int64_t island_count;
+    struct checkpoint_form form;
     const struct device *device;
     struct shares shares;
     char *copy;                     /* room for this rank's bytes in the order of the files; NULL: not asynchronous */
@@ -87,6 +87,7 @@ static enum status take_copy(struct saver *s) {
     for (int i = 0; i < s->shares.count; i++) {
         s->copied[i] = s->shares.stretches[i];
         s->copied[i].data = s->copy + s->copy_offsets[i];
+        s->copied[i].rounded = false;
     }
     return STATUS_OK;
 }
@@ -112,11 +113,7 @@ static void copy_part(const struct saver *s, int i, uint64_t from, uint64_t to) 
     to = to < end ? to : end;
     if (from >= to)
         return;
-    const char *data = (const char *)stretch->data + (from - first);
-    if (stretch->begin == 0) /* a header */
-        memcpy(s->copy + from, data, (size_t)(to - from));
-    else
-        s->device->copy_to_host(s->copy + from, data, (size_t)(to - from));
+    sharded_fetch(stretch, from - first, (size_t)(to - from), s->device, s->copy + from);
 }
 
 /* What the writer has not taken yet. */
@@ -255,7 +252,7 @@ static enum status make_draft(struct saver *s) {
 enum status saver_start(struct saver *s, const struct checkpoint_sources *sources) {
     CHECK(s->stage == STAGE_NONE);
     s->sources = *sources;
-    s->sources.state.island_count = s->island_count;
+    s->sources.state.form = s->form;
     if (s->outer)
         s->sources.state.plan = s->outer->options.plan;
     memset(s->root, 0, sizeof s->root);
@@ -378,9 +375,9 @@ enum status saver_create(struct saver **out, const struct model *model, const st
     s->settings = *settings;
     s->ranks = ranks;
     s->outer = outer;
-    s->island_count = checkpoint_island_count(model, outer);
+    s->form = (struct checkpoint_form){checkpoint_island_count(model, outer), settings->rounded};
     s->device = model->device;
-    enum status status = shares_init(&s->shares, model, outer, settings->file_bytes);
+    enum status status = shares_init(&s->shares, model, outer, settings->rounded, settings->file_bytes);
     if (status == STATUS_OK)
         status = take_hashes(s, model);
     if (status == STATUS_OK && settings->asynchronous)

@@ -21,6 +21,7 @@ struct saver_settings {
     const char *directory; /* of checkpoints */
     uint64_t file_bytes;   /* at most so many in one file of tensors; a longer tensor has a file of its own */
     bool asynchronous;
+    bool rounded;                        /* the model's file is in bf16 */
     void (*published)(const char *path); /* on every rank, when a checkpoint is there; NULL: none */
 };
 

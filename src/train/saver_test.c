@@ -27,6 +27,7 @@ struct job {
     uint64_t file_bytes;
     bool dense;
     int64_t vocab_size; /* 0: of the small model */
+    bool rounded;
     bool asynchronous, mutates; /* changes every tensor once it may, */
     int pause_us;               /* so long after saver_start returned, */
     int write;                  /* or while its writer is about to begin this write, from 1 */
@@ -76,7 +77,7 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     struct model_config config = small_config(job->dense);
     config.vocab_size = job->vocab_size > 0 ? job->vocab_size : config.vocab_size;
     const struct kernel_ops *ops;
-    struct saver_settings settings = {job->to, job->file_bytes, job->asynchronous, note_published};
+    struct saver_settings settings = {job->to, job->file_bytes, job->asynchronous, job->rounded, note_published};
     TRY(kernels_choose("portable", &ops));
     TRY(ranks_open(&r->ranks, &mesh, world));
     struct model_options options = {ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh, job->layout.zero}};
@@ -210,18 +211,77 @@ static const struct layout_case layouts[] = {{1, 1, 1, 0}, {2, 1, 1, 0}, {1, 2, 
                                              {1, 2, 2, 1}, {2, 1, 3, 3}, {2, 2, 2, 3}, {1, 2, 4, 3}};
 enum { LAYOUT_COUNT = sizeof layouts / sizeof *layouts };
 
-/* Saved on A and loaded on B, for all 144 pairs: B saves the same files, byte for byte. */
+/* Every weight of the model's file is that of the other in bf16. */
+static void assert_rounded(const char *exact, const char *rounded) {
+    struct weights a, b;
+    assert_int_equal(weights_open(&a, exact), STATUS_OK);
+    assert_int_equal(weights_open(&b, rounded), STATUS_OK);
+    assert_int_equal(a.name_count, b.name_count);
+    for (int i = 0; i < a.name_count; i++) {
+        const struct safetensors *file_a, *file_b;
+        const struct safetensors_entry *entry_a = weights_find(&a, a.names[i].name, &file_a);
+        const struct safetensors_entry *entry_b = weights_find(&b, a.names[i].name, &file_b);
+        assert_non_null(entry_b);
+        assert_int_equal(entry_b->dtype, SAFETENSORS_BF16);
+        int64_t count = safetensors_elements(entry_a);
+        float *full = malloc((size_t)count * sizeof *full);
+        uint16_t *half = malloc((size_t)count * sizeof *half);
+        assert_int_equal(safetensors_read(file_a, entry_a, 0, count, DTYPE_F32, full), STATUS_OK);
+        assert_int_equal(safetensors_read(file_b, entry_b, 0, count, DTYPE_BF16, half), STATUS_OK);
+        for (int64_t k = 0; k < count; k++)
+            assert_int_equal(half[k], float_to_bf16(full[k]));
+        free(full);
+        free(half);
+    }
+    weights_close(&a);
+    weights_close(&b);
+}
+
+/* The checkpoint that all layouts are to save: as it is, and rounded. */
+static void save_canonical(char *origins[2], char *canonical[2]) {
+    for (int rounded = 0; rounded < 2; rounded++) {
+        origins[rounded] = directory_of("origin", rounded);
+        canonical[rounded] = checkpoint_in(origins[rounded], 3);
+        struct job job = {single, .to = origins[rounded], .step = 3, .file_bytes = 1 << 30, .rounded = rounded};
+        run_well(&job);
+    }
+    assert_rounded(canonical[0], canonical[1]);
+}
+
+/* From a device other than the processor they come through a buffer, in parts. */
+static void test_rounded_from_a_device(void **state) {
+    (void)state;
+    enum { COUNT = 50001 };
+    const struct device other = *device_cpu();
+    float *floats = malloc(COUNT * sizeof *floats);
+    uint16_t *here = malloc(COUNT * sizeof *here), *there = malloc(COUNT * sizeof *there);
+    for (uint64_t i = 0; i < COUNT; i++)
+        ((uint32_t *)floats)[i] = (uint32_t)random_bits(8, 0, i);
+    const struct sharded_stretch stretch = {0, 4096, 2 * COUNT, floats, true};
+    sharded_fetch(&stretch, 6, 2 * (COUNT - 3), device_cpu(), (char *)here);
+    sharded_fetch(&stretch, 6, 2 * (COUNT - 3), &other, (char *)there);
+    for (int i = 0; i < COUNT - 3; i++) {
+        assert_int_equal(here[i], float_to_bf16(floats[i + 3]));
+        assert_int_equal(there[i], here[i]);
+    }
+    free(floats);
+    free(here);
+    free(there);
+}
+
+/* Saved on A and loaded on B, for all 144 pairs, rounded and not: B saves the same files, byte for byte. */
 static void test_any_layout_to_any_other(void **state) {
     (void)state;
-    char *origin = directory_of("origin", 0), *canonical = checkpoint_in(origin, 3);
-    struct job first = {single, .to = origin, .step = 3, .file_bytes = 1 << 30};
-    run_well(&first);
+    char *origins[2], *canonical[2];
+    save_canonical(origins, canonical);
     for (int a = 0; a < LAYOUT_COUNT; a++) {
         char *from = disk_directory_of("a", a), *saved = checkpoint_in(from, 3);
-        struct job save_a = {layouts[a], .from = origin,        .to = from,
-                             .step = 3,  .file_bytes = 1 << 30, .asynchronous = a % 2};
+        bool rounded = a % 3 == 1;
+        struct job save_a = {layouts[a],        .from = origins[a / 2 % 2], .to = from,
+                             .step = 3,         .file_bytes = 1 << 30,      .asynchronous = a % 2,
+                             .rounded = rounded};
         run_well(&save_a);
-        assert_same_checkpoint(canonical, saved);
+        assert_same_checkpoint(canonical[rounded], saved);
         for (int b = a % EVERY_PAIR; b < LAYOUT_COUNT; b += EVERY_PAIR) {
             char *to = directory_of("b", b), *again = checkpoint_in(to, 3);
             struct job save_b = {layouts[b],
@@ -229,11 +289,12 @@ static void test_any_layout_to_any_other(void **state) {
                                  .to = to,
                                  .step = 3,
                                  .file_bytes = 1 << 30,
+                                 .rounded = b % 4 == 1,
                                  .read = (a + b) % 2 ? CHECKPOINT_READ_BROADCAST : CHECKPOINT_READ_EACH};
             run_well(&save_b);
             assert_int_equal(save_b.state.step, 3);
             assert_int_equal(save_b.published, layouts[b].replicate * layouts[b].shard * layouts[b].expert);
-            assert_same_checkpoint(canonical, again);
+            assert_same_checkpoint(canonical[b % 4 == 1], again);
             remove_all(to);
             free(again);
             free(to);
@@ -242,15 +303,17 @@ static void test_any_layout_to_any_other(void **state) {
         free(saved);
         free(from);
     }
-    free(canonical);
-    free(origin);
+    for (int i = 0; i < 2; i++) {
+        free(canonical[i]);
+        free(origins[i]);
+    }
 }
 
 /* Every byte of the tensor files has one writer: their shares together are the whole. */
 static void test_every_byte_is_written_once(void **state) {
     (void)state;
-    for (int i = 0; i < LAYOUT_COUNT; i++) {
-        struct layout_case l = layouts[i];
+    for (int i = 0; i < 2 * LAYOUT_COUNT; i++) {
+        struct layout_case l = layouts[i / 2];
         const int size[MESH_AXIS_COUNT] = {1, l.replicate, l.shard, l.expert};
         uint64_t total = 0, most = 0, whole = 0, headers = 0;
         int ranks = l.replicate * l.shard * l.expert;
@@ -263,7 +326,7 @@ static void test_every_byte_is_written_once(void **state) {
             struct model_options options = {
                 ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh_make(size, r), l.zero}};
             assert_int_equal(model_create_shapes(&config, options, &model), STATUS_OK);
-            assert_int_equal(shares_init(&shares, model, NULL, 1 << 30), STATUS_OK);
+            assert_int_equal(shares_init(&shares, model, NULL, i % 2, 1 << 30), STATUS_OK);
             total += shares.bytes;
             whole = sharded_bytes(&shares.set);
             for (int f = 0; f < shares.set.file_count && r == 0; f++)
@@ -295,7 +358,7 @@ static void test_parts_begin_at_blocks(void **state) {
         struct model_options options = {ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh_make(size, r), 0}};
         int large = 0;
         assert_int_equal(model_create_shapes(&config, options, &model), STATUS_OK);
-        assert_int_equal(shares_init(&shares, model, NULL, 1 << 30), STATUS_OK);
+        assert_int_equal(shares_init(&shares, model, NULL, false, 1 << 30), STATUS_OK);
         for (int i = 0; i < shares.count; i++) {
             if (shares.stretches[i].bytes < 1 << 18)
                 continue;
@@ -358,14 +421,24 @@ static void test_changed_while_it_is_written(void **state) {
     enum { MOMENTS = 3, LONGEST_US = 20000 };
     static const struct {
         int64_t vocab_size, expected_step;
-    } forms[] = {{VOCABULARY_ODD, 0}, {VOCABULARY_OF_BLOCKS, 0}, {VOCABULARY_OF_BLOCKS, 5}};
-    for (int form = 0; form < 3; form++) {
+        bool rounded;
+    } forms[] = {{VOCABULARY_ODD, 0, false},
+                 {VOCABULARY_OF_BLOCKS, 0, false},
+                 {VOCABULARY_OF_BLOCKS, 5, false},
+                 {VOCABULARY_OF_BLOCKS, 5, true},
+                 {VOCABULARY_ODD, 0, true}};
+    for (int form = 0; form < 5; form++) {
         char *sync = directory_of("sync", 0), *expected = checkpoint_in(sync, 5);
-        struct job job = {single, .to = sync, .step = 5, .file_bytes = 1 << 30, .vocab_size = forms[form].vocab_size};
+        struct job job = {single,
+                          .to = sync,
+                          .step = 5,
+                          .file_bytes = 1 << 30,
+                          .vocab_size = forms[form].vocab_size,
+                          .rounded = forms[form].rounded};
         run_well(&job);
         job.expected_step = forms[form].expected_step;
         job.write_came = true;
-        for (job.write = 1 + form; job.write_came; job.write += 3)
+        for (job.write = 1 + form % 3; job.write_came; job.write += 3)
             change_while_it_is_written(&job, expected);
         assert_true(job.write > 8);
         job.write = 0;
@@ -635,6 +708,32 @@ static void assert_not_resumed(const char *directory) {
     }
 }
 
+/* Nobody goes on from the model's file where it is rounded: it is checked all the same, whoever reads. */
+static void test_damage_to_rounded_weights_is_found(void **state) {
+    (void)state;
+    static const char *const names[] = {"model.safetensors", "training/optimizer.safetensors", "training/state.json"};
+    char *directory = directory_of("damage", 1), *checkpoint = checkpoint_in(directory, 1);
+    struct job job = {{1, 2, 1, 3}, .to = directory, .step = 1, .file_bytes = 1 << 30, .dense = true, .rounded = true};
+    run_well(&job);
+    for (int n = 0; n < 3; n++) {
+        char *path = path_join(checkpoint, names[n]);
+        uint64_t size;
+        assert_int_equal(file_size(path, &size), STATUS_OK);
+        for (uint64_t i = 0; i < 40; i++) {
+            uint64_t bit = random_bits(6, (uint64_t)n, i) % (8 * size);
+            flip(path, bit);
+            assert_found(checkpoint, path, bit);
+            assert_not_resumed(directory);
+            flip(path, bit);
+        }
+        free(path);
+    }
+    assert_int_equal(checkpoint_verify(checkpoint), STATUS_OK);
+    remove_all(directory);
+    free(checkpoint);
+    free(directory);
+}
+
 /* Files that no rank reads rows of are checked on resume, too. */
 static void damage_small_files(const char *directory, const char *checkpoint) {
     static const char *const names[] = {"config.json", "tokenizer.json", "training/state.json", "training/config.ini",
@@ -711,6 +810,7 @@ static void test_several_threads(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_rounded_from_a_device),
         cmocka_unit_test(test_any_layout_to_any_other),
         cmocka_unit_test(test_every_byte_is_written_once),
         cmocka_unit_test(test_parts_begin_at_blocks),
@@ -722,6 +822,7 @@ int main(void) {
         cmocka_unit_test(test_allocations_failing),
         cmocka_unit_test(test_another_model),
         cmocka_unit_test(test_damage_is_found),
+        cmocka_unit_test(test_damage_to_rounded_weights_is_found),
         cmocka_unit_test(test_several_threads),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

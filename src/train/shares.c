@@ -3,9 +3,9 @@
 #include "base/memory.h"
 #include <stdlib.h>
 
-/* Those of the shared parts, and of an island: what is listed for one island serves all, for only the stem tells them
- * apart. */
-enum { ITEMS_PER_TENSOR = CHECKPOINT_SHARED_PARTS + CHECKPOINT_PART_ARRAYS };
+/* The model's, those of the other shared part, and of an island: what is listed for one island serves all, for only the
+ * stem tells them apart. */
+enum { ITEMS_PER_TENSOR = 1 + 2 * CHECKPOINT_PART_ARRAYS };
 
 enum { BLOCKS_LEAST = 16 }; /* of a rank's part, so that no part is much larger than another */
 
@@ -27,19 +27,20 @@ static uint64_t unit_of(uint64_t bytes, uint64_t row_bytes, int ranks) {
 
 /* Of the rows that several ranks hold, the part that this one writes. */
 static struct sharded_stretch stretch_of(const struct named_tensor *held, const struct mesh *mesh, unsigned axes,
-                                         struct sharded_place place) {
+                                         struct sharded_place place, bool rounded) {
     struct tensor whole = named_tensor_whole(held);
     uint64_t row_bytes = whole.shape[0] > 0 ? (uint64_t)tensor_bytes(whole) / (uint64_t)whole.shape[0] : 0;
     uint64_t first = place.begin + (uint64_t)held->first_row * row_bytes, bytes = (uint64_t)held->tensor.shape[0] * row_bytes;
     if (bytes == 0)
-        return (struct sharded_stretch){place.file, first, 0, NULL};
+        return (struct sharded_stretch){.file = place.file, .begin = first};
     int ranks = mesh_group_size(mesh, axes);
     uint64_t unit = unit_of(bytes, row_bytes, ranks), count = (bytes + unit - 1) / unit;
     struct range mine = range_part((int64_t)count, ranks, mesh_group_rank(mesh, axes));
     uint64_t begin = (uint64_t)mine.begin * unit, end = (uint64_t)mine.end * unit;
-    const char *data = held->tensor.data;
+    struct sharded_stretch all = {place.file, first, bytes, held->tensor.data, rounded};
     end = end < bytes ? end : bytes;
-    return (struct sharded_stretch){place.file, first + begin, begin < end ? end - begin : 0, data ? data + begin : NULL};
+    return (struct sharded_stretch){place.file, first + begin, begin < end ? end - begin : 0,
+                                    all.data ? sharded_data(&all, begin) : NULL, rounded};
 }
 
 /* Of one array of a part: held[] are its tensors, places[] where they begin. */
@@ -50,7 +51,8 @@ static void add_stretches(struct shares *shares, const struct model *model, cons
         const struct parameter *row = &model->table.rows[i];
         unsigned axes = copy_axes(&model->sharding, row, part);
         for (int64_t k = 0; k < parameter_file_tensors(row); k++, at++)
-            shares->stretches[shares->count++] = stretch_of(&held[at], &model->sharding.mesh, axes, places[at]);
+            shares->stretches[shares->count++] =
+                stretch_of(&held[at], &model->sharding.mesh, axes, places[at], part->rounded);
     }
 }
 
@@ -82,13 +84,13 @@ static enum status add_part(struct shares *shares, const struct model *model, co
     return status;
 }
 
-static enum status add_parts(struct shares *shares, const struct model *model, const struct outer *outer,
+static enum status add_parts(struct shares *shares, const struct model *model, const struct outer *outer, bool rounded,
                              uint64_t file_bytes, int64_t tensors) {
-    int64_t islands = checkpoint_island_count(model, outer);
-    for (int64_t i = 0; i < checkpoint_part_count(islands); i++) {
-        struct checkpoint_part part = checkpoint_part_at(model, outer, islands, i);
-        int64_t kind = i < CHECKPOINT_SHARED_PARTS ? i : CHECKPOINT_SHARED_PARTS;
-        TRY(add_part(shares, model, &part, file_bytes, shares->items + kind * tensors));
+    struct checkpoint_form form = {checkpoint_island_count(model, outer), rounded};
+    for (int64_t i = 0; i < checkpoint_part_count(form); i++) {
+        struct checkpoint_part part = checkpoint_part_at(model, outer, form, i);
+        int64_t first = i == 0 ? 0 : i < CHECKPOINT_SHARED_PARTS ? 1 : 1 + CHECKPOINT_PART_ARRAYS;
+        TRY(add_part(shares, model, &part, file_bytes, shares->items + first * tensors));
     }
     return STATUS_OK;
 }
@@ -107,12 +109,12 @@ static int64_t count_file_tensors(const struct parameter_table *table) {
     return count;
 }
 
-enum status shares_init(struct shares *shares, const struct model *model, const struct outer *outer,
+enum status shares_init(struct shares *shares, const struct model *model, const struct outer *outer, bool rounded,
                         uint64_t file_bytes) {
     int64_t tensors = count_file_tensors(&model->table);
     *shares = (struct shares){0};
     TRY(memory_alloc(&shares->items, ITEMS_PER_TENSOR * (size_t)tensors, sizeof *shares->items));
-    TRY(add_parts(shares, model, outer, file_bytes, tensors));
+    TRY(add_parts(shares, model, outer, rounded, file_bytes, tensors));
     if (mesh_rank(&model->sharding.mesh) == 0)
         TRY(add_headers(shares));
     shares->count = sharded_sort(shares->stretches, shares->count);

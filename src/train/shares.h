@@ -10,15 +10,15 @@
 #include "train/parts.h"
 
 struct shares {
-    struct sharded_set set;            /* the files of all parts, f32; of all islands */
+    struct sharded_set set;            /* the files of all parts; of all islands */
     struct named_tensor *items;        /* of the set */
     struct sharded_stretch *stretches; /* [count] sorted; in the model's memory, and the files' headers on rank 0 */
     int count;
     uint64_t bytes; /* of all stretches */
 };
 
-/* outer: of a run with islands, else NULL; only its global and momentum are looked at. file_bytes: see sharded_add.
- * Borrows both. Release with shares_release, also after a failure. */
-enum status shares_init(struct shares *shares, const struct model *model, const struct outer *outer,
+/* outer: of a run with islands, else NULL; only its global and momentum are looked at. rounded: the model's file is in
+ * bf16. file_bytes: see sharded_add. Borrows model and outer. Release with shares_release, also after a failure. */
+enum status shares_init(struct shares *shares, const struct model *model, const struct outer *outer, bool rounded,
                         uint64_t file_bytes) MUST_USE;
 void shares_release(struct shares *shares);

@@ -6,7 +6,6 @@
 #include "base/memory.h"
 #include "checkpoint/weights.h"
 #include "data/tokenizer.h"
-#include "train/parts.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +14,9 @@
 enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20, PATH_BYTES = CHECKPOINT_PATH_BYTES };
 enum { ISLANDS_MAX = 65536, STATE_BYTES_MAX = 512 << 20 }; /* which their guards fit into */
 enum { FRAGMENTS_MAX = 1 << 16, BLOCKS_MAX = FRAGMENTS_MAX, ROUNDS_MAX = 1000000, STEPS_MAX = 1000000000 };
+
+/* What state.json says of a rounded checkpoint's "weights", and config.json of their dtype. */
+#define ROUNDED "bfloat16"
 
 static const char *const order_names[] = {[OUTER_STRIDED] = "strided", [OUTER_SEQUENTIAL] = "sequential"};
 enum { ORDER_COUNT = sizeof order_names / sizeof *order_names };
@@ -87,13 +89,15 @@ static enum status write_state(const char *directory, const struct checkpoint_so
     const struct train_state *state = &sources->state;
     json_t *object = json_pack("{s:i,s:I,s:I,s:I}", "version", STATE_VERSION, "step", (json_int_t)state->step,
                                "sequences", (json_int_t)state->sequences, "tokens", (json_int_t)state->tokens);
-    if (state->island_count == 0) {
+    if (state->form.island_count == 0) {
         json_object_set_new(object, "guard", guard_pack(&state->guard));
     } else {
         CHECK(sources->island_guards != NULL);
-        json_object_set_new(object, "islands", pack_guards(sources->island_guards, state->island_count));
+        json_object_set_new(object, "islands", pack_guards(sources->island_guards, state->form.island_count));
         json_object_set_new(object, "outer", pack_outer(state));
     }
+    if (state->form.rounded)
+        json_object_set_new(object, "weights", json_string(ROUNDED));
     if (state->best_step >= 0) {
         json_object_set_new(object, "best_step", json_integer(state->best_step));
         json_object_set_new(object, "best_valid_loss", json_real(state->best_valid_loss));
@@ -103,7 +107,8 @@ static enum status write_state(const char *directory, const struct checkpoint_so
 
 static enum status write_config(const char *directory, const struct checkpoint_sources *sources) {
     char *path = path_join(directory, "config.json");
-    enum status status = model_config_write(sources->model, path, tokenizer_end_of_text(sources->tokenizer), "float32");
+    const char *dtype = sources->state.form.rounded ? ROUNDED : "float32";
+    enum status status = model_config_write(sources->model, path, tokenizer_end_of_text(sources->tokenizer), dtype);
     free(path);
     return status;
 }
@@ -134,14 +139,14 @@ static enum status unpack_guards(struct json_source source, int64_t island, stru
     size_t count = json_array_size(list);
     if (!json_is_array(list) || count < 1 || count > ISLANDS_MAX)
         return status_fail(STATUS_FORMAT, "%s: \"islands\" is not a list of 1 to %d", source.label, ISLANDS_MAX);
-    state->island_count = (int64_t)count;
+    state->form.island_count = (int64_t)count;
     for (size_t i = 0; i < count; i++) {
         struct guard guard;
         char *label = text_format("%s: islands[%zu]", source.label, i);
         enum status status = guard_unpack((struct json_source){label, json_array_get(list, i)}, &guard);
         free(label);
         TRY(status);
-        if ((int64_t)i == island % state->island_count)
+        if ((int64_t)i == island % state->form.island_count)
             state->guard = guard;
     }
     return STATUS_OK;
@@ -209,6 +214,16 @@ static enum status unpack_islands(struct json_source source, int64_t island, str
     return status;
 }
 
+/* Files that do not say it have them in f32. */
+static enum status unpack_rounded(struct json_source source, bool *rounded) {
+    const char *name = NULL;
+    TRY(json_get_string(source, "weights", false, &name));
+    *rounded = name != NULL;
+    if (name && strcmp(name, ROUNDED) != 0)
+        return status_fail(STATUS_FORMAT, "%s: \"weights\" is \"%.32s\", not \"" ROUNDED "\"", source.label, name);
+    return STATUS_OK;
+}
+
 static enum status unpack_state(struct json_source source, int64_t island, struct train_state *state) {
     int64_t version;
     *state = (struct train_state){.best_step = -1}; /* where it says nothing */
@@ -217,6 +232,7 @@ static enum status unpack_state(struct json_source source, int64_t island, struc
     TRY(json_get_integer(source, "sequences", true, 0, INT64_MAX, &state->sequences));
     TRY(json_get_integer(source, "tokens", true, 0, INT64_MAX, &state->tokens));
     TRY(unpack_islands(source, island, state));
+    TRY(unpack_rounded(source, &state->form.rounded));
     TRY(json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step));
     return json_get_number(source, "best_valid_loss", state->best_step >= 0, -INFINITY, INFINITY,
                            &state->best_valid_loss);
@@ -287,8 +303,8 @@ static bool is_checker(const struct wanted *w, int file) {
     return mesh_rank(mesh) == checker;
 }
 
-/* The rows of an item that are held here. The header is looked at before it is checked: what it says must be what this
- * model needs, whoever wrote it. */
+/* The rows of an item that are held here; rounded ones are only checked. The header is looked at before it is checked:
+ * what it says must be what this model needs, whoever wrote it. */
 static enum status want_item(struct wanted *w, struct weights *weights, const struct checkpoint_part *part,
                              const struct named_tensor *item) {
     const struct safetensors *file;
@@ -302,7 +318,7 @@ static enum status want_item(struct wanted *w, struct weights *weights, const st
         return status_fail(STATUS_FORMAT, "%s: its checkpoint's manifest does not name it", file->path);
     w->targets[w->count++] = (struct checkpoint_target){
         index, (uint64_t)(file->data - file->map.data) + entry->begin + (uint64_t)item->first_row * row_bytes, bytes,
-        item->tensor.data};
+        part->rounded ? NULL : item->tensor.data};
     return STATUS_OK;
 }
 
@@ -342,11 +358,11 @@ static enum status want_part(struct wanted *w, const char *directory, const stru
 }
 
 /* This rank's rows of what is the same on all islands, and of the island that it goes on with. */
-static enum status want_rows(struct wanted *w, const char *directory, int64_t island_count) {
+static enum status want_rows(struct wanted *w, const char *directory, struct checkpoint_form form) {
     const struct filling *f = w->filling;
-    int64_t island = island_count > 0 ? island_of(f) % island_count : 0;
-    for (int64_t i = 0; i < checkpoint_part_count(island_count); i++) {
-        struct checkpoint_part part = checkpoint_part_at(f->model, f->outer, island_count, i);
+    int64_t island = form.island_count > 0 ? island_of(f) % form.island_count : 0;
+    for (int64_t i = 0; i < checkpoint_part_count(form); i++) {
+        struct checkpoint_part part = checkpoint_part_at(f->model, f->outer, form, i);
         if (checkpoint_part_is_of(&part, island))
             TRY(want_part(w, directory, &part));
     }
@@ -370,17 +386,17 @@ static enum status want_the_rest(struct wanted *w) {
 }
 
 /* As the files have it before anything was checked. */
-static enum status want_all(struct wanted *w, const char *directory, int64_t island_count) {
+static enum status want_all(struct wanted *w, const char *directory, struct checkpoint_form form) {
     TRY(checkpoint_manifest_open(&w->manifest, directory));
     if (!receives(w->filling))
-        TRY(want_rows(w, directory, island_count));
+        TRY(want_rows(w, directory, form));
     return want_the_rest(w);
 }
 
 /* What this rank owns, every byte of it checked against the manifest. */
-static enum status read_share(const char *directory, const struct filling *f, int64_t island_count) {
+static enum status read_share(const char *directory, const struct filling *f, struct checkpoint_form form) {
     struct wanted wanted = {.filling = f};
-    enum status status = want_all(&wanted, directory, island_count);
+    enum status status = want_all(&wanted, directory, form);
     if (status == STATUS_OK)
         status = checkpoint_read(directory, &wanted.manifest, wanted.targets, wanted.count, f->model->device);
     wanted_release(&wanted);
@@ -405,11 +421,11 @@ static enum status send_to_replicas(const struct filling *f) {
 static enum status read_all(const char *directory, const struct filling *f, struct train_state *state) {
     enum status status = read_state(directory, island_of(f), state);
     if (status == STATUS_OK)
-        status = read_share(directory, f, state->island_count);
+        status = read_share(directory, f, state->form);
     TRY(comm_agree(f->ranks->world, status));
     if (f->read == CHECKPOINT_READ_BROADCAST)
         TRY(send_to_replicas(f));
-    if (f->outer && state->island_count == 0)
+    if (f->outer && state->form.island_count == 0)
         outer_reset(f->outer); /* its weights are those that all islands begin with */
     return STATUS_OK;
 }
@@ -487,6 +503,6 @@ enum status checkpoint_resume(const char *checkpoints_directory, struct model *m
         status = read_newest(&paths, count, &filling, state, path);
     text_list_release(&paths);
     if (status == STATUS_OK && *path)
-        tell(path, state->island_count, checkpoint_island_count(model, outer));
+        tell(path, state->form.island_count, checkpoint_island_count(model, outer));
     return status;
 }

@@ -5,25 +5,26 @@
 #include "model/model.h"
 #include "parallel/outer.h"
 #include "train/guard.h"
+#include "train/parts.h"
 
 struct tokenizer;
 
 struct train_state {
-    int64_t step;               /* updates done */
-    int64_t sequences;          /* drawn from the loader: its cursor */
-    int64_t tokens;             /* learnt from */
-    double best_valid_loss;     /* of the checkpoints that were saved at an evaluation */
-    int64_t best_step;          /* of that; -1: none yet */
-    struct guard guard;         /* what steps are held against, on this rank's island; empty where the file has none */
-    int64_t island_count;       /* of the checkpoint that was read; 0: it has no islands, and nothing of what follows */
-    struct outer_plan plan;     /* when they met */
-    bool has_report;            /* a fragment was received that was not mixed in yet: what came of it */
-    struct outer_report report; /* but for waited_s */
+    int64_t step;                /* updates done */
+    int64_t sequences;           /* drawn from the loader: its cursor */
+    int64_t tokens;              /* learnt from */
+    double best_valid_loss;      /* of the checkpoints that were saved at an evaluation */
+    int64_t best_step;           /* of that; -1: none yet */
+    struct guard guard;          /* what steps are held against, on this rank's island; empty where the file has none */
+    struct checkpoint_form form; /* of the checkpoint that was read; without islands it has nothing of what follows */
+    struct outer_plan plan;      /* when they met */
+    bool has_report;             /* a fragment was received that was not mixed in yet: what came of it */
+    struct outer_report report;  /* but for waited_s */
 };
 
-/* What a checkpoint says: a Hugging Face directory (config.json, generation_config.json, model.safetensors in f32,
+/* What a checkpoint says: a Hugging Face directory (config.json, generation_config.json, model.safetensors,
  * tokenizer.json, tokenizer_config.json) with training/ inside (state.json, config.ini, and more tensors). The tensors
- * (train/parts.h) are written by train/saver.h, which also sets the state's island_count and plan. */
+ * (train/parts.h) are written by train/saver.h, which also sets the state's form and plan. */
 struct checkpoint_sources {
     const char *tokenizer_path; /* copied */
     const char *config_path;    /* config.ini, copied */

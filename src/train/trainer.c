@@ -241,7 +241,8 @@ static enum status create_model(struct trainer *t) {
 static enum status create_saver(struct trainer *t) {
     const struct run_config *c = t->config;
     struct saver_settings settings = {t->checkpoints, (uint64_t)c->checkpoint.file_bytes,
-                                      c->checkpoint.mode == CHECKPOINT_MODE_ASYNC, t->hooks.checkpoint_is_good};
+                                      c->checkpoint.mode == CHECKPOINT_MODE_ASYNC,
+                                      c->checkpoint.weights == CHECKPOINT_WEIGHTS_BF16, t->hooks.checkpoint_is_good};
     return saver_create(&t->saver, t->model, t->outer, &t->ranks, &settings);
 }
 
@@ -520,7 +521,7 @@ static enum status gather_islands(struct trainer *t) {
         return STATUS_OK;
     TRY(outer_settle(t->outer));
     TRY(outer_verify(t->outer));
-    t->state.island_count = t->sharding.mesh.size[MESH_ISLAND];
+    t->state.form.island_count = t->sharding.mesh.size[MESH_ISLAND];
     t->state.plan = t->outer->options.plan;
     t->state.has_report = t->outer->has_report && t->outer->mixing >= 0;
     t->state.report = t->outer->report;

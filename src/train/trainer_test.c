@@ -224,7 +224,8 @@ enum { LONG_STEPS = 200, STOPS = 20 };
 enum { LONG_STEPS = 200, STOPS = 50 };
 #endif
 
-/* Stopped at 50 (under the sanitizers 20) random steps and resumed: not a bit differs in weights, optimizer, state and metrics. */
+/* Stopped at 50 (under the sanitizers 20) random steps and resumed, every other time from a checkpoint whose model is in bf16: not
+ * a bit differs in weights, optimizer, state and metrics. */
 static void test_fifty_stops(void **state) {
     (void)state;
     static const char *const names[] = {"model.safetensors", "training/optimizer.safetensors", "training/state.json"};
@@ -237,6 +238,8 @@ static void test_fifty_stops(void **state) {
         int left = LONG_STEPS - 1 - step, longest = 2 * left / (STOPS - stops);
         longest = longest < left ? longest : left;
         call.interrupt_after = 1 + (int)(random_bits(6, 1, (uint64_t)stops) % (uint64_t)(longest > 1 ? longest - 1 : 1));
+        call.more_key = stops % 2 ? "checkpoint.weights" : NULL;
+        call.more_value = "bf16";
         assert_int_equal(train(call, &summary), STATUS_OK);
         assert_true(summary.interrupted);
         assert_int_equal(summary.step, step + call.interrupt_after);
@@ -244,6 +247,7 @@ static void test_fifty_stops(void **state) {
         stops++;
     }
     call.interrupt_after = 0;
+    call.more_key = NULL;
     assert_int_equal(train(call, &summary), STATUS_OK);
     assert_int_equal(summary.step, LONG_STEPS);
     for (int i = 0; i < 3; i++) {
