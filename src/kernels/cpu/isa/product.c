@@ -425,9 +425,11 @@ struct weight_job {
     bool accumulate, past_caches;
 };
 
+/* Tasks that run at the same time have rows of dw of their own, as far as there are several: two threads that write beside each
+ * other in the same rows fetch each other's lines ahead. */
 static int64_t weight_part(const struct weight_job *job, int64_t index, struct part *part) {
     int64_t tasks = job->row_tasks * job->column_tasks, expert = index / tasks;
-    int64_t row = index % tasks / job->column_tasks * job->task_rows, column = index % job->column_tasks * job->task_columns;
+    int64_t row = index % job->row_tasks * job->task_rows, column = index % tasks / job->row_tasks * job->task_columns;
     *part = (struct part){row, at_most(job->out - row, job->task_rows),
                           column, at_most(job->in - column, job->task_columns),
                           group_begin(job->offsets, expert, job->row_count),
@@ -461,11 +463,12 @@ static double weight_tasks_cost(const struct weight_job *job, int64_t groups, in
     return (rounds + 0.25) * (rows * columns + PACK_COST * (rows + columns));
 }
 
-/* May ask for the number of threads: a number of dw is the same however the rest is cut. */
+/* May ask for the number of threads: a number of dw is the same however the rest is cut. Of two cuts that cost the same, the one
+ * with more rows of tasks. */
 static void cut_weight_tasks(struct weight_job *job, int64_t groups) {
     double least = INFINITY;
-    for (int64_t r = divide_up(job->out, SIDE_MAX); r <= divide_up(job->out, SIDE_MIN); r++)
-        for (int64_t c = divide_up(job->in, SIDE_MAX); c <= divide_up(job->in, SIDE_MIN); c++) {
+    for (int64_t c = divide_up(job->in, SIDE_MAX); c <= divide_up(job->in, SIDE_MIN); c++)
+        for (int64_t r = divide_up(job->out, SIDE_MAX); r <= divide_up(job->out, SIDE_MIN); r++) {
             double cost = weight_tasks_cost(job, groups, r, c);
             if (cost >= least)
                 continue;
