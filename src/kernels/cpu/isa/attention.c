@@ -109,12 +109,18 @@ static struct forward_scratch forward_scratch_take(const struct attention *a, in
 
 ALWAYS_INLINE void soften_block(enum dtype dtype, const struct attention *a, const struct forward_scratch *s,
                                 int64_t first, int64_t rows, int64_t key, int64_t keys) {
+    float most[QUERY_BLOCK];
     for (int64_t r = 0; r < rows; r++) {
         float *scores = s->scores + r * KEY_BLOCK;
         hide_keys(scores, at_most(keys, first + r + a->offset + 1 - key), keys);
-        softmax_row(dtype, &s->softmax[r], scores, keys, a->exponent, (void *)matrix_at(&s->weights, r, 0),
-                    s->out + r * a->row_floats, a->row_floats);
+        most[r] = softmax_largest(scores, keys) * a->exponent;
     }
+    for (int64_t r = 0; r < rows; r++)
+        if (most[r] > s->softmax[r].most)
+            softmax_raise(&s->softmax[r], most[r], s->out + r * a->row_floats, a->row_floats);
+    for (int64_t r = 0; r < rows; r++)
+        softmax_weights(dtype, &s->softmax[r], s->scores + r * KEY_BLOCK, keys, a->exponent,
+                        (void *)matrix_at(&s->weights, r, 0));
 }
 
 /* A block of queries, in s->queries, against a block of keys. */

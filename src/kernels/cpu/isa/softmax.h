@@ -59,17 +59,18 @@ static inline void softmax_raise(struct softmax *s, float most, float *out, int6
     s->most = most;
 }
 
-/* One query's scores become weights (they may lie over them); its sum and its output so far follow. out_floats is a
- * multiple of VECTOR_LANES. */
-ALWAYS_INLINE void softmax_row(enum dtype dtype, struct softmax *s, const float *scores, int64_t count, float exponent,
-                               void *weights, float *out, int64_t out_floats) {
+ALWAYS_INLINE float softmax_largest(const float *scores, int64_t count) {
     vector_f32 high = vector_load(scores);
     for (int64_t j = VECTOR_LANES; j < count; j += VECTOR_LANES)
         high = vector_max(high, vector_load(scores + j));
-    float most = vector_largest(high) * exponent;
-    if (most > s->most)
-        softmax_raise(s, most, out, out_floats);
-    most = s->most;
+    return vector_largest(high);
+}
+
+/* One query's scores, of which the largest is known to be reckoned with (softmax_raise), become weights, which may lie over
+ * them; its sum follows. */
+ALWAYS_INLINE void softmax_weights(enum dtype dtype, struct softmax *s, const float *scores, int64_t count, float exponent,
+                                   void *weights) {
+    const float most = s->most;
     vector_f32 sum = s->sum;
     for (int64_t j = 0; j < count; j += VECTOR_LANES) {
         vector_f32 weight = vector_exp2(vector_load(scores + j) * exponent - most);
@@ -77,6 +78,15 @@ ALWAYS_INLINE void softmax_row(enum dtype dtype, struct softmax *s, const float 
         numbers_store(dtype, weights, j, VECTOR_LANES, weight);
     }
     s->sum = sum;
+}
+
+/* All of it for one query; its output so far follows. out_floats is a multiple of VECTOR_LANES. */
+ALWAYS_INLINE void softmax_row(enum dtype dtype, struct softmax *s, const float *scores, int64_t count, float exponent,
+                               void *weights, float *out, int64_t out_floats) {
+    float most = softmax_largest(scores, count) * exponent;
+    if (most > s->most)
+        softmax_raise(s, most, out, out_floats);
+    softmax_weights(dtype, s, scores, count, exponent, weights);
 }
 
 /* log of the sum of e^(scale * score), `sum` being that of the lanes. The weights were made with `most` as it is here,
