@@ -808,6 +808,47 @@ static void test_several_threads(void **state) {
     free(one);
 }
 
+/* Which of the files were read while a checkpoint was loaded. */
+struct reads {
+    _Atomic bool weights_came, model_came_last;
+};
+
+/* The model's file comes when the weights in f32 have long been where they belong. */
+static int read_model_last(void *context, enum file_operation operation, const char *path) {
+    enum { TRIES = 500, TRY_US = 10000, DELIVERED_US = 50000 };
+    struct reads *reads = context;
+    if (operation == FILE_READ && strstr(path, "optimizer.safetensors"))
+        reads->weights_came = true;
+    if (operation == FILE_READ && strstr(path, "model.safetensors")) {
+        for (int i = 0; i < TRIES && !reads->weights_came; i++)
+            usleep(TRY_US);
+        usleep(DELIVERED_US);
+        reads->model_came_last = reads->weights_came;
+    }
+    return 0;
+}
+
+/* Rounded weights are checked and go nowhere, whenever they come. */
+static void test_rounded_weights_go_nowhere(void **state) {
+    (void)state;
+    char *from = disk_directory_of("rounded", 0), *to = disk_directory_of("exact", 0), *saved = checkpoint_in(from, 3);
+    char *again = checkpoint_in(to, 3);
+    struct job save_rounded = {single, .to = from, .step = 3, .file_bytes = 1 << 30, .rounded = true};
+    struct job load = {single, .from = from, .to = to, .step = 3, .file_bytes = 1 << 30, .rounded = true};
+    struct reads reads = {0};
+    run_well(&save_rounded);
+    threads_set_count(3);
+    file_set_fault(read_model_last, &reads);
+    run_well(&load);
+    file_set_fault(NULL, NULL);
+    threads_set_count(1);
+    assert_true(reads.model_came_last);
+    assert_same_checkpoint(saved, again);
+    remove_all(from);
+    remove_all(to);
+    free(saved), free(again), free(from), free(to);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rounded_from_a_device),
@@ -824,6 +865,7 @@ int main(void) {
         cmocka_unit_test(test_damage_is_found),
         cmocka_unit_test(test_damage_to_rounded_weights_is_found),
         cmocka_unit_test(test_several_threads),
+        cmocka_unit_test(test_rounded_weights_go_nowhere),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
