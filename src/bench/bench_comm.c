@@ -1,11 +1,13 @@
 /* Transfers between ranks: ours beside MPI's own blocking collectives of the same bytes, in turns; how much of a transfer
- * hides behind computing; what a transfer that does not move costs one that computes. */
+ * hides behind computing; what a transfer that does not move costs one that computes. Between devices: ours alone. */
 #include "bench/bench.h"
 
 #include "base/clock.h"
 #include "base/json.h"
 #include "base/memory.h"
 #include "base/text.h"
+#include "comm/on_device/on_device.h"
+#include "train/run_config.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,31 +20,54 @@ enum { SIZE_COUNT = sizeof sizes / sizeof *sizes };
 /* One exchange of `bytes` a rank. */
 struct exchange {
     struct comm_launch *launch;
+    const struct device *device; /* where send and recv are */
+    struct comm *comm, on_device; /* the world, or one for the device */
+    char link[COMM_MEMORY_LINE_BYTES]; /* how devices exchange; empty on the processor */
     bool gathers; /* all ranks' bytes to all; else a part to each */
-    int64_t bytes;
-    char *send, *recv;
+    int64_t bytes, bytes_most;
+    void *send, *recv;
     int64_t *counts, *send_offsets, *offsets; /* [size] each */
 };
 
 /* ---- the exchange ---------------------------------------------------------------------------------------------------- */
 
-static enum status exchange_take(struct comm_launch *launch, int64_t bytes_most, struct exchange *x) {
-    size_t size = (size_t)launch->world.size, recv_bytes = size * (size_t)bytes_most;
-    *x = (struct exchange){.launch = launch};
+/* Memory for the largest, every page of it there before the first transfer. */
+static enum status exchange_take(const struct bench *bench, int64_t bytes_most, struct exchange *x) {
+    size_t size = (size_t)bench->launch->world.size;
+    *x = (struct exchange){.launch = bench->launch, .device = bench->device, .comm = &bench->launch->world, .bytes_most = bytes_most};
     TRY(memory_alloc(&x->counts, 3 * size, sizeof *x->counts));
     x->send_offsets = x->counts + size;
     x->offsets = x->send_offsets + size;
-    TRY(memory_alloc(&x->send, (size_t)bytes_most, 1));
-    TRY(memory_alloc(&x->recv, recv_bytes, 1));
-    memset(x->send, 1, (size_t)bytes_most); /* every page is there before the first transfer */
-    memset(x->recv, 1, recv_bytes);
+    TRY(x->device->alloc(&x->send, (size_t)bytes_most));
+    TRY(x->device->alloc(&x->recv, size * (size_t)bytes_most));
+    if (x->device != device_cpu())
+        return STATUS_OK;
+    memset(x->send, 1, (size_t)bytes_most);
+    memset(x->recv, 1, size * (size_t)bytes_most);
     return STATUS_OK;
 }
 
+/* Collective. Between devices the way that a run with these settings would take. */
+static enum status exchange_open(const struct bench *bench, struct exchange *x) {
+    struct comm *world = &bench->launch->world;
+    struct comm_memory memory;
+    struct run_config config;
+    if (x->device == device_cpu())
+        return STATUS_OK;
+    TRY(comm_agree(world, run_config_resolve(&config, NULL, bench->pairs, bench->pair_count)));
+    TRY(comm_memory_choose(world, x->device, (enum comm_wish)config.run.transport, &memory, x->link));
+    TRY(world->ops->split(world, 0, &x->on_device));
+    x->comm = &x->on_device;
+    return comm_agree(world, comm_on_device(x->comm, memory));
+}
+
 static void exchange_release(struct exchange *x) {
+    comm_release(&x->on_device);
     free(x->counts);
-    free(x->send);
-    free(x->recv);
+    if (x->send)
+        x->device->release(x->send, (size_t)x->bytes_most);
+    if (x->recv)
+        x->device->release(x->recv, (size_t)x->launch->world.size * (size_t)x->bytes_most);
 }
 
 static void exchange_shape(struct exchange *x, bool gathers, int64_t bytes) {
@@ -62,7 +87,7 @@ static double exchange_bytes(const struct exchange *x) {
 }
 
 static enum status exchange_start(struct exchange *x, struct comm_request *request) {
-    struct comm *comm = &x->launch->world;
+    struct comm *comm = x->comm;
     if (x->gathers)
         return comm->ops->all_gather(comm, x->send, x->recv, x->counts, x->offsets, request);
     return comm->ops->all_to_all(comm, x->send, x->counts, x->send_offsets, x->recv, x->counts, x->offsets, request);
@@ -71,7 +96,7 @@ static enum status exchange_start(struct exchange *x, struct comm_request *reque
 static enum status exchange_ours(struct exchange *x) {
     struct comm_request request;
     TRY(exchange_start(x, &request));
-    return x->launch->world.ops->wait(&x->launch->world, &request);
+    return x->comm->ops->wait(x->comm, &request);
 }
 
 static enum status exchange_bare(struct exchange *x) {
@@ -93,6 +118,7 @@ static enum status time_calls(struct exchange *x, enum status (*call)(struct exc
     double begin = clock_seconds();
     for (int i = 0; i < calls; i++)
         TRY(call(x));
+    x->device->finish();
     TRY(meet(comm));
     *seconds = (clock_seconds() - begin) / calls;
     return comm_broadcast(comm, seconds, sizeof *seconds);
@@ -108,6 +134,24 @@ static enum status count_calls(struct exchange *x, int *calls) {
 
 /* ---- bandwidth -------------------------------------------------------------------------------------------------------- */
 
+static void print_on_device(const struct bench *bench, const struct exchange *x, const char *label, struct bench_time time) {
+    double bytes = exchange_bytes(x);
+    if (bench->json) {
+        json_t *object = json_pack("{s:s,s:s,s:s,s:i,s:i,s:s,s:s,s:f,s:f}", "bench", "comm", "case", label, "precision", "bytes",
+                                   "threads", x->launch->thread_count, "ranks", x->launch->world.size, "device",
+                                   device_describe(x->device), "link", x->link, "ms_median", 1e3 * time.median, "bytes_per_s",
+                                   bytes / time.median);
+        CHECK(object != NULL);
+        json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
+        putchar('\n');
+        json_decref(object);
+    } else {
+        printf("comm       %-44s %9.3f ms (%.3f to %.3f) %8.2f GB/s; %s\n", label, 1e3 * time.median, 1e3 * time.least,
+               1e3 * time.most, 1e-9 * bytes / time.median, x->link);
+    }
+    fflush(stdout);
+}
+
 static void print_bandwidth(const struct bench *bench, const struct exchange *x, struct bench_time ours,
                             struct bench_time bare) {
     const char *name = x->gathers ? "all_gather" : "all_to_all";
@@ -116,6 +160,10 @@ static void print_bandwidth(const struct bench *bench, const struct exchange *x,
     if (x->launch->world.rank != 0)
         return;
     snprintf(label, sizeof label, "%s of %s", name, text_bytes(size, x->bytes));
+    if (x->device != device_cpu()) {
+        print_on_device(bench, x, label, ours);
+        return;
+    }
     if (bench->json) {
         json_t *object = json_pack("{s:s,s:s,s:s,s:i,s:i,s:f,s:f,s:f,s:f,s:f}", "bench", "comm", "case", label, "precision",
                                    "bytes", "threads", x->launch->thread_count, "ranks", x->launch->world.size, "ms_median",
@@ -135,12 +183,16 @@ static void print_bandwidth(const struct bench *bench, const struct exchange *x,
 
 static enum status measure_bandwidth(const struct bench *bench, struct exchange *x) {
     double ours[ROUNDS_MAX], bare[ROUNDS_MAX];
+    bool on_host = x->device == device_cpu();
     int calls;
-    TRY(exchange_bare(x));
+    if (on_host)
+        TRY(exchange_bare(x));
     TRY(count_calls(x, &calls));
     for (int i = 0; i < bench->rounds; i++) {
         TRY(time_calls(x, exchange_ours, calls, &ours[i]));
-        TRY(time_calls(x, exchange_bare, calls, &bare[i]));
+        bare[i] = ours[i];
+        if (on_host)
+            TRY(time_calls(x, exchange_bare, calls, &bare[i]));
     }
     print_bandwidth(bench, x, bench_time_of(ours, bench->rounds), bench_time_of(bare, bench->rounds));
     return STATUS_OK;
@@ -263,7 +315,7 @@ static enum status measure_all(const struct bench *bench, struct exchange *x) {
             exchange_shape(x, gathers, sizes[i]);
             TRY(measure_bandwidth(bench, x));
         }
-    for (int i = 2; i < SIZE_COUNT; i++) {
+    for (int i = 2; i < SIZE_COUNT && x->device == device_cpu(); i++) {
         struct progress progress;
         double cost;
         exchange_shape(x, false, sizes[i]);
@@ -278,8 +330,9 @@ enum status bench_comm(const struct bench *bench) {
     struct exchange x;
     if (bench->launch->world.size == 1)
         return status_fail(STATUS_USAGE, "transfers need several ranks: mpirun -n 2 cadre bench comm");
-    enum status status = exchange_take(bench->launch, sizes[SIZE_COUNT - 1], &x);
-    status = comm_agree(&bench->launch->world, status);
+    enum status status = comm_agree(&bench->launch->world, exchange_take(bench, sizes[SIZE_COUNT - 1], &x));
+    if (status == STATUS_OK)
+        status = exchange_open(bench, &x);
     if (status == STATUS_OK)
         status = measure_all(bench, &x);
     exchange_release(&x);

@@ -26,9 +26,10 @@ static enum status read_config(struct training *t, const struct bench *bench) {
 
 static enum status place(struct training *t, const struct bench *bench) {
     struct placement_world world = {t->world->rank, t->world->size, bench->launch->local_size,
-                                    placement_machine_bytes() / bench->launch->local_size};
+                                    placement_rank_bytes(bench->device, bench->launch->local_size)};
+    char ignored[COMM_MEMORY_LINE_BYTES];
     TRY(placement_choose(&t->config, world, &t->sharding));
-    return ranks_open(&t->ranks, &t->sharding.mesh, t->world);
+    return placement_open_ranks(&t->ranks, &t->sharding.mesh, t->world, bench->device, &t->config, ignored);
 }
 
 static enum step_part part_named(const char *name) {

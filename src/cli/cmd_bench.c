@@ -91,14 +91,25 @@ static void print_lost(const char *line) {
     fprintf(stderr, "cadre bench: %s\n", line);
 }
 
-/* What is measured by all ranks. */
-static enum status run_together(struct bench *bench, enum status (*run)(const struct bench *bench)) {
+static enum status choose_device(const struct bench_flags *f, struct bench *bench) {
+    TRY(device_choose(f->device, &bench->device));
+    TRY(kernels_choose_for(bench->device, f->kernels, &bench->ops));
+    if (bench->rounds < 0)
+        bench->rounds = bench->device == device_cpu() ? ROUNDS : ROUNDS_ON_DEVICE;
+    return STATUS_OK;
+}
+
+/* What is measured by all ranks, each with its share of the machine's processors and devices. */
+static enum status run_together(const struct bench_flags *f, struct bench *bench, enum status (*run)(const struct bench *bench)) {
     struct comm_launch launch;
     TRY(comm_launch_open(&launch, print_lost));
     bench->launch = &launch;
     if (bench->threads_follow_launch)
         threads_set_count(launch.thread_count);
-    enum status status = run(bench);
+    device_set_local_rank(launch.local_rank);
+    enum status status = comm_agree(&launch.world, choose_device(f, bench));
+    if (status == STATUS_OK)
+        status = run(bench);
     if (comm_launch_speaks(&launch, status))
         cli_tell_failure("bench");
     else if (status != STATUS_OK)
@@ -138,8 +149,9 @@ enum status cmd_bench(int argc, char **argv) {
     log_set_level(LOG_QUIET);
     TRY(find_verb(f.what, &verb));
     TRY(check_flags(&f));
-    if (pair_count > 0 && verb->run != bench_train && verb->run != bench_checkpoint)
-        return status_fail(STATUS_USAGE, "--%s is for cadre bench train and checkpoint", pairs[0]);
+    bool together = verb->run == bench_comm || verb->run == bench_train || verb->run == bench_checkpoint;
+    if (pair_count > 0 && !together)
+        return status_fail(STATUS_USAGE, "--%s is for cadre bench train, checkpoint and comm", pairs[0]);
     struct bench bench = {.rounds = (int)f.rounds,
                           .json = f.json,
                           .preset = f.preset,
@@ -151,14 +163,10 @@ enum status cmd_bench(int argc, char **argv) {
                           .directory = f.directory,
                           .cases = f.cases};
     TRY(choose_precisions(f.precision, &bench));
-    TRY(device_choose(f.device, &bench.device));
-    TRY(kernels_choose_for(bench.device, f.kernels, &bench.ops));
-    if (bench.rounds < 0)
-        bench.rounds = bench.device == device_cpu() ? ROUNDS : ROUNDS_ON_DEVICE;
-    if (verb->run == bench_comm && bench.device != device_cpu())
-        return status_fail(STATUS_USAGE, "cadre bench comm is of the processor's memory: without --device %s", f.device);
     threads_set_count((int)f.threads);
     bench.threads_follow_launch = f.threads == 0;
-    bool together = verb->run == bench_comm || verb->run == bench_train || verb->run == bench_checkpoint;
-    return together ? run_together(&bench, verb->run) : verb->run(&bench);
+    if (together)
+        return run_together(&f, &bench, verb->run);
+    TRY(choose_device(&f, &bench));
+    return verb->run(&bench);
 }

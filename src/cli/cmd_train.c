@@ -220,6 +220,7 @@ enum status cmd_train(int argc, char **argv) {
     struct train_call call = {.argc = argc, .argv = argv};
     struct comm_launch launch;
     TRY(comm_launch_open(&launch, tell_lost_rank));
+    device_set_local_rank(launch.local_rank);
     enum status status = run_call(&call, &launch, &launch.world);
     if (status != STATUS_OK)
         tell_failure(&launch, status);

@@ -6,7 +6,8 @@
 
 enum { MESSAGE_BYTES = 1024 };
 
-enum status comm_share(struct comm *comm, const void *mine, size_t bytes, void *all) {
+enum status comm_share(struct comm *of, const void *mine, size_t bytes, void *all) {
+    struct comm *comm = comm_host(of);
     int64_t *counts;
     struct comm_request request;
     TRY(memory_alloc(&counts, 2 * (size_t)comm->size, sizeof *counts));
@@ -64,7 +65,8 @@ enum status comm_sum_f64(struct comm *comm, double *values, int count) {
     return status;
 }
 
-enum status comm_broadcast(struct comm *comm, void *data, size_t bytes) {
+enum status comm_broadcast(struct comm *of, void *data, size_t bytes) {
+    struct comm *comm = comm_host(of);
     if (comm->size == 1)
         return STATUS_OK;
     int64_t *counts;

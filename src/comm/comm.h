@@ -9,7 +9,8 @@
  *     rank with nothing to send takes part with counts of zero. Requests may be waited for in any order, and requests of
  *     several communicators may be under way at once.
  *  2. Started transfers make progress while the caller computes; nothing needs to be polled.
- *  3. Buffers belong to the caller and stay untouched from start to wait. Send and receive buffers do not overlap.
+ *  3. Buffers belong to the caller and stay untouched from start to wait. Send and receive buffers do not overlap. They lie in
+ *     the processor's memory, or in that of the one device that the communicator is for.
  *  4. No global state: a process may hold many communicators.
  *  5. A rank that is gone is a failure (STATUS_PEER) on all that wait for it, within seconds, and not a hang.
  *  6. Calls on one communicator come from one thread at a time.
@@ -56,24 +57,35 @@ struct comm {
     int rank, size;
     void *state; /* the transport's own */
     struct comm_count count;
+    struct comm *host; /* of a communicator for the memory of a device (comm/on_device): the same ranks, for the processor's */
 };
+
+/* The same ranks, for buffers in the processor's memory: the communicator itself, unless it is one for a device's. */
+static inline struct comm *comm_host(struct comm *comm) {
+    return comm->host ? comm->host : comm;
+}
+
+/* Sent by this rank so far, from any memory. */
+static inline int64_t comm_sent_bytes(const struct comm *comm) {
+    return comm->count.sent_bytes + (comm->host ? comm->host->count.sent_bytes : 0);
+}
 
 /* A single process: rank 0 of 1. Sends nothing. */
 struct comm comm_self(void);
 
-/* ---- made of the above, for every transport; Collective, all blocking ------------------------------------------------ */
+/* ---- made of the above, for every transport; Collective, all blocking, for the processor's memory --------------------- */
 
 /* The worst status of all ranks: before anything that one rank must not do alone. Where it is not the caller's own, the
  * message is that of the lowest rank that has it, after "rank N: ". */
 enum status comm_agree(struct comm *comm, enum status mine) MUST_USE;
 
-/* Every rank's `bytes` bytes, in rank order, into all [size * bytes]. Host memory. */
+/* Every rank's `bytes` bytes, in rank order, into all [size * bytes]. */
 enum status comm_share(struct comm *comm, const void *mine, size_t bytes, void *all) MUST_USE;
 
-/* values[count] = sum over the ranks, in rank order. Host memory, small. */
+/* values[count] = sum over the ranks, in rank order; few. */
 enum status comm_sum_f64(struct comm *comm, double *values, int count) MUST_USE;
 
-/* Rank 0's `bytes` bytes to all. Host memory. */
+/* Rank 0's `bytes` bytes to all. */
 enum status comm_broadcast(struct comm *comm, void *data, size_t bytes) MUST_USE;
 
 void comm_release(struct comm *comm); /* does nothing for a zeroed one */

@@ -1,10 +1,11 @@
-/* What every transport must do: one list of cases, run over self, over threads and under mpirun. A case is Collective;
- * it returns a failure with a message where something is not as comm.h says. */
+/* What every transport must do: one list of cases, run over self, over threads and under mpirun, in the processor's memory and in
+ * that of a device. A case is Collective; it returns a failure with a message where something is not as comm.h says. */
 #pragma once
 
 #include "base/memory.h"
 #include "base/random.h"
 #include "comm/comm.h"
+#include "device/device.h"
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +20,8 @@
 
 enum { CASE_RANKS_MAX = 16, CASE_UNDER_WAY = 5 };
 
+static const struct device *case_device; /* where the buffers are; NULL: in the processor's memory */
+
 /* An all_to_all of random counts, many of them zero: what rank `from` has for rank `to` follows from `seed` alone. The
  * pieces lie apart from each other, in an order of their own, and nothing between them may change. */
 struct case_exchange {
@@ -26,7 +29,8 @@ struct case_exchange {
     bool gather; /* all_gather: the same for every `to` */
     int64_t counts[4][CASE_RANKS_MAX];
     unsigned char *send, *recv;
-    int64_t recv_bytes;
+    int64_t send_bytes, recv_bytes;
+    void *device_send, *device_recv;
     struct comm_request request;
 };
 
@@ -56,6 +60,7 @@ static enum status case_take(struct comm *comm, struct case_exchange *x, int64_t
     TRY(memory_alloc(&x->send, (size_t)send_bytes + 1, 1));
     TRY(memory_alloc(&x->recv, (size_t)recv_bytes, 1));
     memset(x->recv, CASE_UNTOUCHED, (size_t)recv_bytes);
+    x->send_bytes = send_bytes + 1;
     x->recv_bytes = recv_bytes;
     for (int to = 0; to < comm->size; to++)
         for (int64_t at = 0; at < x->counts[0][to]; at++)
@@ -63,22 +68,48 @@ static enum status case_take(struct comm *comm, struct case_exchange *x, int64_t
     return STATUS_OK;
 }
 
+/* What the transport gets: the same bytes on the device, where there is one. */
+static enum status case_put(struct case_exchange *x) {
+    if (!case_device)
+        return STATUS_OK;
+    TRY(case_device->alloc(&x->device_send, (size_t)x->send_bytes));
+    TRY(case_device->alloc(&x->device_recv, (size_t)x->recv_bytes));
+    case_device->copy_from_host(x->device_send, x->send, (size_t)x->send_bytes);
+    case_device->copy_from_host(x->device_recv, x->recv, (size_t)x->recv_bytes);
+    return STATUS_OK;
+}
+
+static void case_get(struct case_exchange *x) {
+    if (case_device)
+        case_device->copy_to_host(x->recv, x->device_recv, (size_t)x->recv_bytes);
+}
+
+static void case_free(struct case_exchange *x) {
+    if (x->device_send)
+        case_device->release(x->device_send, (size_t)x->send_bytes);
+    if (x->device_recv)
+        case_device->release(x->device_recv, (size_t)x->recv_bytes);
+    free(x->send);
+    free(x->recv);
+    x->send = NULL;
+}
+
 static enum status case_start(struct comm *comm, struct case_exchange *x, uint64_t seed, int64_t most) {
     memset(x, 0, sizeof *x);
     x->seed = seed;
     x->gather = random_bits(seed, 2, 0) % 2;
     TRY(case_take(comm, x, most));
+    TRY(case_put(x));
+    const void *send = case_device ? x->device_send : x->send;
+    void *recv = case_device ? x->device_recv : x->recv;
     int64_t copy[4][CASE_RANKS_MAX]; /* the tables are read before the call returns */
     memcpy(copy, x->counts, sizeof copy);
     enum status status =
-        x->gather ? comm->ops->all_gather(comm, x->send, x->recv, copy[2], copy[3], &x->request)
-                  : comm->ops->all_to_all(comm, x->send, copy[0], copy[1], x->recv, copy[2], copy[3], &x->request);
+        x->gather ? comm->ops->all_gather(comm, send, recv, copy[2], copy[3], &x->request)
+                  : comm->ops->all_to_all(comm, send, copy[0], copy[1], recv, copy[2], copy[3], &x->request);
     memset(copy, 0xff, sizeof copy);
-    if (status != STATUS_OK) {
-        free(x->send);
-        free(x->recv);
-        x->send = NULL;
-    }
+    if (status != STATUS_OK)
+        case_free(x);
     return status;
 }
 
@@ -89,6 +120,7 @@ static enum status case_finish(struct comm *comm, struct case_exchange *x) {
         return STATUS_OK;
     enum status status = comm->ops->wait(comm, &x->request);
     int64_t wrong = 0, covered = 0;
+    case_get(x);
     for (int from = 0; from < comm->size && status == STATUS_OK; from++) {
         for (int64_t at = 0; at < x->counts[2][from]; at++)
             wrong += x->recv[x->counts[3][from] + at] != case_byte(x, from, comm->rank, at);
@@ -97,8 +129,7 @@ static enum status case_finish(struct comm *comm, struct case_exchange *x) {
         covered += x->counts[2][from] + CASE_GAP;
     }
     bool cleared = x->request.ticket == 0;
-    free(x->send);
-    free(x->recv);
+    case_free(x);
     TRY(status);
     EXPECT(wrong == 0);
     EXPECT(covered + CASE_GAP == x->recv_bytes);

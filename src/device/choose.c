@@ -18,6 +18,32 @@ enum status device_choose(const char *name, const struct device **out) {
 #endif
 }
 
+void device_set_local_rank(int local_rank) {
+    CHECK(local_rank >= 0);
+    (void)local_rank;
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+    device_cuda_prefer(local_rank);
+#endif
+}
+
+void device_identify(const struct device *device, unsigned char id[DEVICE_ID_BYTES]) {
+    memset(id, 0, DEVICE_ID_BYTES);
+    (void)device;
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+    if (device != device_cpu())
+        device_cuda_identify(id);
+#endif
+}
+
+int64_t device_memory_bytes(const struct device *device, int local_size) {
+    (void)device, (void)local_size;
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+    if (device != device_cpu())
+        return device_cuda_memory_bytes(local_size);
+#endif
+    return 0;
+}
+
 const char *device_describe(const struct device *device) {
 #if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
     if (device != device_cpu())

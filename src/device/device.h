@@ -9,6 +9,7 @@
 #include "base/status.h"
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 enum { ARENA_BLOCK_BYTES = 4096 };
 
@@ -19,18 +20,34 @@ struct device {
     void (*release)(void *data, size_t bytes);
     void (*copy_to_host)(void *host, const void *data, size_t bytes);
     void (*copy_from_host)(void *data, const void *host, size_t bytes);
+    void (*copy_within)(void *to, const void *from, size_t bytes); /* in the order of all that is asked of it; waits for nothing */
+    /* Memory of the processor that copies from and to the device are fastest with. */
+    enum status (*alloc_host)(void **out, size_t bytes);
+    void (*release_host)(void *data, size_t bytes);
     /* Waits until all that was asked of it is done; what went wrong in between ends the program with one line. */
     void (*finish)(void);
 };
 
 const struct device *device_cpu(void);
 
-/* "cpu", or "cuda": the first CUDA device that the system shows (CUDA_VISIBLE_DEVICES). Fails with STATUS_USAGE where the
- * program was built without CUDA and where the machine has no such device. */
+/* "cpu", or "cuda": of the CUDA devices that the system shows (CUDA_VISIBLE_DEVICES) the one of this process. Fails with
+ * STATUS_USAGE where the program was built without CUDA and where the machine has no such device. */
 enum status device_choose(const char *name, const struct device **out) MUST_USE;
+
+/* Of several processes on this machine this is number `local_rank`: it takes the device of that number, or, where there are fewer,
+ * shares one with others. Before device_choose; without, number 0. */
+void device_set_local_rank(int local_rank);
 
 /* What it is: "NVIDIA H100 80GB HBM3", or "cpu". */
 const char *device_describe(const struct device *device);
+
+/* Two processes get the same bytes where they use the same device, be they on one machine or on two. */
+enum { DEVICE_ID_BYTES = 16 };
+void device_identify(const struct device *device, unsigned char id[DEVICE_ID_BYTES]);
+
+/* Of a device's own memory what each of `local_size` processes on this machine has, where they are dealt out as
+ * device_set_local_rank says; bytes, 0 where it is the processor's. */
+int64_t device_memory_bytes(const struct device *device, int local_size);
 
 struct arena {
     const struct device *device; /* NULL: counts only, hands out NULL */

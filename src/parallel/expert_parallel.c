@@ -240,7 +240,8 @@ static enum status finish(struct expert_parallel *x, enum status status);
 void expert_parallel_destroy(struct expert_parallel *x) {
     if (!x)
         return;
-    if (finish(x, x->options.comm->ops->wait(x->options.comm, &x->counts)) != STATUS_OK)
+    struct comm *host = comm_host(x->options.comm);
+    if (finish(x, host->ops->wait(host, &x->counts)) != STATUS_OK)
         log_verbose("expert exchange: ended while rows were under way");
     for (int i = 0; x->slots && i <= x->options.slot_count; i++) {
         arena_release(&x->slots[i].store.arena);
@@ -334,7 +335,7 @@ static struct store *store_of(struct expert_parallel *x, struct slot *slot) {
 static enum status announce(void *self, const struct exchange_call *call) {
     struct expert_parallel *x = self;
     struct slot *slot = slot_of(x, call);
-    struct comm *comm = x->options.comm;
+    struct comm *host = comm_host(x->options.comm);
     size_t bytes = ((size_t)x->size + 1) * sizeof(int32_t);
     shape_plan(x, slot, call->route->expert.shape[0]);
     call->context->ops->route_pairs(call->route->expert, x->options.expert_count, x->size, slot->plan);
@@ -346,7 +347,7 @@ static enum status announce(void *self, const struct exchange_call *call) {
         x->recv_offsets[r] = (int64_t)sizeof *x->mine * x->size * r;
     }
     x->is_packed = false;
-    return comm->ops->all_gather(comm, x->mine, x->matrix, x->recv_counts, x->recv_offsets, &x->counts);
+    return host->ops->all_gather(host, x->mine, x->matrix, x->recv_counts, x->recv_offsets, &x->counts);
 }
 
 static struct amount arriving_at(const struct expert_parallel *x, int rank) {
@@ -420,7 +421,8 @@ static void find_cuts(const struct expert_parallel *x, struct slot *slot) {
 
 /* Every source tells every rank the rows of each round. */
 static enum status exchange_cuts(struct expert_parallel *x, struct slot *slot) {
-    struct comm *comm = x->options.comm;
+    struct comm *comm = comm_host(x->options.comm);
+    struct comm_request request;
     int64_t *counts = NULL, bytes = slot->rounds * (int64_t)sizeof *counts;
     enum status status = reserve_cuts(x, slot);
     if (status == STATUS_OK)
@@ -436,8 +438,9 @@ static enum status exchange_cuts(struct expert_parallel *x, struct slot *slot) {
                 counts[r * slot->rounds + j] = cut[j + 1] - cut[j];
         }
         status = comm->ops->all_to_all(comm, counts, x->send_counts, x->send_offsets, slot->cut_rows, x->send_counts,
-                                       x->send_offsets, &x->requests[0]);
-        status = finish(x, status);
+                                       x->send_offsets, &request);
+        if (status == STATUS_OK)
+            status = comm->ops->wait(comm, &request);
     }
     free(counts);
     return status;
@@ -595,7 +598,8 @@ static enum status begin(void *self, const struct exchange_call *call, struct te
     struct expert_parallel *x = self;
     struct slot *slot = slot_of(x, call);
     pack_all(x, call->context->ops, slot, tokens);
-    TRY(x->options.comm->ops->wait(x->options.comm, &x->counts));
+    struct comm *host = comm_host(x->options.comm);
+    TRY(host->ops->wait(host, &x->counts));
     for (int source = 0; source < x->size; source++)
         slot->from[source] = x->matrix[source * x->size + x->rank];
     *rounds = slot->rounds = count_rounds(x);

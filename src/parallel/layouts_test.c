@@ -4,6 +4,7 @@
 
 #include "base/random.h"
 #include "base/threads.h"
+#include "comm/fence_testing.h"
 #include "comm/threads/comm_threads.h"
 #include <math.h>
 #include <setjmp.h>
@@ -11,6 +12,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <cmocka.h>
+
+#ifdef CADRE_CUDA_MODEL
+static const bool has_nccl = true;
+#else
+static const bool has_nccl = false; /* none for a device that is none */
+#endif
 
 enum { LENGTH = 24, VOCAB = 67, STEPS_MAX = 20, RANKS_MAX = 8 };
 
@@ -23,6 +30,7 @@ struct job {
     int64_t exchange_limit_bytes;
     enum dtype compute;
     enum { ROUTE_AS_LEARNT, ROUTE_ALL_TO_ONE } routing;
+    struct comm_memory memory; /* zeroed: the processor's */
     /* what came out */
     double loss[STEPS_MAX], norm[STEPS_MAX], load[STEPS_MAX];
     int64_t comm_bytes;                 /* of the last step, all ranks */
@@ -32,6 +40,7 @@ struct job {
 };
 
 struct rank {
+    struct comm fenced; /* where tensors are on a device */
     struct ranks ranks;
     struct model *model;
     struct workspace *workspace;
@@ -69,15 +78,25 @@ static void route_all_to_one(struct rank *r) {
     }
 }
 
+/* On a device no byte of a tensor may reach the world. */
+static enum status open_ranks(struct rank *r, const struct job *job, const struct mesh *mesh, struct comm *world) {
+    struct comm part;
+    if (!job->memory.device)
+        return ranks_open(&r->ranks, mesh, world, job->memory);
+    TRY(world->ops->split(world, 0, &part));
+    r->fenced = fenced_comm(part);
+    return ranks_open(&r->ranks, mesh, &r->fenced, job->memory);
+}
+
 static enum status open_rank(struct rank *r, const struct job *job, struct comm *world) {
     const int size[MESH_AXIS_COUNT] = {1, job->replicate, job->shard, job->expert};
     struct mesh mesh = mesh_make(size, world->rank);
     struct model_config config = config_of(job);
     const struct kernel_ops *ops;
     TRY(kernels_choose("auto", &ops));
-    TRY(ranks_open(&r->ranks, &mesh, world));
-    struct model_options options = {ops,    device_cpu(), job->compute, DTYPE_F32, LENGTH, true,
-                                    {mesh, job->zero}};
+    TRY(open_ranks(r, job, &mesh, world));
+    const struct device *device = job->memory.device ? job->memory.device : device_cpu();
+    struct model_options options = {ops, device, job->compute, DTYPE_F32, LENGTH, true, {mesh, job->zero}};
     TRY(model_create(&config, options, &r->model));
     struct workspace_options shape = {step_sequences_most(&mesh, job->micro_batch_sequences), LENGTH, true,
                                       job->recompute};
@@ -103,6 +122,7 @@ static void close_rank(struct rank *r) {
     expert_parallel_destroy(r->exchange);
     model_destroy(r->model);
     ranks_close(&r->ranks);
+    comm_release(&r->fenced);
 }
 
 /* Text with something to learn: each token mostly follows from the one before. */
@@ -190,6 +210,7 @@ static struct job alone(struct job job) {
     job.replicate = job.shard = job.expert = 1;
     job.zero = 0;
     job.exchange_limit_bytes = 0;
+    job.memory = (struct comm_memory){0};
     run(&job);
     return job;
 }
@@ -355,12 +376,51 @@ static void test_bf16(void **state) {
     }
 }
 
+/* Where tensors are does not change a bit, nor a byte that is sent: processor against devices, through the host and by NCCL (a model
+ * of it), in layouts that use every transfer there is. */
+static void test_devices(void **state) {
+    (void)state;
+    static const int meshes[][4] = {{2, 1, 1, 0}, {1, 3, 1, 3}, {1, 1, 4, 2}, {2, 2, 1, 1}, {2, 1, 3, 3}, {2, 2, 2, 3}};
+    int ways = has_nccl ? 2 : 1;
+    for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++)
+        for (int limited = 0; limited < 2; limited++) {
+            struct job wanted = {.experts = 5, .sequences = 8, .micro_batch_sequences = 4, .steps = 4};
+            wanted.replicate = meshes[i][0], wanted.shard = meshes[i][1], wanted.expert = meshes[i][2], wanted.zero = meshes[i][3];
+            wanted.exchange_limit_bytes = limited ? 6000 : 0;
+            struct job on_processor = wanted;
+            run(&on_processor);
+            for (int way = 0; way < ways; way++) {
+                struct job job = wanted;
+                job.memory = (struct comm_memory){fenced_device(), way ? COMM_WAY_NCCL : COMM_WAY_HOST};
+                run(&job);
+                assert_memory_equal(job.loss, on_processor.loss, sizeof job.loss);
+                assert_memory_equal(job.norm, on_processor.norm, sizeof job.norm);
+                assert_memory_equal(job.sums, on_processor.sums, sizeof job.sums);
+                assert_int_equal(job.comm_bytes, on_processor.comm_bytes);
+            }
+        }
+}
+
+static void test_ranks_without_tokens_on_devices(void **state) {
+    (void)state;
+    struct job wanted = {.experts = 5, .sequences = 1, .micro_batch_sequences = 1, .steps = 4};
+    struct job one = alone(wanted);
+    for (int way = 0; way <= has_nccl; way++) {
+        wanted.memory = (struct comm_memory){fenced_device(), way ? COMM_WAY_NCCL : COMM_WAY_HOST};
+        try_layout(wanted, &one, 1, 1, 6, 0);
+        try_layout(wanted, &one, 2, 1, 2, 2);
+        try_layout(wanted, &one, 1, 2, 3, 3);
+    }
+}
+
 /* A rank that is gone in the middle of a step is a failure on all that wait for it, and no hang. */
 static void test_a_rank_dies(void **state) {
     (void)state;
-    for (int64_t call = 20; call <= 200; call += 45) {
+    for (int64_t call = 20; call <= 290; call += 45) {
         struct job job = {.experts = 5, .sequences = 8, .micro_batch_sequences = 8, .steps = 20};
         job.replicate = 1, job.shard = 2, job.expert = 2, job.zero = 3;
+        if (call > 200)
+            job.memory.device = fenced_device();
         struct comm_threads_faults faults = {.dying_rank = 2, .dying_call = call};
         threads_set_count(1);
         assert_int_equal(comm_threads_run_with(4, &faults, run_rank, &job), STATUS_PEER);
@@ -379,7 +439,10 @@ int main(void) {
         cmocka_unit_test(test_state_falls_with_the_ranks),
         cmocka_unit_test(test_bytes_are_those_of_the_plan),
         cmocka_unit_test(test_bf16),
+        cmocka_unit_test(test_devices),
+        cmocka_unit_test(test_ranks_without_tokens_on_devices),
         cmocka_unit_test(test_a_rank_dies),
     };
+    use_model_of_nccl();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

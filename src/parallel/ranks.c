@@ -1,6 +1,18 @@
 #include "parallel/ranks.h"
 
-enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world) {
+static enum status open_group(struct comm *world, int color, struct comm_memory memory, struct comm *out) {
+    TRY(world->ops->split(world, color, out));
+    return memory.device ? comm_on_device(out, memory) : STATUS_OK;
+}
+
+/* Between islands there may be a slow link: what waits for one must not occupy a device. */
+static struct comm_memory memory_for(struct comm_memory memory, unsigned axes) {
+    if (axes == MESH_BIT(MESH_ISLAND))
+        memory.way = COMM_WAY_HOST;
+    return memory;
+}
+
+enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world, struct comm_memory memory) {
     CHECK_OP(mesh_rank_count(mesh), ==, world->size);
     CHECK_OP(mesh_rank(mesh), ==, world->rank);
     *ranks = (struct ranks){.mesh = *mesh, .world = world};
@@ -15,7 +27,8 @@ enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm
         {&ranks->islands, MESH_BIT(MESH_ISLAND)},
     };
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
-        enum status status = world->ops->split(world, mesh_group_color(mesh, groups[i].axes), groups[i].comm);
+        enum status status = open_group(world, mesh_group_color(mesh, groups[i].axes), memory_for(memory, groups[i].axes),
+                                        groups[i].comm);
         if (status != STATUS_OK) {
             ranks_close(ranks);
             return status;
@@ -45,6 +58,6 @@ struct ranks ranks_single(struct comm *world) {
 }
 
 int64_t ranks_sent_bytes(const struct ranks *ranks) {
-    return ranks->batch.count.sent_bytes + ranks->shards.count.sent_bytes + ranks->replicas.count.sent_bytes +
-           ranks->experts.count.sent_bytes;
+    return comm_sent_bytes(&ranks->batch) + comm_sent_bytes(&ranks->shards) + comm_sent_bytes(&ranks->replicas) +
+           comm_sent_bytes(&ranks->experts);
 }

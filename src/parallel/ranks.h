@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "comm/comm.h"
+#include "comm/on_device/on_device.h"
 #include "tensor/mesh.h"
 
 enum {
@@ -24,8 +24,9 @@ struct ranks {
     struct comm islands;  /* those of the same place in all islands */
 };
 
-/* Collective. The world must have as many ranks as the mesh, and stay until ranks_close. */
-enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world) MUST_USE;
+/* Collective. The world, for the processor's memory, must have as many ranks as the mesh, and stay until ranks_close. memory: where
+ * the tensors are that the groups exchange. */
+enum status ranks_open(struct ranks *ranks, const struct mesh *mesh, struct comm *world, struct comm_memory memory) MUST_USE;
 void ranks_close(struct ranks *ranks);
 
 /* After a failure of this island alone, with something under way to the others, who will not end it: the communicator is the

@@ -32,7 +32,7 @@ static void check(const struct kernel_ops *ops) {
     static const struct comm_ops nothing = {.name = "nothing", .all_to_all = start_nothing, .wait = wait_for_nothing};
     static float data[2 * ITEMS][40 * 31];
     static _Alignas(64) char staging[1 << 16];
-    struct comm comm = {&nothing, 3, 8, NULL, {0}};
+    struct comm comm = {.ops = &nothing, .rank = 3, .size = 8};
     struct mesh mesh = mesh_make(size, 3);
     struct redistribute_item items[ITEMS];
     struct redistribution *plan;

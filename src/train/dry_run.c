@@ -24,11 +24,12 @@ struct plan {
 
 static enum status plan_open(struct plan *p, const struct run_config *c, int rank_count) {
     struct run_backend backend;
-    struct placement_world world = {.rank_count = rank_count,
-                                    .rank_memory_bytes = placement_machine_bytes() / rank_count};
     p->config = c;
-    TRY(placement_choose(c, world, &p->sharding));
     TRY(run_config_backend(c, &backend));
+    bool on_host = backend.device == device_cpu(); /* then all on this machine; else with a device each */
+    struct placement_world world = {.rank_count = rank_count,
+                                    .rank_memory_bytes = placement_rank_bytes(backend.device, on_host ? rank_count : 1)};
+    TRY(placement_choose(c, world, &p->sharding));
     struct model_options options = {backend.ops, backend.device, run_config_compute(c), DTYPE_F32, c->train.sequence_length,
                                     true,        p->sharding};
     TRY(model_create_shapes(&c->model, options, &p->model));

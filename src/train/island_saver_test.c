@@ -89,7 +89,7 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     struct model_config config = small_config(false);
     const struct kernel_ops *ops;
     TRY(kernels_choose("portable", &ops));
-    TRY(ranks_open(&r->ranks, &sharding.mesh, world));
+    TRY(ranks_open(&r->ranks, &sharding.mesh, world, (struct comm_memory){0}));
     struct model_options options = {ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, sharding};
     enum status status = model_create(&config, options, &r->model);
     if (status == STATUS_OK)

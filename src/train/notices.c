@@ -5,7 +5,7 @@
 
 enum status notices_init(struct notices *n, struct comm *comm, int64_t interval, int64_t delay) {
     size_t islands = (size_t)comm->size, slots = (size_t)(delay / interval + 1);
-    *n = (struct notices){.comm = comm, .interval = interval, .delay = delay, .slot_count = (int64_t)slots};
+    *n = (struct notices){.comm = comm_host(comm), .interval = interval, .delay = delay, .slot_count = (int64_t)slots};
     TRY(memory_alloc(&n->sizes, 2 * islands, sizeof *n->sizes));
     TRY(memory_alloc(&n->flags, slots * (1 + islands), sizeof *n->flags));
     for (int m = 0; m < comm->size; m++) {

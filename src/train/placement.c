@@ -2,7 +2,6 @@
 
 #include "parallel/layout_choice.h"
 #include <stdio.h>
-#include <string.h>
 #include <unistd.h>
 
 /* The mesh of an island, and the islands around it. */
@@ -34,18 +33,9 @@ static enum status check_rank_count(int ranks, int islands) {
                        ranks, ranks == 1 ? "" : "s", islands, fewer > 0 ? fewer : islands);
 }
 
-/* Transfers between ranks read and write the processor's memory. */
-static enum status check_device(const struct run_config *c, int ranks) {
-    if (ranks == 1 || strcmp(c->run.device, "cpu") == 0)
-        return STATUS_OK;
-    return status_fail(STATUS_USAGE, "%d ranks on --device %s need NCCL, which is not built yet; start one", ranks,
-                       c->run.device);
-}
-
 enum status placement_choose(const struct run_config *c, struct placement_world world, struct sharding *out) {
     struct parameter_table table;
     int islands = (int)c->diloco.replicas;
-    TRY(check_device(c, world.rank_count));
     TRY(check_rank_count(world.rank_count, islands));
     struct layout_wishes wishes = {c->layout.replicate, c->layout.shard, c->layout.expert,
                                    c->layout.zero == LAYOUT_ZERO_AUTO ? LAYOUT_ZERO_CHOOSE
@@ -78,8 +68,21 @@ static int64_t group_limit_bytes(void) {
     return bytes;
 }
 
-int64_t placement_machine_bytes(void) {
+static int64_t machine_bytes(void) {
     long pages = sysconf(_SC_PHYS_PAGES), page_bytes = sysconf(_SC_PAGESIZE);
     int64_t machine = pages > 0 && page_bytes > 0 ? (int64_t)pages * page_bytes : 0, limit = group_limit_bytes();
     return limit > 0 && (machine == 0 || limit < machine) ? limit : machine;
+}
+
+int64_t placement_rank_bytes(const struct device *device, int local_size) {
+    return device == device_cpu() ? machine_bytes() / local_size : device_memory_bytes(device, local_size);
+}
+
+enum status placement_open_ranks(struct ranks *ranks, const struct mesh *mesh, struct comm *world, const struct device *device,
+                                 const struct run_config *config, char line[COMM_MEMORY_LINE_BYTES]) {
+    struct comm_memory memory = {0};
+    line[0] = '\0';
+    if (device != device_cpu() && world->size > 1)
+        TRY(comm_memory_choose(world, device, (enum comm_wish)config->run.transport, &memory, line));
+    return ranks_open(ranks, mesh, world, memory);
 }

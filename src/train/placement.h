@@ -2,6 +2,7 @@
 #pragma once
 
 #include "model/sharding.h"
+#include "parallel/ranks.h"
 #include "train/run_config.h"
 
 /* What is known of the ranks. Zeroed members are unknown. */
@@ -15,5 +16,11 @@ struct placement_world {
 enum status placement_choose(const struct run_config *config, struct placement_world world,
                              struct sharding *out) MUST_USE;
 
-/* This machine's memory, or less where this process may not use all of it; bytes, 0 where the system does not tell. */
-int64_t placement_machine_bytes(void);
+/* Memory for the tensors of each of so many ranks on this machine: of the device, where it has its own, or of the machine, as far
+ * as this process may use it; bytes, 0 where the system does not tell. */
+int64_t placement_rank_bytes(const struct device *device, int local_size);
+
+/* Collective. The ranks of the mesh, and how they exchange tensors of the device. `line` gets words for a person; empty on the
+ * processor. */
+enum status placement_open_ranks(struct ranks *ranks, const struct mesh *mesh, struct comm *world, const struct device *device,
+                                 const struct run_config *config, char line[COMM_MEMORY_LINE_BYTES]) MUST_USE;

@@ -59,7 +59,7 @@ static inline enum status test_rank_open(struct test_rank *r, const struct test_
     struct model_config config = test_model_config();
     const struct kernel_ops *ops;
     TRY(kernels_choose("auto", &ops));
-    TRY(ranks_open(&r->ranks, &mesh, world));
+    TRY(ranks_open(&r->ranks, &mesh, world, (struct comm_memory){0}));
     struct model_options options = {ops, device_cpu(), l->compute, DTYPE_F32, LENGTH, true, {mesh, l->zero}};
     TRY(model_create(&config, options, &r->model));
     struct workspace_options shape = {step_sequences_most(&mesh, SEQUENCES), LENGTH, true, false};

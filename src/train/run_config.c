@@ -14,6 +14,7 @@ static const char *const outer_wire_names[] = {"fp32", "bf16", "fp8", "fp4", NUL
 static const char *const mode_names[] = {"async", "sync", NULL};
 static const char *const overlap_names[] = {"wait", "replace", NULL};
 static const char *const read_names[] = {"each", "broadcast", NULL};
+static const char *const transport_names[] = {"auto", "nccl", "host", NULL}; /* as enum comm_wish */
 
 #define AT(member) offsetof(struct run_config, member)
 
@@ -112,6 +113,8 @@ static const struct setting place_settings[] = {
      "on resume replicas read each for itself, or one reads and sends it to the others"},
     {"run", "directory", SETTING_STRING, AT(run.directory), 0, 0, NULL, "where everything of this run is kept"},
     {"run", "device", SETTING_STRING, AT(run.device), 0, 0, NULL, "what computes: cpu or cuda"},
+    {"run", "transport", SETTING_CHOICE, AT(run.transport), 0, 2, transport_names,
+     "of tensors between devices: nccl, host (through the processors' memory), or auto: nccl where each rank has its device"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
      "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
     {"run", "timeout_seconds", SETTING_NUMBER, AT(run.timeout_seconds), 0, 1e6, NULL,

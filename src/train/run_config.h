@@ -57,6 +57,7 @@ struct run_config {
     struct {
         char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES], device[SETTING_STRING_BYTES];
         int64_t threads;
+        int transport; /* enum comm_wish */
         double timeout_seconds;
     } run;
 };

@@ -79,7 +79,7 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     const struct kernel_ops *ops;
     struct saver_settings settings = {job->to, job->file_bytes, job->asynchronous, job->rounded, note_published};
     TRY(kernels_choose("portable", &ops));
-    TRY(ranks_open(&r->ranks, &mesh, world));
+    TRY(ranks_open(&r->ranks, &mesh, world, (struct comm_memory){0}));
     struct model_options options = {ops, device_cpu(), DTYPE_F32, DTYPE_F32, 16, true, {mesh, job->layout.zero}};
     enum status status = model_create(&config, options, &r->model);
     if (status == STATUS_OK)

@@ -13,6 +13,7 @@
 
 enum { STATE_VERSION = 1, SMALL_FILE_BYTES_MAX = 64 << 20, PATH_BYTES = CHECKPOINT_PATH_BYTES };
 enum { ISLANDS_MAX = 65536, STATE_BYTES_MAX = 512 << 20 }; /* which their guards fit into */
+enum { PART_BYTES = 16 << 20 }; /* of a tensor on its way to other replicas */
 enum { FRAGMENTS_MAX = 1 << 16, BLOCKS_MAX = FRAGMENTS_MAX, ROUNDS_MAX = 1000000, STEPS_MAX = 1000000000 };
 
 /* What state.json says of a rounded checkpoint's "weights", and config.json of their dtype. */
@@ -403,17 +404,40 @@ static enum status read_share(const char *directory, const struct filling *f, st
     return status;
 }
 
+/* A tensor of the first replica's device to the others', a part at a time through `part` [PART_BYTES]. */
+static enum status send_tensor(const struct filling *f, struct tensor t, char *part) {
+    const struct device *device = f->model->device;
+    struct comm *replicas = &f->ranks->replicas;
+    for (size_t begin = 0, bytes = tensor_bytes(t); begin < bytes; begin += PART_BYTES) {
+        size_t size = bytes - begin < PART_BYTES ? bytes - begin : PART_BYTES;
+        char *data = (char *)t.data + begin;
+        if (replicas->rank == 0)
+            device->copy_to_host(part, data, size);
+        TRY(comm_broadcast(replicas, part, size));
+        if (replicas->rank > 0)
+            device->copy_from_host(data, part, size);
+    }
+    return STATUS_OK;
+}
+
 /* What the first replica read, to the others: everything that there is, whatever the checkpoint had of it, for that a
  * rank has read something else must not let the others wait. */
 static enum status send_to_replicas(const struct filling *f) {
+    char *part;
     const struct model *model = f->model;
     const struct tensor *arrays[] = {model->own_weight, model->moment1, model->moment2,
                                      f->outer ? f->outer->global : NULL, f->outer ? f->outer->momentum : NULL};
-    for (int i = 0; i < model->table.count; i++)
-        for (size_t a = 0; a < sizeof arrays / sizeof *arrays; a++)
+    if (f->ranks->replicas.size == 1)
+        return STATUS_OK;
+    enum status status = comm_agree(&f->ranks->replicas, memory_alloc(&part, PART_BYTES, 1));
+    if (status != STATUS_OK)
+        return status;
+    for (int i = 0; i < model->table.count && status == STATUS_OK; i++)
+        for (size_t a = 0; a < sizeof arrays / sizeof *arrays && status == STATUS_OK; a++)
             if (arrays[a])
-                TRY(comm_broadcast(&f->ranks->replicas, arrays[a][i].data, tensor_bytes(arrays[a][i])));
-    return STATUS_OK;
+                status = send_tensor(f, arrays[a][i], part);
+    free(part);
+    return status;
 }
 
 /* Collective. One checkpoint; together the ranks read and check all of it. What there is to be read its state says,

@@ -403,8 +403,10 @@ static enum status measure_roof(struct trainer *t) {
 /* Every rank chooses by the same facts: those of the rank that has least. */
 static enum status choose_layout(struct trainer *t) {
     struct comm *world = t->world.comm;
-    char line[LAYOUT_LINE_BYTES];
-    int64_t mine[2] = {placement_machine_bytes() / t->world.local_size, t->world.local_size}, *all;
+    char line[LAYOUT_LINE_BYTES], link[COMM_MEMORY_LINE_BYTES];
+    struct run_backend backend;
+    TRY(run_config_backend(t->config, &backend)); /* as checked by all before */
+    int64_t mine[2] = {placement_rank_bytes(backend.device, t->world.local_size), t->world.local_size}, *all;
     TRY(memory_alloc(&all, 2 * (size_t)world->size, sizeof *all));
     enum status status = comm_share(world, mine, sizeof mine, all);
     struct placement_world known = {world->rank, world->size, (int)mine[1], mine[0]};
@@ -421,7 +423,10 @@ static enum status choose_layout(struct trainer *t) {
         log_warn("%lld sequences at a time leave %lld of %d ranks without work: raise --train.micro_batch_sequences",
                  (long long)t->config->train.micro_batch_sequences,
                  (long long)(world->size - t->config->train.micro_batch_sequences), world->size);
-    return ranks_open(&t->ranks, &t->sharding.mesh, world);
+    TRY(placement_open_ranks(&t->ranks, &t->sharding.mesh, world, backend.device, t->config, link));
+    if (*link)
+        log_info("link    %s", link);
+    return STATUS_OK;
 }
 
 /* What cannot be, and a device that is not there, is refused before anything is written; the choice itself waits for the

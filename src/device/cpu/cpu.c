@@ -25,6 +25,10 @@ static void cpu_copy_from_host(void *data, const void *host, size_t bytes) {
     memcpy(data, host, bytes);
 }
 
+static void cpu_copy_within(void *to, const void *from, size_t bytes) {
+    memcpy(to, from, bytes);
+}
+
 static void cpu_finish(void) {
 }
 
@@ -35,6 +39,9 @@ const struct device *device_cpu(void) {
         .release = cpu_release,
         .copy_to_host = cpu_copy_to_host,
         .copy_from_host = cpu_copy_from_host,
+        .copy_within = cpu_copy_within,
+        .alloc_host = cpu_alloc,
+        .release_host = cpu_release,
         .finish = cpu_finish,
     };
     return &cpu;

@@ -5,6 +5,8 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #define _Noreturn [[noreturn]] /* of C, in the headers */
 extern "C" {
@@ -35,8 +37,52 @@ enum status device_cuda(const struct device **out) {
     return STATUS_OK;
 }
 
+void device_cuda_prefer(int number) {
+    (void)number;
+}
+
 const char *device_cuda_describe(void) {
     return "a model of a CUDA device";
+}
+
+/* Each process has one of its own. */
+void device_cuda_identify(unsigned char id[DEVICE_ID_BYTES]) {
+    pid_t process = getpid();
+    memset(id, 0, DEVICE_ID_BYTES);
+    memcpy(id, &process, sizeof process);
+}
+
+int64_t device_cuda_memory_bytes(int local_size) {
+    (void)local_size;
+    return 0;
+}
+
+void *device_cuda_queue_open(void) {
+    return NULL;
+}
+
+void device_cuda_queue_close(void *queue) {
+    (void)queue;
+}
+
+void *device_cuda_mark_make(void) {
+    return NULL;
+}
+
+void device_cuda_mark_free(void *mark) {
+    (void)mark;
+}
+
+void device_cuda_queue_follow(void *queue, void *mark) {
+    (void)queue, (void)mark;
+}
+
+void device_cuda_queue_mark(void *queue, void *mark) {
+    (void)queue, (void)mark;
+}
+
+void device_cuda_follow(void *mark) {
+    (void)mark;
 }
 
 void *device_cuda_host_memory(size_t bytes) {
@@ -45,9 +91,10 @@ void *device_cuda_host_memory(size_t bytes) {
 
 #else
 
-enum { DEVICE = 0, SMALLEST_BYTES = 2 << 20 }; /* less than that the runtime puts together, at any address */
+enum { SMALLEST_BYTES = 2 << 20 }; /* less than that the runtime puts together, at any address */
 
 static pthread_once_t begun = PTHREAD_ONCE_INIT;
+static int preferred_device, the_device, device_count;
 static cudaStream_t the_stream;
 static struct cudaDeviceProp properties;
 static cudaError_t begin_error;
@@ -57,7 +104,7 @@ static const char *begin_failed_at;
 static void enter(void) {
     static thread_local bool entered;
     if (!entered)
-        cuda_check(cudaSetDevice(DEVICE), "cudaSetDevice");
+        cuda_check(cudaSetDevice(the_device), "cudaSetDevice");
     entered = true;
 }
 
@@ -68,10 +115,11 @@ static bool begins(cudaError_t error, const char *what) {
 }
 
 static void begin(void) {
-    int count = 0;
-    if (begins(cudaGetDeviceCount(&count), "cudaGetDeviceCount") &&
-        begins(cudaGetDeviceProperties(&properties, DEVICE), "cudaGetDeviceProperties") &&
-        begins(cudaSetDevice(DEVICE), "cudaSetDevice"))
+    if (begins(cudaGetDeviceCount(&device_count), "cudaGetDeviceCount"))
+        the_device = device_count > 0 ? preferred_device % device_count : 0;
+    if (begin_error == cudaSuccess &&
+        begins(cudaGetDeviceProperties(&properties, the_device), "cudaGetDeviceProperties") &&
+        begins(cudaSetDevice(the_device), "cudaSetDevice"))
         begins(cudaStreamCreateWithFlags(&the_stream, cudaStreamNonBlocking), "cudaStreamCreate");
     cudaGetLastError(); /* what is said here is not for the next call */
 }
@@ -137,13 +185,45 @@ static void cuda_copy_from_host(void *data, const void *host, size_t bytes) {
     copy(data, host, bytes, cudaMemcpyHostToDevice);
 }
 
+static void cuda_copy_within(void *to, const void *from, size_t bytes) {
+    if (bytes > 0)
+        cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, (cudaStream_t)cuda_stream()), "cudaMemcpy");
+}
+
+static enum status cuda_alloc_host(void **out, size_t bytes) {
+    void *data = NULL;
+    cuda_stream();
+    cudaError_t error = cudaHostAlloc(&data, bytes ? bytes : 1, cudaHostAllocPortable);
+    if (error == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return status_fail(STATUS_MEMORY, "no memory for %.2f GiB of copies for the CUDA device", (double)bytes / (1 << 30));
+    }
+    cuda_check(error, "cudaHostAlloc");
+    *out = data;
+    return STATUS_OK;
+}
+
+static void cuda_release_host(void *data, size_t bytes) {
+    (void)bytes;
+    cuda_stream();
+    cuda_check(cudaFreeHost(data), "cudaFreeHost");
+}
+
 /* The kernels are there in the instructions of 9.0 and of all of 8. */
 static bool has_kernels(void) {
     return properties.major == 8 || (properties.major == 9 && properties.minor == 0);
 }
 
 enum status device_cuda(const struct device **out) {
-    static const struct device cuda = {"cuda", cuda_alloc, cuda_release, cuda_copy_to_host, cuda_copy_from_host, cuda_finish};
+    static const struct device cuda = {"cuda",
+                                       cuda_alloc,
+                                       cuda_release,
+                                       cuda_copy_to_host,
+                                       cuda_copy_from_host,
+                                       cuda_copy_within,
+                                       cuda_alloc_host,
+                                       cuda_release_host,
+                                       cuda_finish};
     int driver = 0;
     pthread_once(&begun, begin);
     if (begin_error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
@@ -158,14 +238,70 @@ enum status device_cuda(const struct device **out) {
     return STATUS_OK;
 }
 
+void device_cuda_prefer(int number) {
+    preferred_device = number;
+}
+
 const char *device_cuda_describe(void) {
     return properties.name;
+}
+
+void device_cuda_identify(unsigned char id[DEVICE_ID_BYTES]) {
+    static_assert(sizeof properties.uuid == DEVICE_ID_BYTES, "a device's UUID");
+    memcpy(id, &properties.uuid, DEVICE_ID_BYTES);
+}
+
+int64_t device_cuda_memory_bytes(int local_size) {
+    int64_t sharers = (local_size + device_count - 1) / device_count;
+    return (int64_t)properties.totalGlobalMem / sharers;
 }
 
 void *device_cuda_host_memory(size_t bytes) {
     void *data = NULL;
     cuda_stream();
     return cudaHostAlloc(&data, bytes, cudaHostAllocMapped | cudaHostAllocPortable) == cudaSuccess ? data : NULL;
+}
+
+/* Before the device's own kernels where both could begin: transfers are few and short, and others wait for them. */
+void *device_cuda_queue_open(void) {
+    int least = 0, greatest = 0;
+    cudaStream_t queue;
+    cuda_stream();
+    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    cuda_check(cudaStreamCreateWithPriority(&queue, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
+    return queue;
+}
+
+void device_cuda_queue_close(void *queue) {
+    cuda_stream();
+    cuda_check(cudaStreamSynchronize((cudaStream_t)queue), "waiting for transfers");
+    cuda_check(cudaStreamDestroy((cudaStream_t)queue), "cudaStreamDestroy");
+}
+
+void *device_cuda_mark_make(void) {
+    cudaEvent_t mark;
+    cuda_stream();
+    cuda_check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "cudaEventCreate");
+    return mark;
+}
+
+void device_cuda_mark_free(void *mark) {
+    cuda_stream();
+    cuda_check(cudaEventDestroy((cudaEvent_t)mark), "cudaEventDestroy");
+}
+
+void device_cuda_queue_follow(void *queue, void *mark) {
+    cuda_check(cudaEventRecord((cudaEvent_t)mark, (cudaStream_t)cuda_stream()), "cudaEventRecord");
+    cuda_check(cudaStreamWaitEvent((cudaStream_t)queue, (cudaEvent_t)mark, 0), "cudaStreamWaitEvent");
+}
+
+void device_cuda_queue_mark(void *queue, void *mark) {
+    cuda_stream();
+    cuda_check(cudaEventRecord((cudaEvent_t)mark, (cudaStream_t)queue), "cudaEventRecord");
+}
+
+void device_cuda_follow(void *mark) {
+    cuda_check(cudaStreamWaitEvent((cudaStream_t)cuda_stream(), (cudaEvent_t)mark, 0), "cudaStreamWaitEvent");
 }
 
 #endif

@@ -1,11 +1,29 @@
-/* The CUDA device of this process, for device/ and for tests of kernels. */
+/* The CUDA device of this process, for device/, for transports, and for tests of kernels. */
 #pragma once
 
 #include "device/device.h"
 
 enum status device_cuda(const struct device **out) MUST_USE;
-const char *device_cuda_describe(void); /* after device_cuda */
+void device_cuda_prefer(int number); /* before device_cuda: the device of this number, modulo how many there are */
+const char *device_cuda_describe(void); /* after device_cuda, as all below */
+void device_cuda_identify(unsigned char id[DEVICE_ID_BYTES]);
+int64_t device_cuda_memory_bytes(int local_size);
 
 /* Memory that host and device both reach, at the same address; slow for the device, hence for tests only. Stays until the
  * program ends. NULL where there is none. */
 void *device_cuda_host_memory(size_t bytes);
+
+/* ---- for transports: a queue of work beside the order of the device (a stream), and marks in either (events) ----------- */
+
+void *device_cuda_queue_open(void);
+void device_cuda_queue_close(void *queue); /* what is in it is finished first */
+
+void *device_cuda_mark_make(void);
+void device_cuda_mark_free(void *mark);
+
+/* What is asked of the queue from now on begins after all that was asked of the device so far. `mark` is moved. */
+void device_cuda_queue_follow(void *queue, void *mark);
+/* The mark stands behind all that was asked of the queue so far. */
+void device_cuda_queue_mark(void *queue, void *mark);
+/* What is asked of the device from now on begins after the mark. */
+void device_cuda_follow(void *mark);
