@@ -63,9 +63,15 @@ static void load_functions(void *library) {
     }
 }
 
+#ifdef CADRE_CUDA_MODEL
+static const char usual_library[] = "libnccl_model.so"; /* tests/nccl; what is on the machine is for devices */
+#else
+static const char usual_library[] = "libnccl.so.2";
+#endif
+
 static void load(void) {
     const char *name = getenv("CADRE_NCCL");
-    void *library = dlopen(name ? name : "libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+    void *library = dlopen(name ? name : usual_library, RTLD_NOW | RTLD_LOCAL);
     if (!library)
         snprintf(nccl_missing, sizeof nccl_missing, "no NCCL on its machine: %.120s", dlerror());
     else
@@ -82,10 +88,17 @@ enum status on_device_nccl_version(int *version) {
     return STATUS_OK;
 }
 
-static enum status check(int code, const char *what) {
+static enum status check(int code) {
     if (code == NCCL_SUCCESS || code == NCCL_IN_PROGRESS)
         return STATUS_OK;
-    return status_fail(STATUS_PEER, "%s: %s", what, nccl.ncclGetErrorString(code));
+    return status_fail(STATUS_PEER, "NCCL: %s", nccl.ncclGetErrorString(code));
+}
+
+/* Where all ranks agree on it: it is no rank's being gone. */
+static enum status check_beginning(int code, const char *what) {
+    if (code == NCCL_SUCCESS)
+        return STATUS_OK;
+    return status_fail(STATUS_IO, "%s: %s; --run.transport host goes without NCCL", what, nccl.ncclGetErrorString(code));
 }
 
 /* ---- a communicator ----------------------------------------------------------------------------------------------------- */
@@ -113,12 +126,12 @@ static enum status meet(struct comm *comm) {
     struct nccl_id id = {{0}};
     enum status status = STATUS_OK;
     if (comm->rank == 0)
-        status = check(nccl.ncclGetUniqueId(&id), "ncclGetUniqueId");
+        status = check_beginning(nccl.ncclGetUniqueId(&id), "ncclGetUniqueId");
     TRY(comm_agree(comm->host, status));
     TRY(comm_broadcast(comm->host, &id, sizeof id));
     s->queue = device_cuda_queue_open();
     s->begin = device_cuda_mark_make();
-    status = check(nccl.ncclCommInitRank(&s->comm, comm->size, id, comm->rank), "ncclCommInitRank");
+    status = check_beginning(nccl.ncclCommInitRank(&s->comm, comm->size, id, comm->rank), "ncclCommInitRank");
     if (status != STATUS_OK)
         s->comm = NULL;
     return comm_agree(comm->host, status);
@@ -166,11 +179,14 @@ static enum status start(struct comm *comm, const void *send, const int64_t *sen
     on_device_keep_own(comm, send, send_counts, send_offsets, recv, recv_counts, recv_offsets);
     if (comm->size == 1)
         return STATUS_OK;
-    if (!s->comm)
+    if (!s->comm) {
+        struct comm_count count = comm->host->count;
         TRY(meet(comm));
+        comm->host->count = count; /* what is exchanged is the same whichever way is taken */
+    }
     TRY(take_passage(s, &passage));
     device_cuda_queue_follow(s->queue, s->begin);
-    enum status status = check(ask_all(comm, send, send_counts, send_offsets, recv, recv_counts, recv_offsets), "NCCL");
+    enum status status = check(ask_all(comm, send, send_counts, send_offsets, recv, recv_counts, recv_offsets));
     if (status != STATUS_OK) {
         s->broken = true;
         put_back(s, passage);
@@ -205,9 +221,9 @@ static enum status nccl_wait(struct comm *comm, struct comm_request *request) {
     device_cuda_follow(passage->mark);
     s->under_way--;
     put_back(s, passage);
-    enum status status = check(nccl.ncclCommGetAsyncError(s->comm, &code), "NCCL");
+    enum status status = check(nccl.ncclCommGetAsyncError(s->comm, &code));
     if (status == STATUS_OK)
-        status = check(code, "NCCL");
+        status = check(code);
     s->broken = s->broken || status != STATUS_OK;
     return status;
 }

@@ -30,17 +30,20 @@ enum status comm_on_device(struct comm *comm, struct comm_memory memory) {
 
 /* ---- which way ------------------------------------------------------------------------------------------------------ */
 
-/* What a rank tells the others. */
+/* What a rank tells the others. NCCL takes two ranks for two devices where its user says that they are on different hosts. */
 struct facts {
     unsigned char device[DEVICE_ID_BYTES];
+    char host[64];
     int32_t nccl_version; /* 0: none */
     char why_none[160];
 };
 
 static struct facts find_facts(const struct device *device) {
     struct facts facts = {.nccl_version = 0};
+    const char *host = getenv("NCCL_HOSTID");
     int version;
     device_identify(device, facts.device);
+    snprintf(facts.host, sizeof facts.host, "%s", host ? host : "");
     if (on_device_nccl_version(&version) == STATUS_OK)
         facts.nccl_version = version;
     else
@@ -61,7 +64,7 @@ static bool can_use_nccl(const struct facts *all, int size, char *why, size_t by
             return false;
         }
         for (int q = 0; q < r; q++)
-            if (memcmp(all[q].device, all[r].device, DEVICE_ID_BYTES) == 0) {
+            if (memcmp(all[q].device, all[r].device, DEVICE_ID_BYTES) == 0 && strcmp(all[q].host, all[r].host) == 0) {
                 snprintf(why, bytes, "ranks %d and %d share a device", q, r);
                 return false;
             }
