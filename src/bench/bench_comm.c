@@ -34,7 +34,8 @@ struct exchange {
 /* Memory for the largest, every page of it there before the first transfer. */
 static enum status exchange_take(const struct bench *bench, int64_t bytes_most, struct exchange *x) {
     size_t size = (size_t)bench->launch->world.size;
-    *x = (struct exchange){.launch = bench->launch, .device = bench->device, .comm = &bench->launch->world, .bytes_most = bytes_most};
+    *x = (struct exchange){.launch = bench->launch, .device = bench->device, .comm = &bench->launch->world};
+    x->bytes_most = bytes_most;
     TRY(memory_alloc(&x->counts, 3 * size, sizeof *x->counts));
     x->send_offsets = x->counts + size;
     x->offsets = x->send_offsets + size;

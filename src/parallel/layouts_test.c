@@ -385,7 +385,8 @@ static void test_devices(void **state) {
     for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++)
         for (int limited = 0; limited < 2; limited++) {
             struct job wanted = {.experts = 5, .sequences = 8, .micro_batch_sequences = 4, .steps = 4};
-            wanted.replicate = meshes[i][0], wanted.shard = meshes[i][1], wanted.expert = meshes[i][2], wanted.zero = meshes[i][3];
+            wanted.replicate = meshes[i][0], wanted.shard = meshes[i][1], wanted.expert = meshes[i][2];
+            wanted.zero = meshes[i][3];
             wanted.exchange_limit_bytes = limited ? 6000 : 0;
             struct job on_processor = wanted;
             run(&on_processor);

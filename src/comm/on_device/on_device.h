@@ -1,12 +1,12 @@
 /* Transfers between tensors in the own memory of devices, one or a share of one for each rank.
  *
- * What comm.h says holds in the order of the device: a transfer reads what was asked for before its start, and what is asked for after
- * its wait finds it done. There are two ways:
+ * What comm.h says holds in the order of the device: a transfer reads what was asked for before its start, and what is asked for
+ * after its wait finds it done. There are two ways:
  *
  *   COMM_WAY_NCCL  from device to device, by NVIDIA's library, loaded when it is first needed. Neither start nor wait waits for the
  *                  device. It wants a device of its own for every rank.
- *   COMM_WAY_HOST  through the processor's memory, over the communicator of the same ranks: for every transport and any number of ranks
- *                  on a device. Start waits until the device has come to it, wait until all is there.
+ *   COMM_WAY_HOST  through the processor's memory, over the communicator of the same ranks: for every transport and any number of
+ *                  ranks on a device. Start waits until the device has come to it, wait until all is there.
  */
 #pragma once
 
@@ -28,7 +28,7 @@ enum status comm_on_device(struct comm *comm, struct comm_memory memory) MUST_US
 enum comm_wish { COMM_WISH_AUTO, COMM_WISH_NCCL, COMM_WISH_HOST };
 enum { COMM_MEMORY_LINE_BYTES = 256 };
 
-/* Collective. How the ranks of `world`, each with its device, had best exchange tensors: the same way on each. `line` gets words for a
- * person. STATUS_USAGE where NCCL was wished for and cannot be, with the reason. */
+/* Collective. How the ranks of `world`, each with its device, had best exchange tensors: the same way on each. `line` gets words for
+ * a person. STATUS_USAGE where NCCL was wished for and cannot be, with the reason. */
 enum status comm_memory_choose(struct comm *world, const struct device *device, enum comm_wish wish, struct comm_memory *out,
                                char line[COMM_MEMORY_LINE_BYTES]) MUST_USE;

@@ -1,6 +1,6 @@
 /* Through the processor's memory. Invariants:
- *  1. A hop is one transfer under way, or spare. It holds what is sent and what arrives, packed by rank, in memory that copies are fast
- *     with; it grows to the largest transfer it has had.
+ *  1. A hop is one transfer under way, or spare. It holds what is sent and what arrives, packed by rank, in memory that copies are
+ *     fast with; it grows to the largest transfer it has had.
  *  2. What a rank keeps for itself never leaves its device.
  *  3. The transport below counts nothing of it: comm->count does, as for every other way.
  */
@@ -62,13 +62,13 @@ static void put_back(struct staged *s, struct hop *hop) {
     s->spare = hop;
 }
 
-/* A stretch of bytes that lie one after the other on both sides, so that one copy takes them. */
+/* Bytes that lie one after the other on the device, as they always do in the hop, so that one copy takes them. */
 struct stretch {
     int64_t device_offset, host_offset, bytes;
 };
 
 static bool extends(struct stretch *s, int64_t device_offset, int64_t host_offset, int64_t bytes) {
-    if (s->bytes > 0 && (device_offset != s->device_offset + s->bytes || host_offset != s->host_offset + s->bytes))
+    if (s->bytes > 0 && device_offset != s->device_offset + s->bytes)
         return false;
     if (s->bytes == 0)
         *s = (struct stretch){device_offset, host_offset, 0};

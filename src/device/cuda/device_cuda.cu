@@ -26,12 +26,71 @@ void *cuda_stream(void) {
     return NULL;
 }
 
+/* What it was asked for, so that copies between other places than it and the processor are found here as they are on a device. */
+enum { PIECES_MAX = 4096 };
+static pthread_mutex_t pieces_mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct {
+    const char *begin;
+    size_t bytes;
+} pieces[PIECES_MAX];
+static int piece_count;
+
+static bool is_of_device(const void *data, size_t bytes) {
+    bool found = false;
+    pthread_mutex_lock(&pieces_mutex);
+    for (int i = 0; i < piece_count && !found; i++)
+        found = (const char *)data >= pieces[i].begin && (const char *)data + bytes <= pieces[i].begin + pieces[i].bytes;
+    pthread_mutex_unlock(&pieces_mutex);
+    return found;
+}
+
+static enum status model_alloc(void **out, size_t bytes) {
+    TRY(device_cpu()->alloc(out, bytes));
+    pthread_mutex_lock(&pieces_mutex);
+    CHECK(piece_count < PIECES_MAX);
+    pieces[piece_count].begin = (const char *)*out;
+    pieces[piece_count++].bytes = bytes;
+    pthread_mutex_unlock(&pieces_mutex);
+    return STATUS_OK;
+}
+
+static void model_release(void *data, size_t bytes) {
+    pthread_mutex_lock(&pieces_mutex);
+    int at = 0;
+    while (at < piece_count && pieces[at].begin != data)
+        at++;
+    CHECK(at < piece_count);
+    pieces[at] = pieces[--piece_count];
+    pthread_mutex_unlock(&pieces_mutex);
+    device_cpu()->release(data, bytes);
+}
+
+static void model_copy_to_host(void *host, const void *data, size_t bytes) {
+    CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
+    memcpy(host, data, bytes);
+}
+
+static void model_copy_from_host(void *data, const void *host, size_t bytes) {
+    CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
+    memcpy(data, host, bytes);
+}
+
+static void model_copy_within(void *to, const void *from, size_t bytes) {
+    CHECK(bytes == 0 || (is_of_device(to, bytes) && is_of_device(from, bytes)));
+    memcpy(to, from, bytes);
+}
+
 enum status device_cuda(const struct device **out) {
     static struct device model;
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, [] {
         model = *device_cpu();
         model.name = "cuda";
+        model.alloc = model_alloc;
+        model.release = model_release;
+        model.copy_to_host = model_copy_to_host;
+        model.copy_from_host = model_copy_from_host;
+        model.copy_within = model_copy_within;
     });
     *out = &model;
     return STATUS_OK;
