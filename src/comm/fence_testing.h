@@ -1,5 +1,5 @@
 /* A device for tests whose memory is the processor's, so that any kernels work on it, but fenced: what is no memory of it may not
- * be given as such, and the communicators of a fenced world take none of it. What would fault on a real device fails a CHECK here. */
+ * be given as such, and the communicators of a fenced world take none of it. What would fault on a device fails a CHECK here. */
 #pragma once
 
 #include "base/memory.h"

@@ -376,8 +376,8 @@ static void test_bf16(void **state) {
     }
 }
 
-/* Where tensors are does not change a bit, nor a byte that is sent: processor against devices, through the host and by NCCL (a model
- * of it), in layouts that use every transfer there is. */
+/* Where tensors are does not change a bit, nor a byte that is sent: processor against devices, through the host and by NCCL (a
+ * model of it), in layouts that use every transfer there is. */
 static void test_devices(void **state) {
     (void)state;
     static const int meshes[][4] = {{2, 1, 1, 0}, {1, 3, 1, 3}, {1, 1, 4, 2}, {2, 2, 1, 1}, {2, 1, 3, 3}, {2, 2, 2, 3}};
@@ -392,7 +392,8 @@ static void test_devices(void **state) {
             run(&on_processor);
             for (int way = 0; way < ways; way++) {
                 struct job job = wanted;
-                job.memory = (struct comm_memory){fenced_device(), way ? COMM_WAY_NCCL : COMM_WAY_HOST};
+                job.memory.device = fenced_device();
+                job.memory.way = way ? COMM_WAY_NCCL : COMM_WAY_HOST;
                 run(&job);
                 assert_memory_equal(job.loss, on_processor.loss, sizeof job.loss);
                 assert_memory_equal(job.norm, on_processor.norm, sizeof job.norm);

@@ -116,7 +116,7 @@ static const struct setting place_settings[] = {
     {"run", "transport", SETTING_CHOICE, AT(run.transport), 0, 2, transport_names,
      "of tensors between devices: nccl, host (through the processors' memory), or auto: nccl where each rank has its device"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
-     "instruction set: auto, ref, portable, avx2, avx512, avx512bf16"},
+     "instruction set: auto, ref, portable, avx2, avx512, avx512bf16; of a device: auto, cuda, sm80 (nothing of Hopper's own)"},
     {"run", "timeout_seconds", SETTING_NUMBER, AT(run.timeout_seconds), 0, 1e6, NULL,
      "a rank that gives no sign of life for so long ends the run: stopped, or its link is dead; 0: none does"},
     {"run", "threads", SETTING_INTEGER, AT(run.threads), 0, 4096, NULL, "threads; 0: one for each processor"},

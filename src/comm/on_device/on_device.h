@@ -28,7 +28,7 @@ enum status comm_on_device(struct comm *comm, struct comm_memory memory) MUST_US
 enum comm_wish { COMM_WISH_AUTO, COMM_WISH_NCCL, COMM_WISH_HOST };
 enum { COMM_MEMORY_LINE_BYTES = 256 };
 
-/* Collective. How the ranks of `world`, each with its device, had best exchange tensors: the same way on each. `line` gets words for
- * a person. STATUS_USAGE where NCCL was wished for and cannot be, with the reason. */
+/* Collective. How the ranks of `world`, each with its device, had best exchange tensors: the same way on each. `line` gets words
+ * for a person. STATUS_USAGE where NCCL was wished for and cannot be, with the reason. */
 enum status comm_memory_choose(struct comm *world, const struct device *device, enum comm_wish wish, struct comm_memory *out,
                                char line[COMM_MEMORY_LINE_BYTES]) MUST_USE;

@@ -149,8 +149,11 @@ bool kernels_prefer_bf16(void) {
 enum status kernels_choose_for(const struct device *device, const char *name, const struct kernel_ops **out) {
     if (device == device_cpu())
         return kernels_choose(name, out);
-    if (strcmp(name, "auto") != 0 && strcmp(name, "cuda") != 0)
-        return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda", name, device->name);
+    bool is_general = strcmp(name, "sm80") == 0;
+    if (!is_general && strcmp(name, "auto") != 0 && strcmp(name, "cuda") != 0)
+        return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda, sm80", name, device->name);
+    if (is_general)
+        kernels_cuda_general();
     *out = kernels_cuda();
     return STATUS_OK;
 }

@@ -3,14 +3,6 @@
 
 #include "kernels/cuda/common.cuh"
 
-#ifdef CADRE_CUDA_MODEL
-#define UNROLL
-#define UNROLL_2
-#else
-#define UNROLL _Pragma("unroll")
-#define UNROLL_2 _Pragma("unroll 2")
-#endif
-
 #define LOG2_E 1.4426950408889634
 #define LN_2 0.6931471805599453
 

@@ -13,6 +13,14 @@ extern "C" {
 #include "kernels/kernels.h"
 }
 
+#ifdef CADRE_CUDA_MODEL
+#define UNROLL
+#define UNROLL_2
+#else
+#define UNROLL _Pragma("unroll")
+#define UNROLL_2 _Pragma("unroll 2")
+#endif
+
 typedef struct {
     uint16_t bits;
 } bf16;
@@ -142,6 +150,7 @@ extern "C" void *cuda_scratch(size_t bytes);
 /* What each file of this folder fills in, and the table. */
 extern "C" {
 const struct kernel_ops *kernels_cuda(void);
+bool cuda_is_general(void); /* nothing that only Hopper has */
 void product_fill_cuda(struct kernel_ops *ops);
 void attention_fill_cuda(struct kernel_ops *ops);
 void norm_fill_cuda(struct kernel_ops *ops);

@@ -47,6 +47,16 @@ const struct kernel_ops *kernels_cuda(void) {
     return &table;
 }
 
+static bool general_only;
+
+void kernels_cuda_general(void) {
+    general_only = true;
+}
+
+bool cuda_is_general(void) {
+    return general_only;
+}
+
 size_t cuda_scratch_bytes(void) {
     return held_bytes;
 }

@@ -59,8 +59,11 @@ static inline int find_device(void **state) {
         device = NULL;
         return 0;
     }
+    const char *name = getenv("CADRE_TEST_KERNELS"); /* auto, or sm80 */
     printf("on %s\n", device_describe(device));
-    return kernels_choose_for(device, "auto", &ops) == STATUS_OK && arena_init(&arena, device, ARENA_BYTES) == STATUS_OK ? 0 : -1;
+    if (kernels_choose_for(device, name ? name : "auto", &ops) != STATUS_OK)
+        return -1;
+    return arena_init(&arena, device, ARENA_BYTES) == STATUS_OK ? 0 : -1;
 }
 
 static inline int leave_device(void **state) {

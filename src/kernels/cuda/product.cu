@@ -1,52 +1,10 @@
 /* Products of every dtype, shape and alignment on the ordinary units, and the table's entries: what Hopper's matrix units
- * can take goes to product_sm90.cu.
- *
- * One kernel for all: C (m,n) = sum over k of A (m,k) B (k,n), tile by tile, operands by their strides. Rows that are
- * gathered are those of m, or, in the product that has the groups along k, those of k. */
+ * can take goes to product_sm90.cu, other bf16 with whole eights to product_mma.cu. */
 #include "kernels/cuda/product.cuh"
+#include "kernels/cuda/product_tiles.cuh"
 #include "kernels/cuda/skinny.cuh"
 
-enum { THREADS = 256, TILE_K = 16, SPLITS_MAX = 64, SPLIT_MIN = 512, BUSY_BLOCKS = 264 };
-
-struct side {
-    const void *data;
-    const int32_t *index; /* of rows; NULL: none */
-    int64_t step, inner;  /* elements from one m or n to the next, from one k to the next */
-    int64_t group;        /* from one group's matrix to the next */
-    bool index_along_k;
-};
-
-struct product {
-    struct side a, b;
-    void *c;
-    int64_t c_m, c_n, c_group; /* strides */
-    int64_t m, n, k;           /* of one group; what the groups divide is the whole */
-    const int32_t *offsets;
-    int groups;
-    bool groups_along_k;
-    bool accumulate;
-    int splits;  /* of k */
-    float *part; /* [splits, m, n], where there are several */
-};
-
-/* Row begin and end of a block's tile, and its group. */
-struct place {
-    int64_t group, begin, end;
-};
-
-/* Tiles of all groups are numbered one after the other; there are no more than rows / tile + groups of them. */
-static __device__ struct place find_place(const struct product &p, int64_t tile, int tile_rows) {
-    int64_t before = 0;
-    for (int g = 0; g < p.groups; g++) {
-        int64_t begin = p.offsets[g], end = p.offsets[g + 1], tiles = (end - begin + tile_rows - 1) / tile_rows;
-        if (tile < before + tiles) {
-            begin += (tile - before) * tile_rows;
-            return {g, begin, begin + tile_rows < end ? begin + tile_rows : end};
-        }
-        before += tiles;
-    }
-    return {0, 0, 0};
-}
+enum { THREADS = 256, TILE_K = 16 };
 
 template <typename T>
 static __device__ __forceinline__ float load_from(const struct side &s, int64_t group, int64_t row, int64_t k) {
@@ -84,11 +42,8 @@ static __global__ void multiply(const struct product p) {
     } else if (p.offsets) {
         rows = find_place(p, blockIdx.x, tile_m);
     }
-    if (p.splits > 1) {
-        int64_t each = (p.k + p.splits - 1) / p.splits;
-        k = each * split;
-        k_end = k + each < p.k ? k + each : p.k;
-    }
+    if (p.splits > 1)
+        find_split(p, split, &k, &k_end);
     int lane_n = (int)threadIdx.x % LANES_N, lane_m = (int)threadIdx.x / LANES_N;
     float sum[EACH_M][EACH_N];
     for (int i = 0; i < EACH_M; i++)
@@ -129,33 +84,10 @@ static __global__ void multiply(const struct product p) {
         }
 }
 
-template <typename C> static __global__ void add_splits(const struct product p) {
-    int64_t count = p.m * p.n;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
-        float sum = 0;
-        for (int s = 0; s < p.splits; s++)
-            sum += p.part[s * count + i];
-        C *c = (C *)p.c + i / p.n * p.c_m + i % p.n * p.c_n;
-        store(c, p.accumulate ? to_float(*c) + sum : sum);
-    }
-}
-
 template <typename A, typename B, typename C, int tile_m, int tile_n> static void start_tiles(struct product p) {
-    bool ragged_rows = p.offsets && !p.groups_along_k;
-    int64_t tiles_m = ceil_div(p.m, tile_m) + (ragged_rows ? p.groups : 0), tiles_n = ceil_div(p.n, tile_n);
-    int64_t groups = p.groups_along_k ? p.groups : 1;
-    p.splits = 1;
-    if (!p.offsets && tiles_m * tiles_n < BUSY_BLOCKS && p.k >= 2 * SPLIT_MIN) {
-        int64_t most = p.k / SPLIT_MIN < SPLITS_MAX ? p.k / SPLIT_MIN : SPLITS_MAX;
-        int64_t wanted = ceil_div(2 * BUSY_BLOCKS, tiles_m * tiles_n);
-        p.splits = (int)(wanted < most ? wanted : most);
-    }
-    if (p.splits > 1)
-        p.part = (float *)cuda_scratch((size_t)(p.splits * p.m * p.n) * sizeof(float));
-    dim3 grid((unsigned)tiles_m, (unsigned)tiles_n, (unsigned)(groups * p.splits));
+    dim3 grid = product_grid(&p, tile_m, tile_n);
     CUDA_LAUNCH((multiply<A, B, C, tile_m, tile_n>), grid, THREADS, 0, p);
-    if (p.splits > 1)
-        CUDA_LAUNCH((add_splits<C>), grid_for(p.m * p.n, THREADS), THREADS, 0, p);
+    product_add_splits<C>(p);
 }
 
 template <typename A, typename B, typename C> static void start(struct product p) {
@@ -167,6 +99,8 @@ template <typename A, typename B, typename C> static void start(struct product p
 
 static void run(struct product p, enum dtype a, enum dtype b, enum dtype c) {
     if (p.m == 0 || p.n == 0 || (p.k == 0 && p.accumulate))
+        return;
+    if (a == DTYPE_BF16 && b == DTYPE_BF16 && mma_product(p, c))
         return;
     WITH_FLOAT(a, A, WITH_FLOAT(b, B, WITH_FLOAT(c, C, start<A, B, C>(p))));
 }

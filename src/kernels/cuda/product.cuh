@@ -1,4 +1,5 @@
-/* The two forms of the products: product_sm90.cu for what Hopper's matrix units can take, product.cu for everything. */
+/* The forms of the products: product_sm90.cu for what Hopper's matrix units can take; product_mma.cu for what the matrix units of
+ * other devices can, product.cu for everything (both in product_tiles.cuh). */
 #pragma once
 
 #include "kernels/cuda/common.cuh"

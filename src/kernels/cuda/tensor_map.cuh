@@ -2,6 +2,8 @@
  * that the program needs no library of CUDA to start. */
 #pragma once
 
+#include "kernels/cuda/common.cuh"
+
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -9,12 +11,12 @@ typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32
                                     const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                     CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-/* NULL where this device has no such engine. */
+/* NULL where this device has no such engine, or it is not to be used. */
 static encode_function find_encode(void) {
     int device, major = 0;
     void *function = NULL;
     cudaDriverEntryPointQueryResult found;
-    if (cudaGetDevice(&device) != cudaSuccess ||
+    if (cuda_is_general() || cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9)
         return NULL;
     if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess)
