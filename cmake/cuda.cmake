@@ -60,7 +60,7 @@ function(cadre_cuda folder)
     foreach(source ${sources})
       set(architectures -gencode=arch=compute_90a,code=sm_90a)
       if(NOT source MATCHES "_sm90\\.cu$") # what only those have
-        list(APPEND architectures -gencode=arch=compute_80,code=sm_80)
+        list(APPEND architectures "-gencode=arch=compute_80,code=[sm_80,compute_80]") # and for newer ones to translate
       endif()
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${architectures}")
     endforeach()

@@ -268,9 +268,9 @@ static void cuda_release_host(void *data, size_t bytes) {
     cuda_check(cudaFreeHost(data), "cudaFreeHost");
 }
 
-/* The kernels are there in the instructions of 9.0 and of all of 8. */
+/* The kernels are there in the instructions of 9.0 and of all of 8, and in a form that the driver of a newer one translates. */
 static bool has_kernels(void) {
-    return properties.major == 8 || (properties.major == 9 && properties.minor == 0);
+    return properties.major >= 8;
 }
 
 enum status device_cuda(const struct device **out) {
@@ -291,7 +291,7 @@ enum status device_cuda(const struct device **out) {
         return status_fail(STATUS_USAGE, "no CUDA device on this machine: %s (%s)", cudaGetErrorString(begin_error),
                            begin_failed_at);
     if (!has_kernels())
-        return status_fail(STATUS_USAGE, "%s has compute capability %d.%d; this program has kernels for 8.0 to 9.0 only",
+        return status_fail(STATUS_USAGE, "%s has compute capability %d.%d; this program has kernels for 8.0 and newer",
                            properties.name, properties.major, properties.minor);
     *out = &cuda;
     return STATUS_OK;
