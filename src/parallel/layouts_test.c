@@ -72,9 +72,8 @@ static struct model_config config_of(const struct job *job) {
 /* Every token prefers the same experts: a router that looks at no token. */
 static void route_all_to_one(struct rank *r) {
     for (int i = 0; i < r->model->table.count; i++) {
-        struct tensor t = r->model->own_weight[i];
         if (r->model->table.rows[i].role == PARAMETER_ROUTER)
-            memset(t.data, 0, tensor_bytes(t));
+            r->model->context.ops->fill(r->model->own_weight[i], 0);
     }
 }
 
@@ -93,9 +92,12 @@ static enum status open_rank(struct rank *r, const struct job *job, struct comm 
     struct mesh mesh = mesh_make(size, world->rank);
     struct model_config config = config_of(job);
     const struct kernel_ops *ops;
-    TRY(kernels_choose("auto", &ops));
     TRY(open_ranks(r, job, &mesh, world));
     const struct device *device = job->memory.device ? job->memory.device : device_cpu();
+    if (device == device_cpu() || device == fenced_device())
+        TRY(kernels_choose("auto", &ops));
+    else
+        TRY(kernels_choose_for(device, "auto", &ops));
     struct model_options options = {ops, device, job->compute, DTYPE_F32, LENGTH, true, {mesh, job->zero}};
     TRY(model_create(&config, options, &r->model));
     struct workspace_options shape = {step_sequences_most(&mesh, job->micro_batch_sequences), LENGTH, true,
@@ -138,18 +140,22 @@ static void draw_tokens(int32_t *tokens, int64_t sequences, int64_t step) {
 }
 
 static double worst_load(const struct rank *r) {
-    const double *stats = r->workspace->all_stats.data;
-    double most = 0;
+    struct tensor all = r->workspace->all_stats;
+    double *stats = malloc(tensor_bytes(all)), most = 0;
     int64_t experts = r->model->config.num_experts;
+    r->model->device->copy_to_host(stats, all.data, tensor_bytes(all));
     for (int64_t e = 0; e < experts; e++)
         most = fmax(most, stats[2 + experts + e]);
+    free(stats);
     return most;
 }
 
-static uint64_t hash_tensor(uint64_t sum, struct tensor t) {
-    const uint32_t *bits = t.data;
+static uint64_t hash_tensor(const struct device *device, uint64_t sum, struct tensor t) {
+    uint32_t *bits = malloc(tensor_bytes(t) + 1);
+    device->copy_to_host(bits, t.data, tensor_bytes(t));
     for (int64_t i = 0; i < tensor_elements(t); i++)
         sum = (sum ^ bits[i]) * 1099511628211u;
+    free(bits);
     return sum;
 }
 
@@ -164,7 +170,7 @@ static void note_rank(struct job *job, const struct rank *r) {
     job->sums[me] = 14695981039346656037u;
     job->state_bytes[me] = 0;
     for (int i = 0; i < m->table.count; i++) {
-        job->sums[me] = hash_tensor(hash_tensor(job->sums[me], m->own_weight[i]), m->moment2[i]);
+        job->sums[me] = hash_tensor(m->device, hash_tensor(m->device, job->sums[me], m->own_weight[i]), m->moment2[i]);
         job->state_bytes[me] += (int64_t)(tensor_bytes(m->own_weight[i]) + tensor_bytes(m->own_gradient[i]) +
                                           tensor_bytes(m->moment1[i]) + tensor_bytes(m->moment2[i]));
     }
@@ -415,6 +421,33 @@ static void test_ranks_without_tokens_on_devices(void **state) {
     }
 }
 
+/* The device's own kernels, or their model, between ranks that share it. */
+static void test_cuda(void **state) {
+    (void)state;
+    static const int meshes[][4] = {{2, 1, 1, 1}, {1, 2, 1, 3}, {1, 1, 3, 2}, {1, 2, 2, 3}};
+    const struct device *device;
+    if (device_choose("cuda", &device) != STATUS_OK)
+        skip();
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        struct job one = {.experts = 5, .sequences = 8, .micro_batch_sequences = 4, .steps = 2};
+        one.compute = bf16 ? DTYPE_BF16 : DTYPE_F32;
+        one.replicate = one.shard = one.expert = 1;
+        one.memory = (struct comm_memory){device, COMM_WAY_HOST};
+        run(&one);
+        for (size_t i = bf16; i < sizeof meshes / sizeof *meshes; i += 1 + bf16) {
+            struct job job = one;
+            job.replicate = meshes[i][0], job.shard = meshes[i][1], job.expert = meshes[i][2], job.zero = meshes[i][3];
+            run(&job);
+            compare(&job, &one, bf16 ? 2e-3 : 1e-5);
+            if (!bf16 || job.expert == 1)
+                continue;
+            struct job again = job;
+            run(&again);
+            assert_memory_equal(job.sums, again.sums, sizeof job.sums);
+        }
+    }
+}
+
 /* A rank that is gone in the middle of a step is a failure on all that wait for it, and no hang. */
 static void test_a_rank_dies(void **state) {
     (void)state;
@@ -443,8 +476,11 @@ int main(void) {
         cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_devices),
         cmocka_unit_test(test_ranks_without_tokens_on_devices),
+        cmocka_unit_test(test_cuda),
         cmocka_unit_test(test_a_rank_dies),
     };
     use_model_of_nccl();
+    if (getenv("CADRE_TEST_FILTER")) /* on a device only test_cuda has anything of it */
+        cmocka_set_test_filter(getenv("CADRE_TEST_FILTER"));
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
