@@ -96,6 +96,8 @@ static const struct setting diloco_settings[] = {
 static const struct setting place_settings[] = {
     {"checkpoint", "every_steps", SETTING_INTEGER, AT(checkpoint.every_steps), 0, 1e9, NULL,
      "steps between checkpoints; 0: only at the end"},
+    {"checkpoint", "at_end", SETTING_BOOLEAN, AT(checkpoint.at_end), 0, 1, NULL,
+     "and one when the run is complete; no: where its numbers are all that is wanted"},
     {"checkpoint", "keep", SETTING_INTEGER, AT(checkpoint.keep), 1, 1e6, NULL, "newest checkpoints kept"},
     {"checkpoint", "keep_every_steps", SETTING_INTEGER, AT(checkpoint.keep_every_steps), 0, 1e9, NULL,
      "and those of every step that this divides; 0: none"},
@@ -160,6 +162,7 @@ void run_config_init(struct run_config *config) {
     config->diloco.experts_every = 1;
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
+    config->checkpoint.at_end = true;
     config->run.timeout_seconds = 60;
     config->checkpoint.file_bytes = 5000000000; /* as transformers writes */
     strcpy(config->run.directory, "runs/cadre");

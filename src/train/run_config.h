@@ -50,7 +50,7 @@ struct run_config {
     } diloco;
     struct {
         int64_t every_steps, keep, keep_every_steps, file_bytes;
-        bool keep_best;
+        bool at_end, keep_best;
         int mode, overlap, read; /* enum checkpoint_mode, checkpoint_overlap, checkpoint_read (train/state.h) */
         int weights;             /* enum checkpoint_weights */
     } checkpoint;

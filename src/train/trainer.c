@@ -211,7 +211,8 @@ static bool is_due(int64_t step, int64_t every) {
 }
 
 static bool is_save_due(const struct trainer *t, int64_t step) {
-    return step == t->config->train.steps || is_due(step, t->config->checkpoint.every_steps);
+    bool is_end = step == t->config->train.steps && t->config->checkpoint.at_end;
+    return is_end || is_due(step, t->config->checkpoint.every_steps);
 }
 
 /* A save that is under way reads what a step changes; one that follows the step wants what it changed hashed. */

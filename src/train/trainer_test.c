@@ -320,6 +320,25 @@ static void test_damaged_checkpoint_falls_back_to_the_one_before(void **state) {
     assert_same_run("undamaged", "damaged");
 }
 
+/* Without a save at the end there are those between, and one where it is stopped. */
+static void test_no_checkpoint_at_the_end(void **state) {
+    (void)state;
+    char *between = text_format("%s/no_end/checkpoints/step-000008", root);
+    char *end = text_format("%s/no_end/checkpoints/step-000010", root);
+    char *stopped = text_format("%s/no_end/checkpoints/step-000003", root);
+    struct call call = {.directory = "no_end", .more_key = "checkpoint.at_end", .more_value = "no", .interrupt_at = 3};
+    struct train_summary summary;
+    assert_int_equal(train(call, &summary), STATUS_OK);
+    assert_true(summary.interrupted && directory_exists(stopped));
+    call.interrupt_at = 0;
+    assert_int_equal(train(call, &summary), STATUS_OK);
+    assert_true(summary.step == 10 && directory_exists(between) && !directory_exists(end));
+    assert_true(isfinite(summary.valid_loss));
+    free(between);
+    free(end);
+    free(stopped);
+}
+
 /* What a save that was cut short left behind goes when the run goes on, also where nothing is left to save. */
 static void test_leftovers_are_tidied(void **state) {
     (void)state;
@@ -377,6 +396,7 @@ int main(void) {
         cmocka_unit_test(test_profile_changes_no_number),
         cmocka_unit_test(test_trace_on_a_full_disk),
         cmocka_unit_test(test_damaged_checkpoint_falls_back_to_the_one_before),
+        cmocka_unit_test(test_no_checkpoint_at_the_end),
         cmocka_unit_test(test_leftovers_are_tidied),
         cmocka_unit_test(test_full_disk_keeps_the_last_checkpoint),
         cmocka_unit_test(test_refusals),
