@@ -33,17 +33,9 @@ static __global__ void multiply(const struct product p) {
     enum { LANES_N = tile_n == 64 ? 16 : 8, LANES_M = THREADS / LANES_N, EACH_M = tile_m / LANES_M, EACH_N = tile_n / LANES_N };
     CUDA_SHARED float a[TILE_K][tile_m + 4];
     CUDA_SHARED float b[TILE_K][tile_n + 4];
-    struct place rows = {(int64_t)blockIdx.z / p.splits, (int64_t)blockIdx.x * tile_m, p.m};
-    int64_t n = (int64_t)blockIdx.y * tile_n, k = 0, k_end = p.k;
-    int split = (int)blockIdx.z % p.splits;
-    if (p.offsets && p.groups_along_k) {
-        k = p.offsets[rows.group];
-        k_end = p.offsets[rows.group + 1];
-    } else if (p.offsets) {
-        rows = find_place(p, blockIdx.x, tile_m);
-    }
-    if (p.splits > 1)
-        find_split(p, split, &k, &k_end);
+    const struct task task = find_task(p, tile_m, tile_n);
+    const struct place rows = task.rows;
+    int64_t n = task.n, k = task.k, k_end = task.k_end;
     int lane_n = (int)threadIdx.x % LANES_N, lane_m = (int)threadIdx.x / LANES_N;
     float sum[EACH_M][EACH_N];
     for (int i = 0; i < EACH_M; i++)
@@ -76,7 +68,7 @@ static __global__ void multiply(const struct product p) {
             if (m >= rows.end || column >= p.n)
                 continue;
             if (p.splits > 1) {
-                p.part[((int64_t)split * p.m + m) * p.n + column] = sum[i][j];
+                p.part[((int64_t)task.split * p.m + m) * p.n + column] = sum[i][j];
             } else {
                 C *c = (C *)p.c + (p.groups_along_k ? rows.group * p.c_group : 0) + m * p.c_m + column * p.c_n;
                 store(c, p.accumulate ? to_float(*c) + sum[i][j] : sum[i][j]);

@@ -132,19 +132,11 @@ template <bool a_along_k, bool b_along_k, typename C>
 static __global__ void __launch_bounds__(THREADS, 2) multiply_mma(const struct product p, bool pairs) {
     CUDA_SHARED uint4 shared[STAGES * 2 * SIDE / 8];
     bf16 *tiles = (bf16 *)shared;
-    struct place rows = {(int64_t)blockIdx.z / p.splits, (int64_t)blockIdx.x * TILE, p.m};
-    int64_t n = (int64_t)blockIdx.y * TILE, k = 0, k_end = p.k;
-    int split = (int)blockIdx.z % p.splits;
-    if (p.offsets && p.groups_along_k) {
-        k = p.offsets[rows.group];
-        k_end = p.offsets[rows.group + 1];
-    } else if (p.offsets) {
-        rows = find_place(p, blockIdx.x, TILE);
-        if (rows.begin == rows.end)
-            return;
-    }
-    if (p.splits > 1)
-        find_split(p, split, &k, &k_end);
+    const struct task task = find_task(p, TILE, TILE);
+    const struct place rows = task.rows;
+    int64_t n = task.n, k = task.k, k_end = task.k_end;
+    if (rows.begin == rows.end)
+        return;
     struct carrier<a_along_k> a;
     struct carrier<b_along_k> b;
     a.begin(p.a, p.groups_along_k ? 0 : rows.group, rows.begin, rows.end, rows.end);
@@ -188,7 +180,7 @@ static __global__ void __launch_bounds__(THREADS, 2) multiply_mma(const struct p
                     continue;
                 float x = sum[i][j][2 * h], y = sum[i][j][2 * h + 1];
                 if (p.splits > 1)
-                    put(p.part + ((int64_t)split * p.m + m) * p.n + at, x, y, count > 1 ? 2 : 1, false, p.n % 2 == 0);
+                    put(p.part + ((int64_t)task.split * p.m + m) * p.n + at, x, y, count > 1 ? 2 : 1, false, p.n % 2 == 0);
                 else
                     put((C *)p.c + (p.groups_along_k ? rows.group * p.c_group : 0) + m * p.c_m + at, x, y, count > 1 ? 2 : 1,
                         p.accumulate, pairs);

@@ -65,6 +65,27 @@ static __device__ __forceinline__ void find_split(const struct product &p, int s
     *end = *begin + each < p.k ? *begin + each : p.k;
 }
 
+/* What a block of product_grid has to do: a tile of rows and columns from n on, over k. No rows: nothing. */
+struct task {
+    struct place rows;
+    int64_t n, k, k_end;
+    int split;
+};
+
+static __device__ __forceinline__ struct task find_task(const struct product &p, int tile_m, int tile_n) {
+    struct task task = {{(int64_t)blockIdx.z / p.splits, (int64_t)blockIdx.x * tile_m, p.m},
+                        (int64_t)blockIdx.y * tile_n, 0, p.k, (int)blockIdx.z % p.splits};
+    if (p.offsets && p.groups_along_k) {
+        task.k = p.offsets[task.rows.group];
+        task.k_end = p.offsets[task.rows.group + 1];
+    } else if (p.offsets) {
+        task.rows = find_place(p, blockIdx.x, tile_m);
+    }
+    if (p.splits > 1)
+        find_split(p, task.split, &task.k, &task.k_end);
+    return task;
+}
+
 /* The grid of a product whose tiles are so large: x along m, y along n, z groups along k, or parts of k where there are few tiles;
  * the parts get scratch. */
 static inline dim3 product_grid(struct product *p, int tile_m, int tile_n) {
