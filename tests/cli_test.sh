@@ -46,7 +46,13 @@ expect 2 'must be a whole number' -- "$cadre" train --train.steps 1.5
 expect 2 'wants a value' -- "$cadre" train --train.steps
 expect 2 'it is cpu or cuda' -- "$cadre" train --device gpu --data.train "$work/text.txt" --run.directory "$work/none"
 expect 2 'it is cpu or cuda' -- "$cadre" eval --device gpu --model "$work/none"
-expect 2 'need NCCL, which is not built yet' -- "$cadre" train --model.preset tiny --device cuda --dry-run --ranks 2
+if "$cadre" inspect --preset tiny --device cuda >"$work/plan" 2>&1; then # with CUDA or its model: planned whether there is a device or not
+    "$cadre" train --model.preset tiny --device cuda --dry-run --ranks 2 --layout.expert 2 >"$work/plan" 2>&1 &&
+        grep -q 'mesh: 2 ranks' "$work/plan" && grep -q 'memory of rank 0, on its device' "$work/plan" ||
+        complain "a dry run for two devices: $(cat "$work/plan")"
+else
+    grep -q 'built without CUDA' "$work/plan" || complain "inspect --device cuda: $(cat "$work/plan")"
+fi
 expect 1 'no such file' -- "$cadre" train --data.train "$work/absent.txt" --run.directory "$work/none"
 expect 1 'no such file' -- "$cadre" train --config "$work/absent.ini"
 expect 1 'no such directory' -- "$cadre" generate --model "$work/absent" --prompt x

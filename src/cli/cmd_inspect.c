@@ -37,7 +37,7 @@ static enum status price(const struct run_config *c, struct cost *cost) {
     cost->operations_per_token = model_train_operations_per_token(&c->model, c->train.sequence_length);
     enum dtype compute = run_config_compute(c);
     struct run_backend backend;
-    TRY(run_config_backend(c, &backend));
+    TRY(run_config_planned_backend(c, &backend));
     cost->on_host = backend.device == device_cpu();
     struct model_options options = {backend.ops, backend.device, compute, DTYPE_F32, c->train.sequence_length, true,
                                     sharding_single()};

@@ -44,6 +44,16 @@ int64_t device_memory_bytes(const struct device *device, int local_size) {
     return 0;
 }
 
+enum status device_plan(const char *name, const struct device **out) {
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+    if (strcmp(name, "cuda") == 0 && device_choose(name, out) != STATUS_OK) {
+        *out = device_cuda_absent();
+        return STATUS_OK;
+    }
+#endif
+    return device_choose(name, out);
+}
+
 const char *device_describe(const struct device *device) {
 #if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
     if (device != device_cpu())

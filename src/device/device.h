@@ -34,6 +34,10 @@ const struct device *device_cpu(void);
  * STATUS_USAGE where the program was built without CUDA and where the machine has no such device. */
 enum status device_choose(const char *name, const struct device **out) MUST_USE;
 
+/* The same for planning only: also one that this machine does not have, as long as the program has kernels for it. Nothing may be
+ * asked of it but device_memory_bytes. */
+enum status device_plan(const char *name, const struct device **out) MUST_USE;
+
 /* Of several processes on this machine this is number `local_rank`: it takes the device of that number, or, where there are fewer,
  * shares one with others. Before device_choose; without, number 0. */
 void device_set_local_rank(int local_rank);

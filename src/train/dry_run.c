@@ -17,6 +17,7 @@ struct plan {
     struct workspace_options workspace;
     struct workspace_memory memory;
     struct event_sending sending;
+    bool on_host;                   /* tensors are in the processor's memory */
     struct outer_options outer;     /* plan.sync_steps 0: none */
     double outer_bytes;             /* of memory */
     double share_bytes, copy_bytes; /* of a checkpoint, that rank 0 writes; of its copy */
@@ -25,10 +26,11 @@ struct plan {
 static enum status plan_open(struct plan *p, const struct run_config *c, int rank_count) {
     struct run_backend backend;
     p->config = c;
-    TRY(run_config_backend(c, &backend));
-    bool on_host = backend.device == device_cpu(); /* then all on this machine; else with a device each */
+    TRY(run_config_planned_backend(c, &backend));
+    p->on_host = backend.device == device_cpu();
+    int sharers = p->on_host ? rank_count : 1; /* all on this machine, or each with a device of its own */
     struct placement_world world = {.rank_count = rank_count,
-                                    .rank_memory_bytes = placement_rank_bytes(backend.device, on_host ? rank_count : 1)};
+                                    .rank_memory_bytes = placement_rank_bytes(backend.device, sharers)};
     TRY(placement_choose(c, world, &p->sharding));
     struct model_options options = {backend.ops, backend.device, run_config_compute(c), DTYPE_F32, c->train.sequence_length,
                                     true,        p->sharding};
@@ -160,7 +162,8 @@ static void print_line(struct text *out, const char *name, double bytes, const c
 static void print_memory(const struct plan *p, struct text *out) {
     const struct model_memory *m = &p->model->memory;
     double staging = (double)traffic_staging_bytes(p->traffic);
-    text_add_string(out, "\nmemory of rank 0\n");
+    double of_host = p->on_host ? p->copy_bytes + TRAIN_PROCESS_BYTES : 0;
+    text_add_string(out, p->on_host ? "\nmemory of rank 0\n" : "\nmemory of rank 0, on its device\n");
     print_line(out, "weights", (double)m->weights, "fp32");
     print_line(out, "packed", (double)m->packed, "as the products read the weights");
     print_line(out, "gradients", (double)m->gradients, "fp32");
@@ -171,11 +174,11 @@ static void print_memory(const struct plan *p, struct text *out) {
     print_line(out, "scratch", (double)p->memory.scratch, "");
     print_line(out, "outer", p->outer_bytes,
                "weights that islands share, their momentum, and what is under way to them");
-    print_line(out, "saving", p->copy_bytes, "a copy to write checkpoints from while training goes on");
-    print_line(out, "process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
-    print_line(out, "total",
-               (double)m->total + staging + (double)p->memory.total + p->outer_bytes + p->copy_bytes +
-                   TRAIN_PROCESS_BYTES,
+    if (p->on_host) {
+        print_line(out, "saving", p->copy_bytes, "a copy to write checkpoints from while training goes on");
+        print_line(out, "process", TRAIN_PROCESS_BYTES, "libraries, generated code, working memory of the kernels");
+    }
+    print_line(out, "total", (double)m->total + staging + (double)p->memory.total + p->outer_bytes + of_host,
                p->sharding.mesh.size[MESH_EXPERT] > 1 ? "and the rows that routing sends here" : "");
 }
 

@@ -270,10 +270,15 @@ enum status run_config_backend(const struct run_config *config, struct run_backe
     return kernels_choose_for(backend->device, config->run.kernels, &backend->ops);
 }
 
+enum status run_config_planned_backend(const struct run_config *config, struct run_backend *backend) {
+    TRY(device_plan(config->run.device, &backend->device));
+    return kernels_choose_for(backend->device, config->run.kernels, &backend->ops);
+}
+
 /* A name that is no device's is told of where the device is chosen. */
 static bool prefers_bf16(const struct run_config *config) {
     const struct device *device;
-    if (device_choose(config->run.device, &device) != STATUS_OK)
+    if (device_plan(config->run.device, &device) != STATUS_OK)
         return false;
     return kernels_device_prefers_bf16(device);
 }

@@ -94,5 +94,8 @@ struct run_backend {
 };
 enum status run_config_backend(const struct run_config *config, struct run_backend *backend) MUST_USE;
 
+/* The same to plan with: the device need not be there (device_plan). */
+enum status run_config_planned_backend(const struct run_config *config, struct run_backend *backend) MUST_USE;
+
 /* The dtype that products run in, with PRECISION_AUTO decided for this machine and the device that is named. */
 enum dtype run_config_compute(const struct run_config *config);

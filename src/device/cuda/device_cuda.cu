@@ -14,6 +14,11 @@ extern "C" {
 #include "device/cuda/device_cuda.h"
 }
 
+const struct device *device_cuda_absent(void) {
+    static const struct device absent = {"cuda", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    return &absent;
+}
+
 #ifdef CADRE_CUDA_MODEL
 
 void cuda_fail(int error, const char *what) {
@@ -311,7 +316,7 @@ void device_cuda_identify(unsigned char id[DEVICE_ID_BYTES]) {
 }
 
 int64_t device_cuda_memory_bytes(int local_size) {
-    int64_t sharers = (local_size + device_count - 1) / device_count;
+    int64_t sharers = device_count > 0 ? (local_size + device_count - 1) / device_count : 1;
     return (int64_t)properties.totalGlobalMem / sharers;
 }
 

@@ -5,6 +5,7 @@
 
 enum status device_cuda(const struct device **out) MUST_USE;
 void device_cuda_prefer(int number); /* before device_cuda: the device of this number, modulo how many there are */
+const struct device *device_cuda_absent(void); /* where there is none: its name, and no function */
 const char *device_cuda_describe(void); /* after device_cuda, as all below */
 void device_cuda_identify(unsigned char id[DEVICE_ID_BYTES]);
 int64_t device_cuda_memory_bytes(int local_size);
