@@ -424,7 +424,7 @@ static void test_ranks_without_tokens_on_devices(void **state) {
 /* The device's own kernels, or their model, between ranks that share it. */
 static void test_cuda(void **state) {
     (void)state;
-    static const int meshes[][4] = {{2, 1, 1, 1}, {1, 2, 1, 3}, {1, 1, 3, 2}, {1, 2, 2, 3}};
+    static const int meshes[][4] = {{2, 1, 1, 1}, {1, 2, 2, 3}};
     const struct device *device;
     if (device_choose("cuda", &device) != STATUS_OK)
         skip();
@@ -434,12 +434,12 @@ static void test_cuda(void **state) {
         one.replicate = one.shard = one.expert = 1;
         one.memory = (struct comm_memory){device, COMM_WAY_HOST};
         run(&one);
-        for (size_t i = bf16; i < sizeof meshes / sizeof *meshes; i += 1 + bf16) {
+        for (size_t i = bf16; i < sizeof meshes / sizeof *meshes; i++) {
             struct job job = one;
             job.replicate = meshes[i][0], job.shard = meshes[i][1], job.expert = meshes[i][2], job.zero = meshes[i][3];
             run(&job);
             compare(&job, &one, bf16 ? 2e-3 : 1e-5);
-            if (!bf16 || job.expert == 1)
+            if (!bf16)
                 continue;
             struct job again = job;
             run(&again);

@@ -80,7 +80,7 @@ int64_t placement_rank_bytes(const struct device *device, int local_size) {
 
 enum status placement_open_ranks(struct ranks *ranks, const struct mesh *mesh, struct comm *world, const struct device *device,
                                  const struct run_config *config, char line[COMM_MEMORY_LINE_BYTES]) {
-    struct comm_memory memory = {0};
+    struct comm_memory memory = {device, COMM_WAY_HOST}; /* alone nothing passes through the host */
     line[0] = '\0';
     if (device != device_cpu() && world->size > 1)
         TRY(comm_memory_choose(world, device, (enum comm_wish)config->run.transport, &memory, line));

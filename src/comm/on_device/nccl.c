@@ -240,12 +240,14 @@ static enum status nccl_split(struct comm *comm, int color, struct comm *part) {
 static void nccl_release(struct comm *comm) {
     struct nccl_state *s = comm->state;
     CHECK(s->under_way == 0 || s->broken);
-    if (s->comm && s->broken)
+    if (s->comm && s->broken) {
         nccl.ncclCommAbort(s->comm);
+    } else if (s->comm) {
+        device_cuda_queue_finish(s->queue);
+        nccl.ncclCommDestroy(s->comm);
+    }
     if (s->queue)
         device_cuda_queue_close(s->queue);
-    if (s->comm && !s->broken)
-        nccl.ncclCommDestroy(s->comm);
     while (s->spare) {
         struct passage *passage = s->spare;
         s->spare = passage->next;

@@ -125,6 +125,10 @@ void *device_cuda_queue_open(void) {
     return NULL;
 }
 
+void device_cuda_queue_finish(void *queue) {
+    (void)queue;
+}
+
 void device_cuda_queue_close(void *queue) {
     (void)queue;
 }
@@ -336,9 +340,13 @@ void *device_cuda_queue_open(void) {
     return queue;
 }
 
-void device_cuda_queue_close(void *queue) {
+void device_cuda_queue_finish(void *queue) {
     cuda_stream();
     cuda_check(cudaStreamSynchronize((cudaStream_t)queue), "waiting for transfers");
+}
+
+void device_cuda_queue_close(void *queue) {
+    device_cuda_queue_finish(queue);
     cuda_check(cudaStreamDestroy((cudaStream_t)queue), "cudaStreamDestroy");
 }
 

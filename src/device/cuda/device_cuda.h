@@ -17,6 +17,7 @@ void *device_cuda_host_memory(size_t bytes);
 /* ---- for transports: a queue of work beside the order of the device (a stream), and marks in either (events) ----------- */
 
 void *device_cuda_queue_open(void);
+void device_cuda_queue_finish(void *queue);
 void device_cuda_queue_close(void *queue); /* what is in it is finished first */
 
 void *device_cuda_mark_make(void);
