@@ -421,6 +421,29 @@ static void test_ranks_without_tokens_on_devices(void **state) {
     }
 }
 
+/* Between islands a slow link may lie: NCCL would keep a part of a device waiting for it. */
+static enum status open_groups(void *context, struct comm *world) {
+    const char **names = context;
+    const int size[MESH_AXIS_COUNT] = {2, 1, 2, 1};
+    struct mesh mesh = mesh_make(size, world->rank);
+    struct ranks ranks;
+    TRY(ranks_open(&ranks, &mesh, world, (struct comm_memory){fenced_device(), COMM_WAY_NCCL}));
+    if (world->rank == 0)
+        names[0] = ranks.islands.ops->name, names[1] = ranks.shards.ops->name;
+    ranks_close(&ranks);
+    return STATUS_OK;
+}
+
+static void test_islands_never_take_nccl(void **state) {
+    (void)state;
+    const char *names[2];
+    if (!has_nccl)
+        skip();
+    assert_int_equal(comm_threads_run(4, open_groups, names), STATUS_OK);
+    assert_string_equal(names[0], "through the host");
+    assert_string_equal(names[1], "nccl");
+}
+
 /* The device's own kernels, or their model, between ranks that share it. */
 static void test_cuda(void **state) {
     (void)state;
@@ -476,6 +499,7 @@ int main(void) {
         cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_devices),
         cmocka_unit_test(test_ranks_without_tokens_on_devices),
+        cmocka_unit_test(test_islands_never_take_nccl),
         cmocka_unit_test(test_cuda),
         cmocka_unit_test(test_a_rank_dies),
     };

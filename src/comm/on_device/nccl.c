@@ -118,8 +118,6 @@ struct nccl_state {
     bool broken;
 };
 
-static const struct comm_ops nccl_ops;
-
 /* Collective. */
 static enum status meet(struct comm *comm) {
     struct nccl_state *s = comm->state;
@@ -198,17 +196,6 @@ static enum status start(struct comm *comm, const void *send, const int64_t *sen
     return STATUS_OK;
 }
 
-static enum status nccl_all_gather(struct comm *comm, const void *send, void *recv, const int64_t *counts, const int64_t *offsets,
-                                   struct comm_request *request) {
-    return start(comm, send, counts, NULL, recv, counts, offsets, request);
-}
-
-static enum status nccl_all_to_all(struct comm *comm, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
-                                   void *recv, const int64_t *recv_counts, const int64_t *recv_offsets,
-                                   struct comm_request *request) {
-    return start(comm, send, send_counts, send_offsets, recv, recv_counts, recv_offsets, request);
-}
-
 /* A rank that is gone shows here at best; a kernel that waits for one keeps the device, and the watch over the ranks
  * (comm/launch) ends the process. */
 static enum status nccl_wait(struct comm *comm, struct comm_request *request) {
@@ -225,15 +212,6 @@ static enum status nccl_wait(struct comm *comm, struct comm_request *request) {
     if (status == STATUS_OK)
         status = check(code);
     s->broken = s->broken || status != STATUS_OK;
-    return status;
-}
-
-static enum status nccl_split(struct comm *comm, int color, struct comm *part) {
-    const struct nccl_state *s = comm->state;
-    TRY(comm->host->ops->split(comm->host, color, part));
-    enum status status = on_device_nccl(part, s->base.device);
-    if (status != STATUS_OK)
-        comm_release(part);
     return status;
 }
 
@@ -260,14 +238,15 @@ static void nccl_release(struct comm *comm) {
     free(s);
 }
 
-static const struct comm_ops nccl_ops = {"nccl", nccl_all_gather, nccl_all_to_all, nccl_wait, nccl_split, nccl_release};
+static const struct comm_ops nccl_ops = {"nccl",    on_device_all_gather, on_device_all_to_all,
+                                         nccl_wait, on_device_split,      nccl_release};
 
-enum status on_device_nccl(struct comm *comm, const struct device *device) {
+enum status on_device_nccl(struct comm *comm, struct comm_memory memory) {
     struct nccl_state *s;
     int version;
     TRY(on_device_nccl_version(&version));
     TRY(memory_alloc(&s, 1, sizeof *s));
-    *s = (struct nccl_state){.base = {device, *comm}};
+    *s = (struct nccl_state){.base = {memory, start, *comm}};
     *comm = (struct comm){.ops = &nccl_ops, .rank = comm->rank, .size = comm->size, .state = s, .host = &s->base.host};
     return STATUS_OK;
 }
@@ -279,9 +258,9 @@ enum status on_device_nccl_version(int *version) {
     return status_fail(STATUS_USAGE, "this program was built without CUDA");
 }
 
-enum status on_device_nccl(struct comm *comm, const struct device *device) {
+enum status on_device_nccl(struct comm *comm, struct comm_memory memory) {
     int version;
-    (void)comm, (void)device;
+    (void)comm, (void)memory;
     return on_device_nccl_version(&version);
 }
 

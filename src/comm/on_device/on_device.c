@@ -12,7 +12,8 @@ void on_device_keep_own(struct comm *comm, const void *send, const int64_t *send
     struct on_device_piece own = on_device_piece_for(comm, comm->rank, send_counts, send_offsets);
     CHECK_OP(own.bytes, ==, recv_counts[comm->rank]);
     if (own.bytes > 0)
-        state->device->copy_within((char *)recv + recv_offsets[comm->rank], (const char *)send + own.offset, (size_t)own.bytes);
+        state->memory.device->copy_within((char *)recv + recv_offsets[comm->rank], (const char *)send + own.offset,
+                                          (size_t)own.bytes);
     for (int r = 0; r < comm->size; r++)
         if (r != comm->rank) {
             comm->count.sent_bytes += on_device_piece_for(comm, r, send_counts, send_offsets).bytes;
@@ -25,7 +26,29 @@ enum status comm_on_device(struct comm *comm, struct comm_memory memory) {
     CHECK(!comm->host);
     if (!memory.device || memory.device == device_cpu())
         return STATUS_OK;
-    return memory.way == COMM_WAY_NCCL ? on_device_nccl(comm, memory.device) : on_device_staged(comm, memory.device);
+    return memory.way == COMM_WAY_NCCL ? on_device_nccl(comm, memory) : on_device_staged(comm, memory);
+}
+
+enum status on_device_all_gather(struct comm *comm, const void *send, void *recv, const int64_t *counts, const int64_t *offsets,
+                                 struct comm_request *request) {
+    const struct on_device *state = comm->state;
+    return state->start(comm, send, counts, NULL, recv, counts, offsets, request);
+}
+
+enum status on_device_all_to_all(struct comm *comm, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
+                                 void *recv, const int64_t *recv_counts, const int64_t *recv_offsets,
+                                 struct comm_request *request) {
+    const struct on_device *state = comm->state;
+    return state->start(comm, send, send_counts, send_offsets, recv, recv_counts, recv_offsets, request);
+}
+
+enum status on_device_split(struct comm *comm, int color, struct comm *part) {
+    const struct on_device *state = comm->state;
+    TRY(comm->host->ops->split(comm->host, color, part));
+    enum status status = comm_on_device(part, state->memory);
+    if (status != STATUS_OK)
+        comm_release(part);
+    return status;
 }
 
 /* ---- which way ------------------------------------------------------------------------------------------------------ */

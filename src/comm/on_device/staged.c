@@ -26,8 +26,6 @@ struct staged {
     bool broken; /* a rank is gone: what is under way may never end */
 };
 
-static const struct comm_ops staged_ops;
-
 static enum status grow(const struct device *device, char **data, int64_t *room, int64_t bytes) {
     void *fresh;
     if (bytes <= *room)
@@ -97,7 +95,7 @@ static int64_t place_of_same(const struct hop *hop, const int64_t *from_offsets,
 /* Where each rank's bytes lie in the hop; room for them. from_offsets [size]: where on the device. */
 static enum status lay_out(const struct comm *comm, struct hop *hop, const int64_t *send_counts, const int64_t *send_offsets,
                            const int64_t *recv_counts, const int64_t *recv_offsets) {
-    const struct device *device = ((const struct staged *)comm->state)->base.device;
+    const struct device *device = ((const struct staged *)comm->state)->base.memory.device;
     int64_t sent = 0, received = 0, *from_offsets = hop->to_offsets; /* lent until the others are known */
     for (int r = 0; r < comm->size; r++) {
         struct on_device_piece piece = on_device_piece_for(comm, r, send_counts, send_offsets);
@@ -118,7 +116,7 @@ static enum status lay_out(const struct comm *comm, struct hop *hop, const int64
 
 static void pack(const struct comm *comm, struct hop *hop, const char *send, const int64_t *send_counts,
                  const int64_t *send_offsets) {
-    const struct device *device = ((const struct staged *)comm->state)->base.device;
+    const struct device *device = ((const struct staged *)comm->state)->base.memory.device;
     struct stretch stretch = {0};
     int64_t packed = 0;
     for (int r = 0; r < comm->size; r++) {
@@ -136,7 +134,7 @@ static void pack(const struct comm *comm, struct hop *hop, const char *send, con
 }
 
 static void unpack(const struct comm *comm, const struct hop *hop) {
-    const struct device *device = ((const struct staged *)comm->state)->base.device;
+    const struct device *device = ((const struct staged *)comm->state)->base.memory.device;
     struct stretch stretch = {0};
     for (int r = 0; r < comm->size; r++) {
         int64_t bytes = hop->recv_counts[r];
@@ -175,17 +173,6 @@ static enum status start(struct comm *comm, const void *send, const int64_t *sen
     return STATUS_OK;
 }
 
-static enum status staged_all_gather(struct comm *comm, const void *send, void *recv, const int64_t *counts, const int64_t *offsets,
-                                     struct comm_request *request) {
-    return start(comm, send, counts, NULL, recv, counts, offsets, request);
-}
-
-static enum status staged_all_to_all(struct comm *comm, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
-                                     void *recv, const int64_t *recv_counts, const int64_t *recv_offsets,
-                                     struct comm_request *request) {
-    return start(comm, send, send_counts, send_offsets, recv, recv_counts, recv_offsets, request);
-}
-
 static enum status staged_wait(struct comm *comm, struct comm_request *request) {
     struct staged *s = comm->state;
     struct hop *hop = (struct hop *)(intptr_t)request->ticket;
@@ -202,15 +189,6 @@ static enum status staged_wait(struct comm *comm, struct comm_request *request) 
     return status;
 }
 
-static enum status staged_split(struct comm *comm, int color, struct comm *part) {
-    const struct staged *s = comm->state;
-    TRY(comm->host->ops->split(comm->host, color, part));
-    enum status status = on_device_staged(part, s->base.device);
-    if (status != STATUS_OK)
-        comm_release(part);
-    return status;
-}
-
 static void staged_release(struct comm *comm) {
     struct staged *s = comm->state;
     CHECK(s->under_way == 0 || s->broken);
@@ -218,22 +196,22 @@ static void staged_release(struct comm *comm) {
         struct hop *hop = s->spare;
         s->spare = hop->next;
         if (hop->send)
-            s->base.device->release_host(hop->send, (size_t)hop->send_room);
+            s->base.memory.device->release_host(hop->send, (size_t)hop->send_room);
         if (hop->recv)
-            s->base.device->release_host(hop->recv, (size_t)hop->recv_room);
+            s->base.memory.device->release_host(hop->recv, (size_t)hop->recv_room);
         free(hop);
     }
     comm_release(&s->base.host);
     free(s);
 }
 
-static const struct comm_ops staged_ops = {"through the host", staged_all_gather, staged_all_to_all,
-                                           staged_wait,        staged_split,      staged_release};
+static const struct comm_ops staged_ops = {"through the host", on_device_all_gather, on_device_all_to_all,
+                                           staged_wait,        on_device_split,      staged_release};
 
-enum status on_device_staged(struct comm *comm, const struct device *device) {
+enum status on_device_staged(struct comm *comm, struct comm_memory memory) {
     struct staged *s;
     TRY(memory_alloc(&s, 1, sizeof *s));
-    *s = (struct staged){.base = {device, *comm}};
+    *s = (struct staged){.base = {memory, start, *comm}};
     *comm = (struct comm){.ops = &staged_ops, .rank = comm->rank, .size = comm->size, .state = s, .host = &s->base.host};
     return STATUS_OK;
 }
