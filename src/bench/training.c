@@ -50,7 +50,8 @@ enum status training_open(struct training *t, const struct bench *bench, enum dt
                               &t->exchange));
     struct step_settings settings = {.micro_batch_count = (int)(batch / micro),
                                      .micro_batch_sequences = micro,
-                                     .gradient_wire = c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32};
+                                     .gradient_wire = c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
+                                     .repeats = c->run.graph};
     TRY(step_runner_init(&t->runner, t->model, t->workspace, &t->ranks, &c->optim, settings));
     TRY(model_initialize(t->model, 1));
     TRY(step_refresh(&t->runner));

@@ -13,6 +13,20 @@
 
 enum { ARENA_BLOCK_BYTES = 4096 };
 
+/* Work that is asked for in the same way again and again is noted once and then repeated, which costs one request: on CUDA a graph.
+ *
+ * From begin to end what this thread asks of the device is noted and not done. All of it must be work in the device's order: who
+ * waits, takes or gives back memory or copies from or to the processor meanwhile makes a mistake of ours. */
+struct recording;
+struct device_recorder {
+    void (*begin)(void);
+    struct recording *(*end)(void); /* NULL: what was noted can't be repeated; then nothing was done */
+    /* All of it once more, in its order, with what it was asked with: the same addresses and numbers. False: it is out of date,
+     * for scratch that it used has moved, and nothing was done. */
+    bool (*repeat)(struct recording *recording);
+    void (*release)(struct recording *recording); /* waits until it is not under way; NULL: nothing */
+};
+
 /* A kind of memory and how to reach it. Plain functions; one constant struct a device. */
 struct device {
     const char *name;
@@ -26,6 +40,7 @@ struct device {
     void (*release_host)(void *data, size_t bytes);
     /* Waits until all that was asked of it is done; what went wrong in between ends the program with one line. */
     void (*finish)(void);
+    const struct device_recorder *recorder; /* NULL: there would be nothing to win */
 };
 
 const struct device *device_cpu(void);

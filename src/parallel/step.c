@@ -97,6 +97,8 @@ enum status step_runner_init(struct step_runner *runner, struct model *model, st
                                 step_schedule_options(model, runner->traffic, &settings, workspace->options.recompute));
     if (status == STATUS_OK)
         status = balance_init(&runner->balance, model, workspace, &ranks->batch);
+    if (status == STATUS_OK && settings.repeats && ranks->batch.size == 1)
+        repeats_init(&runner->repeats, &runner->schedule, model->device);
     if (status == STATUS_OK)
         status = take_memory(runner);
     if (status != STATUS_OK)
@@ -105,6 +107,7 @@ enum status step_runner_init(struct step_runner *runner, struct model *model, st
 }
 
 void step_runner_release(struct step_runner *runner) {
+    repeats_release(&runner->repeats);
     balance_release(&runner->balance);
     traffic_destroy(runner->traffic);
     schedule_release(&runner->schedule);
@@ -419,21 +422,46 @@ static enum status run_part(struct step_runner *runner, struct step_state *state
     return run_event(runner, state, event);
 }
 
+static enum status run_event_at(struct step_runner *runner, struct step_state *state, int i) {
+    const struct event *event = &runner->schedule.events[i];
+    for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */
+        CHECK_OP(event->waits[k], <, i);
+    double begin = runner->observer.event_done ? clock_seconds() : 0;
+    TRY(run_part(runner, state, event));
+    if (runner->observer.event_done) {
+        runner->model->device->finish();
+        runner->observer.event_done(runner->observer.context, event, clock_seconds() - begin);
+    }
+    return STATUS_OK;
+}
+
+struct stretch_call {
+    struct step_runner *runner;
+    struct step_state *state;
+};
+
+static enum status ask_for_stretch(void *context, const struct stretch *stretch) {
+    const struct stretch_call *call = context;
+    for (int i = stretch->begin; i < stretch->end; i++)
+        TRY(run_event_at(call->runner, call->state, i));
+    return STATUS_OK;
+}
+
 enum status step_run(struct step_runner *runner, struct step_input input, struct step_result *result) {
     struct step_state state = {.input = input};
+    struct stretch_call call = {runner, &state};
+    bool repeats = runner->part == STEP_WHOLE && !runner->observer.event_done;
     state.scales = model_loss_scales(runner->model, step_tokens(runner), 0);
     runner->begin_bytes = ranks_sent_bytes(runner->ranks);
-    for (int i = 0; i < runner->schedule.count; i++) {
-        const struct event *event = &runner->schedule.events[i];
-        for (int k = 0; k < event->wait_count; k++) /* in order of the list all that it waits for is done */
-            CHECK_OP(event->waits[k], <, i);
-        double begin = runner->observer.event_done ? clock_seconds() : 0;
-        TRY(run_part(runner, &state, event));
-        if (runner->observer.event_done) {
-            runner->model->device->finish();
-            runner->observer.event_done(runner->observer.context, event, clock_seconds() - begin);
-        }
+    for (int i = 0, end; i < runner->schedule.count; i = end) {
+        struct stretch *stretch = repeats ? repeats_at(&runner->repeats, i) : NULL;
+        end = stretch ? stretch->end : i + 1; /* it is gone where it could not be recorded */
+        if (stretch)
+            TRY(repeats_run(&runner->repeats, stretch, ask_for_stretch, &call));
+        else
+            TRY(run_event_at(runner, &state, i));
     }
+    runner->repeats.is_warm = true;
     runner->tail_bytes = ranks_sent_bytes(runner->ranks) - runner->norm_bytes;
     *result = state.result;
     return STATUS_OK;

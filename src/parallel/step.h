@@ -17,6 +17,7 @@
 #include "parallel/expert_parallel.h"
 #include "parallel/outer.h"
 #include "parallel/ranks.h"
+#include "parallel/repeats.h"
 #include "parallel/schedule.h"
 #include "parallel/traffic.h"
 
@@ -56,6 +57,7 @@ struct step_settings {
     int64_t micro_batch_sequences; /* over all ranks; 0: as many as the workspace holds */
     enum dtype gradient_wire;      /* f32 or bf16 */
     int fragment_count;            /* that islands exchange; 0: they do not */
+    bool repeats;                  /* a device that can records what micro-batches compute and repeats it: parallel/repeats.h */
 };
 
 /* Called after every event with the seconds it took; for profiles. A step that is observed waits after each event until the
@@ -83,6 +85,7 @@ struct step_runner {
     struct outer *outer; /* borrowed, set by the caller; NULL: outer events do nothing */
     struct balance balance;
     struct schedule schedule;
+    struct repeats repeats;
     const struct optimizer_settings *optimizer;
     struct step_settings settings;
     int32_t *host_ids;                 /* [S] scratch for EVENT_LOAD */

@@ -38,9 +38,9 @@ static enum status plan_open(struct plan *p, const struct run_config *c, int ran
     TRY(traffic_create(p->model, NULL, c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
                        &p->traffic));
     p->outer = run_config_outer(c);
-    struct step_settings settings = {(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
-                                     c->train.micro_batch_sequences / c->diloco.replicas, DTYPE_F32,
-                                     p->outer.plan.fragment_count};
+    struct step_settings settings = {.micro_batch_count = (int)(c->train.batch_sequences / c->train.micro_batch_sequences),
+                                     .micro_batch_sequences = c->train.micro_batch_sequences / c->diloco.replicas,
+                                     .fragment_count = p->outer.plan.fragment_count};
     bool recompute = c->train.recompute == RECOMPUTE_BLOCK;
     TRY(schedule_build(&p->schedule, step_schedule_options(p->model, p->traffic, &settings, recompute)));
     p->workspace = (struct workspace_options){step_sequences_most(&p->sharding.mesh, settings.micro_batch_sequences),

@@ -67,7 +67,8 @@ static inline enum status test_rank_open(struct test_rank *r, const struct test_
     optimizer_settings_init(&r->optimizer);
     r->optimizer.warmup_steps = 2;
     r->optimizer.lr = 2e-3;
-    struct step_settings settings = {1, SEQUENCES, l->wire, r->meetings ? r->meetings->plan.fragment_count : 0};
+    struct step_settings settings = {.micro_batch_count = 1, .micro_batch_sequences = SEQUENCES, .gradient_wire = l->wire,
+                                     .fragment_count = r->meetings ? r->meetings->plan.fragment_count : 0};
     TRY(step_runner_init(&r->runner, r->model, r->workspace, &r->ranks, &r->optimizer, settings));
     TRY(model_initialize(r->model, 17));
     if (r->meetings) {

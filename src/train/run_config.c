@@ -117,6 +117,8 @@ static const struct setting place_settings[] = {
     {"run", "device", SETTING_STRING, AT(run.device), 0, 0, NULL, "what computes: cpu or cuda"},
     {"run", "transport", SETTING_CHOICE, AT(run.transport), 0, 2, transport_names,
      "of tensors between devices: nccl, host (through the processors' memory), or auto: nccl where each rank has its device"},
+    {"run", "graph", SETTING_BOOLEAN, AT(run.graph), 0, 1, NULL,
+     "of a CUDA device of one rank: what a micro-batch computes is recorded as a graph and repeated"},
     {"run", "kernels", SETTING_STRING, AT(run.kernels), 0, 0, NULL,
      "instruction set: auto, ref, portable, avx2, avx512, avx512bf16; of a device: auto, cuda, sm80 (nothing of Hopper's own)"},
     {"run", "timeout_seconds", SETTING_NUMBER, AT(run.timeout_seconds), 0, 1e6, NULL,
@@ -163,6 +165,7 @@ void run_config_init(struct run_config *config) {
     config->checkpoint.every_steps = 200;
     config->checkpoint.keep = 2;
     config->checkpoint.at_end = true;
+    config->run.graph = true;
     config->run.timeout_seconds = 60;
     config->checkpoint.file_bytes = 5000000000; /* as transformers writes */
     strcpy(config->run.directory, "runs/cadre");

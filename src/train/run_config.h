@@ -58,6 +58,7 @@ struct run_config {
         char directory[SETTING_STRING_BYTES], kernels[SETTING_STRING_BYTES], device[SETTING_STRING_BYTES];
         int64_t threads;
         int transport; /* enum comm_wish */
+        bool graph;
         double timeout_seconds;
     } run;
 };

@@ -171,7 +171,8 @@ static struct step_settings step_settings_from(const struct run_config *c) {
     return (struct step_settings){(int)(c->train.batch_sequences / c->train.micro_batch_sequences),
                                   c->train.micro_batch_sequences / c->diloco.replicas,
                                   c->layout.grad_wire == GRADIENT_WIRE_BF16 ? DTYPE_BF16 : DTYPE_F32,
-                                  run_config_outer(c).plan.fragment_count};
+                                  run_config_outer(c).plan.fragment_count,
+                                  c->run.graph};
 }
 
 /* What an island sends in sync_steps. */

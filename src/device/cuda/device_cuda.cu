@@ -1,6 +1,6 @@
 /* The CUDA device of this process: its memory and the one stream on which all that is asked of it happens in order. On the
  * model of a device that is memory of the processor, and all is done when it returns. */
-#include "device/cuda/language.cuh"
+#include "device/cuda/recording.cuh"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -8,14 +8,12 @@
 #include <string.h>
 #include <unistd.h>
 
-#define _Noreturn [[noreturn]] /* of C, in the headers */
 extern "C" {
 #include "base/log.h"
-#include "device/cuda/device_cuda.h"
 }
 
 const struct device *device_cuda_absent(void) {
-    static const struct device absent = {"cuda", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    static const struct device absent = {"cuda", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
     return &absent;
 }
 
@@ -50,6 +48,7 @@ static bool is_of_device(const void *data, size_t bytes) {
 }
 
 static enum status model_alloc(void **out, size_t bytes) {
+    CHECK(!recording_is_on());
     TRY(device_cpu()->alloc(out, bytes));
     pthread_mutex_lock(&pieces_mutex);
     CHECK(piece_count < PIECES_MAX);
@@ -60,6 +59,7 @@ static enum status model_alloc(void **out, size_t bytes) {
 }
 
 static void model_release(void *data, size_t bytes) {
+    CHECK(!recording_is_on());
     pthread_mutex_lock(&pieces_mutex);
     int at = 0;
     while (at < piece_count && pieces[at].begin != data)
@@ -71,18 +71,27 @@ static void model_release(void *data, size_t bytes) {
 }
 
 static void model_copy_to_host(void *host, const void *data, size_t bytes) {
+    CHECK(!recording_is_on());
     CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
     memcpy(host, data, bytes);
 }
 
 static void model_copy_from_host(void *data, const void *host, size_t bytes) {
+    CHECK(!recording_is_on());
     CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
     memcpy(data, host, bytes);
 }
 
 static void model_copy_within(void *to, const void *from, size_t bytes) {
     CHECK(bytes == 0 || (is_of_device(to, bytes) && is_of_device(from, bytes)));
-    memcpy(to, from, bytes);
+    if (recording_is_on())
+        cuda_model_note([=] { memcpy(to, from, bytes); });
+    else
+        memcpy(to, from, bytes);
+}
+
+static void model_finish(void) {
+    CHECK(!recording_is_on());
 }
 
 enum status device_cuda(const struct device **out) {
@@ -96,6 +105,8 @@ enum status device_cuda(const struct device **out) {
         model.copy_to_host = model_copy_to_host;
         model.copy_from_host = model_copy_from_host;
         model.copy_within = model_copy_within;
+        model.finish = model_finish;
+        model.recorder = &cuda_recorder;
     });
     *out = &model;
     return STATUS_OK;
@@ -192,7 +203,10 @@ static void begin(void) {
     cudaGetLastError(); /* what is said here is not for the next call */
 }
 
+/* A recording that does not come about is no failure: what it would have done is done without. */
 void cuda_fail(int error, const char *what) {
+    if (recording_spoil())
+        return;
     log_progress_end();
     fprintf(stderr, "cadre: CUDA device: %s: %s (%s)\n", what, cudaGetErrorString((cudaError_t)error),
             cudaGetErrorName((cudaError_t)error));
@@ -204,14 +218,16 @@ void *cuda_stream(void) {
     if (begin_error != cudaSuccess)
         cuda_fail((int)begin_error, begin_failed_at);
     enter();
-    return the_stream;
+    return recording_is_on() ? recording_stream() : the_stream;
 }
 
 static void cuda_finish(void) {
+    CHECK(!recording_is_on());
     cuda_check(cudaStreamSynchronize((cudaStream_t)cuda_stream()), "waiting for the device");
 }
 
 static enum status cuda_alloc(void **out, size_t bytes) {
+    CHECK(!recording_is_on());
     cudaStream_t stream = (cudaStream_t)cuda_stream();
     void *data = NULL;
     cudaError_t error = cudaMalloc(&data, bytes < SMALLEST_BYTES ? SMALLEST_BYTES : bytes);
@@ -291,7 +307,8 @@ enum status device_cuda(const struct device **out) {
                                        cuda_copy_within,
                                        cuda_alloc_host,
                                        cuda_release_host,
-                                       cuda_finish};
+                                       cuda_finish,
+                                       &cuda_recorder};
     int driver = 0;
     pthread_once(&begun, begin);
     if (begin_error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)

@@ -14,6 +14,17 @@ int64_t device_cuda_memory_bytes(int local_size);
  * program ends. NULL where there is none. */
 void *device_cuda_host_memory(size_t bytes);
 
+/* ---- for scratch memory of kernels ------------------------------------------------------------------------------------- */
+
+/* Asked before scratch moves: recordings that use it are out of date from now on. False where this thread is recording: memory
+ * stays as it is, and the recording is given up. */
+bool device_cuda_may_move(void);
+
+#ifdef CADRE_CUDA_MODEL
+/* While this thread records: memory for one operation of the recording, not a number whenever that is repeated. Else NULL. */
+void *device_cuda_recorded_scratch(size_t bytes);
+#endif
+
 /* ---- for transports: a queue of work beside the order of the device (a stream), and marks in either (events) ----------- */
 
 void *device_cuda_queue_open(void);

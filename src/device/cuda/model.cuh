@@ -13,11 +13,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #define __global__ __attribute__((unused))
 #define __device__ __attribute__((unused))
@@ -90,6 +92,10 @@ unsigned cuda_model_lane(void);
 /* The lanes of the mask meet; the last one to come acts for all of them on what they brought. */
 void cuda_model_meet(unsigned mask, cuda_model_action act, void *mine);
 
+/* Whether the calling thread records, and what it does then with work (device/cuda/recording.cu). */
+bool cuda_model_records(void);
+void cuda_model_note(std::function<void()> work);
+
 void cuda_model_run(const char *kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arguments);
 
 void __syncthreads(void);
@@ -119,7 +125,10 @@ static void cuda_model_launch(const char *name, void (*kernel)(P...), dim3 grid,
         cuda_model_call<P...> *it = static_cast<cuda_model_call<P...> *>(of);
         std::apply(it->kernel, it->arguments);
     };
-    cuda_model_run(name, grid, block, shared_bytes, body, &call);
+    if (cuda_model_records())
+        cuda_model_note([=]() mutable { cuda_model_run(name, grid, block, shared_bytes, body, &call); });
+    else
+        cuda_model_run(name, grid, block, shared_bytes, body, &call);
 }
 
 /* ---- operations of a warp ---------------------------------------------------------------------------------------- */

@@ -77,7 +77,14 @@ struct scratch {
  * tests who reads what nobody wrote. */
 void *cuda_scratch(size_t bytes) {
     static thread_local struct scratch scratch;
+    static thread_local size_t most;
     size_t whole = bytes ? (bytes + 255) / 256 * 256 : 256;
+    if (void *recorded = device_cuda_recorded_scratch(whole))
+        return recorded;
+    if (whole > most) { /* where a device's would move */
+        most = whole;
+        device_cuda_may_move();
+    }
     free(scratch.data);
     held_bytes += whole - scratch.bytes;
     CHECK((scratch.data = aligned_alloc(256, whole)) != NULL);
@@ -91,7 +98,7 @@ void *cuda_scratch(size_t bytes) {
 void *cuda_scratch(size_t bytes) {
     static thread_local void *data;
     static thread_local size_t size;
-    if (bytes <= size && data)
+    if ((bytes <= size && data) || !device_cuda_may_move())
         return data;
     const struct device *device;
     CHECK(device_cuda(&device) == STATUS_OK);
