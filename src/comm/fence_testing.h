@@ -90,6 +90,7 @@ static const struct device *fenced_device(void) {
         fenced.release = fence_release;
         fenced.copy_to_host = fence_copy_to_host;
         fenced.copy_from_host = fence_copy_from_host;
+        fenced.copy_from_host_later = fence_copy_from_host;
         fenced.copy_within = fence_copy_within;
         fenced.name = "fenced";
     }

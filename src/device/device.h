@@ -34,6 +34,9 @@ struct device {
     void (*release)(void *data, size_t bytes);
     void (*copy_to_host)(void *host, const void *data, size_t bytes);
     void (*copy_from_host)(void *data, const void *host, size_t bytes);
+    /* The same in the order of all that is asked of it, without waiting: `host` is of alloc_host and stays as it is until the
+     * device is done. */
+    void (*copy_from_host_later)(void *data, const void *host, size_t bytes);
     void (*copy_within)(void *to, const void *from, size_t bytes); /* in the order of all that is asked of it; waits for nothing */
     /* Memory of the processor that copies from and to the device are fastest with. */
     enum status (*alloc_host)(void **out, size_t bytes);

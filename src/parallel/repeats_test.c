@@ -2,6 +2,7 @@
 #include "parallel/step.h"
 
 #include "base/random.h"
+#include <math.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -92,7 +93,7 @@ static void open_trainee(struct trainee *t, const struct run *run, const struct 
     c.moe_intermediate_size = 24;
     c.initializer_range = 0.2;
     assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    assert_int_equal(device_choose("cuda", &real), STATUS_OK);
+    assert_int_equal(device_choose(device->name, &real), STATUS_OK);
     assert_int_equal(kernels_choose_for(real, "auto", &ops), STATUS_OK);
     struct model_options options = {ops, device, run->compute, DTYPE_F32, LENGTH, true, sharding_single()};
     assert_int_equal(model_create(&c, options, &t->model), STATUS_OK);
@@ -180,6 +181,19 @@ static void check_repeated(struct run run, const struct device *device) {
     assert_true(plain.hash == repeated.hash);
 }
 
+/* With tokens of its own for every micro-batch, none of which is waited for. */
+static void test_the_processor_agrees(void **state) {
+    (void)state;
+    const struct device *device = watched();
+    if (!device)
+        skip();
+    struct run here = {.compute = DTYPE_F32, .experts = 5, .micro_batches = 3}, there = here;
+    train(&here, device_cpu());
+    train(&there, device);
+    for (int i = 0; i < STEPS; i++)
+        assert_true(fabs(here.results[i].loss - there.results[i].loss) <= 1e-5 * here.results[i].loss);
+}
+
 /* The first step of each is plain, the second records; a recording for each micro-batch. */
 static void test_repeated_steps_are_the_same(void **state) {
     (void)state;
@@ -238,6 +252,7 @@ static void test_recordings_that_fail(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_the_processor_agrees),
         cmocka_unit_test(test_repeated_steps_are_the_same),
         cmocka_unit_test(test_many_micro_batches),
         cmocka_unit_test(test_scratch_that_moves),

@@ -73,7 +73,8 @@ static enum status take_memory(struct step_runner *runner) {
     struct workspace *w = runner->workspace;
     int64_t rows = w->options.batch * w->options.sequence_length;
     runner->sum_count = (int)step_sum_count(&runner->model->config);
-    TRY(memory_alloc(&runner->host_ids, (size_t)rows + 1, sizeof *runner->host_ids));
+    runner->host_ids_bytes = (size_t)(2 * rows * runner->settings.micro_batch_count) * sizeof *runner->host_ids;
+    TRY(runner->model->device->alloc_host((void **)&runner->host_ids, runner->host_ids_bytes));
     size_t row_count = (size_t)runner->model->table.count, row_bytes = row_count * sizeof(double);
     TRY(memory_alloc(&runner->sums, (size_t)runner->sum_count, sizeof *runner->sums));
     TRY(memory_alloc(&runner->seals, 2 + 2 * (size_t)runner->ranks->batch.size, sizeof *runner->seals));
@@ -111,7 +112,8 @@ void step_runner_release(struct step_runner *runner) {
     balance_release(&runner->balance);
     traffic_destroy(runner->traffic);
     schedule_release(&runner->schedule);
-    free(runner->host_ids);
+    if (runner->host_ids)
+        runner->model->device->release_host(runner->host_ids, runner->host_ids_bytes);
     free(runner->sums);
     free(runner->seals);
     free(runner->host_row_squares);
@@ -123,12 +125,15 @@ enum status step_refresh(struct step_runner *runner) {
     return traffic_refresh(runner->traffic);
 }
 
-static void load_column(struct step_runner *runner, const int32_t *tokens, int shift, struct tensor to) {
-    int64_t batch = runner->workspace->batch, length = runner->workspace->sequence_length;
+/* Memory of its own for each column of a step: nobody waits until the device has it. The norm does, before the next step. */
+static void load_column(struct step_runner *runner, const int32_t *tokens, int micro_batch, int shift, struct tensor to) {
+    const struct workspace *w = runner->workspace;
+    int64_t batch = w->batch, length = w->sequence_length, rows = w->options.batch * w->options.sequence_length;
+    int32_t *ids = runner->host_ids + (2 * micro_batch + shift) * rows;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t t = 0; t < length; t++)
-            runner->host_ids[b * length + t] = tokens[b * (length + 1) + t + shift];
-    runner->model->device->copy_from_host(to.data, runner->host_ids, tensor_bytes(to));
+            ids[b * length + t] = tokens[b * (length + 1) + t + shift];
+    runner->model->device->copy_from_host_later(to.data, ids, tensor_bytes(to));
 }
 
 static int64_t step_tokens(const struct step_runner *runner) {
@@ -143,8 +148,8 @@ static void run_load(struct step_runner *runner, struct step_state *state, int m
     workspace_shape(w, runner->model, range_count(mine), length);
     w->writes_gradients = micro_batch == 0;
     const int32_t *tokens = state->input.tokens + (micro_batch * sequences + mine.begin) * (length + 1);
-    load_column(runner, tokens, 0, w->ids);
-    load_column(runner, tokens, 1, w->targets);
+    load_column(runner, tokens, micro_batch, 0, w->ids);
+    load_column(runner, tokens, micro_batch, 1, w->targets);
     state->scales = model_loss_scales(runner->model, step_tokens(runner), (micro_batch + 1) * sequences * length);
 }
 

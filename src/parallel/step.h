@@ -88,7 +88,8 @@ struct step_runner {
     struct repeats repeats;
     const struct optimizer_settings *optimizer;
     struct step_settings settings;
-    int32_t *host_ids;                 /* [S] scratch for EVENT_LOAD */
+    int32_t *host_ids;                 /* [micro_batch_count, 2, S]: tokens and targets on their way to the device */
+    size_t host_ids_bytes;
     double *sums;                      /* scratch: what the ranks add up at the end of a step */
     int sum_count;
     uint64_t *seals;                   /* scratch [2 + 2 * ranks]: of those sums */

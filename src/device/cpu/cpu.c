@@ -39,6 +39,7 @@ const struct device *device_cpu(void) {
         .release = cpu_release,
         .copy_to_host = cpu_copy_to_host,
         .copy_from_host = cpu_copy_from_host,
+        .copy_from_host_later = cpu_copy_from_host,
         .copy_within = cpu_copy_within,
         .alloc_host = cpu_alloc,
         .release_host = cpu_release,

@@ -13,7 +13,7 @@ extern "C" {
 }
 
 const struct device *device_cuda_absent(void) {
-    static const struct device absent = {"cuda", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    static const struct device absent = {"cuda", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
     return &absent;
 }
 
@@ -70,8 +70,23 @@ static void model_release(void *data, size_t bytes) {
     device_cpu()->release(data, bytes);
 }
 
+/* Copies that nobody waited for: they are done as late as they may be. */
+struct late_copy {
+    void *to;
+    const void *from;
+    size_t bytes;
+};
+static thread_local std::vector<struct late_copy> late_copies;
+
+void cuda_model_arrive(void) {
+    for (const struct late_copy &copy : late_copies)
+        memcpy(copy.to, copy.from, copy.bytes);
+    late_copies.clear();
+}
+
 static void model_copy_to_host(void *host, const void *data, size_t bytes) {
     CHECK(!recording_is_on());
+    cuda_model_arrive();
     CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
     memcpy(host, data, bytes);
 }
@@ -79,19 +94,33 @@ static void model_copy_to_host(void *host, const void *data, size_t bytes) {
 static void model_copy_from_host(void *data, const void *host, size_t bytes) {
     CHECK(!recording_is_on());
     CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
+    cuda_model_arrive();
     memcpy(data, host, bytes);
+}
+
+static void model_copy_from_host_later(void *data, const void *host, size_t bytes) {
+    CHECK(!recording_is_on());
+    CHECK(bytes == 0 || (is_of_device(data, bytes) && !is_of_device(host, 1)));
+    memset(data, 0xFF, bytes);
+    late_copies.push_back({data, host, bytes});
+}
+
+static void copy_now(void *to, const void *from, size_t bytes) {
+    cuda_model_arrive();
+    memcpy(to, from, bytes);
 }
 
 static void model_copy_within(void *to, const void *from, size_t bytes) {
     CHECK(bytes == 0 || (is_of_device(to, bytes) && is_of_device(from, bytes)));
     if (recording_is_on())
-        cuda_model_note([=] { memcpy(to, from, bytes); });
+        cuda_model_note([=] { copy_now(to, from, bytes); });
     else
-        memcpy(to, from, bytes);
+        copy_now(to, from, bytes);
 }
 
 static void model_finish(void) {
     CHECK(!recording_is_on());
+    cuda_model_arrive();
 }
 
 enum status device_cuda(const struct device **out) {
@@ -104,6 +133,7 @@ enum status device_cuda(const struct device **out) {
         model.release = model_release;
         model.copy_to_host = model_copy_to_host;
         model.copy_from_host = model_copy_from_host;
+        model.copy_from_host_later = model_copy_from_host_later;
         model.copy_within = model_copy_within;
         model.finish = model_finish;
         model.recorder = &cuda_recorder;
@@ -269,6 +299,12 @@ static void cuda_copy_from_host(void *data, const void *host, size_t bytes) {
     copy(data, host, bytes, cudaMemcpyHostToDevice);
 }
 
+static void cuda_copy_from_host_later(void *data, const void *host, size_t bytes) {
+    CHECK(!recording_is_on());
+    if (bytes > 0)
+        cuda_check(cudaMemcpyAsync(data, host, bytes, cudaMemcpyHostToDevice, (cudaStream_t)cuda_stream()), "cudaMemcpy");
+}
+
 static void cuda_copy_within(void *to, const void *from, size_t bytes) {
     if (bytes > 0)
         cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, (cudaStream_t)cuda_stream()), "cudaMemcpy");
@@ -304,6 +340,7 @@ enum status device_cuda(const struct device **out) {
                                        cuda_release,
                                        cuda_copy_to_host,
                                        cuda_copy_from_host,
+                                       cuda_copy_from_host_later,
                                        cuda_copy_within,
                                        cuda_alloc_host,
                                        cuda_release_host,

@@ -323,6 +323,7 @@ void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
 
 void cuda_model_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void *), void *arguments) {
     std::lock_guard<std::mutex> lock(one_launch);
+    cuda_model_arrive();
     now.kernel = kernel;
     now.body = body;
     now.arguments = arguments;

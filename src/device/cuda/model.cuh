@@ -95,6 +95,7 @@ void cuda_model_meet(unsigned mask, cuda_model_action act, void *mine);
 /* Whether the calling thread records, and what it does then with work (device/cuda/recording.cu). */
 bool cuda_model_records(void);
 void cuda_model_note(std::function<void()> work);
+void cuda_model_arrive(void); /* copies of this thread that nobody waited for */
 
 void cuda_model_run(const char *kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arguments);
 
