@@ -489,15 +489,6 @@ enum status checkpoint_manifest_open(struct checkpoint_manifest *manifest, const
 
 /* ---- reading and verifying ----------------------------------------------------------------------------------------- */
 
-enum status checkpoint_all_targets(const struct checkpoint_manifest *manifest, struct checkpoint_target **targets,
-                                   size_t *count) {
-    TRY(memory_alloc(targets, manifest->file_count, sizeof **targets));
-    *count = manifest->file_count;
-    for (size_t i = 0; i < *count; i++)
-        (*targets)[i] = (struct checkpoint_target){(int)i, 0, manifest->files[i].bytes, NULL};
-    return STATUS_OK;
-}
-
 int checkpoint_find_file(const struct checkpoint_manifest *manifest, const char *name) {
     for (size_t i = 0; i < manifest->file_count; i++)
         if (strcmp(manifest->files[i].name, name) == 0)
@@ -697,18 +688,31 @@ enum status checkpoint_read(const char *root, const struct checkpoint_manifest *
     return status;
 }
 
-enum status checkpoint_verify(const char *root) {
+static const char TRAINING_FOLDER[] = "training/"; /* what only a resume reads */
+
+static enum status verify_files(const char *root, bool model_only) {
     struct checkpoint_manifest manifest;
     struct checkpoint_target *targets;
-    size_t count;
+    size_t count = 0;
     TRY(checkpoint_manifest_open(&manifest, root));
-    enum status status = checkpoint_all_targets(&manifest, &targets, &count);
+    enum status status = memory_alloc(&targets, manifest.file_count, sizeof *targets);
+    for (size_t i = 0; status == STATUS_OK && i < manifest.file_count; i++)
+        if (!model_only || !has_prefix(manifest.files[i].name, TRAINING_FOLDER))
+            targets[count++] = (struct checkpoint_target){(int)i, 0, manifest.files[i].bytes, NULL};
     if (status == STATUS_OK) {
         status = checkpoint_read(root, &manifest, targets, count, device_cpu());
         free(targets);
     }
     checkpoint_manifest_close(&manifest);
     return status;
+}
+
+enum status checkpoint_verify(const char *root) {
+    return verify_files(root, false);
+}
+
+enum status checkpoint_verify_model(const char *root) {
+    return verify_files(root, true);
 }
 
 /* ---- choosing ---------------------------------------------------------------------------------------------------- */
@@ -764,11 +768,12 @@ static enum status list_candidates(const char *directory, struct candidate_list 
 
 /* Index of the first that verifies, or is of a step that is known to be good; count where there is none. Too little memory
  * says nothing about a checkpoint. */
-static enum status find_good(const struct candidate_list *list, size_t *index, int64_t good_step) {
+static enum status find_good(const struct candidate_list *list, enum status (*verify)(const char *path), size_t *index,
+                             int64_t good_step) {
     for (*index = 0; *index < list->count; ++*index) {
         if (list->items[*index].step == good_step && !list->items[*index].aside)
             return STATUS_OK;
-        enum status status = checkpoint_verify(list->items[*index].path);
+        enum status status = verify(list->items[*index].path);
         if (status == STATUS_OK || status == STATUS_MEMORY)
             return status;
         log_warn("%s; this checkpoint is passed over", status_text());
@@ -793,13 +798,13 @@ int64_t checkpoint_step_of(const char *path) {
     return step_digits(name) ? strtoll(name + sizeof STEP_PREFIX - 1, NULL, 10) : -1;
 }
 
-enum status checkpoint_latest(const char *directory, char **path, int64_t *step) {
+enum status checkpoint_latest(const char *directory, enum status (*verify)(const char *path), char **path, int64_t *step) {
     struct candidate_list list;
     size_t good;
     if (!directory_exists(directory))
         return status_fail(STATUS_NOT_FOUND, "%s: no checkpoint", directory);
     TRY(list_candidates(directory, &list));
-    enum status status = find_good(&list, &good, -1);
+    enum status status = find_good(&list, verify, &good, -1);
     if (status == STATUS_OK && good == list.count)
         status = status_fail(STATUS_NOT_FOUND, "%s: no good checkpoint", directory);
     if (status == STATUS_OK) {
@@ -828,7 +833,7 @@ static bool stays(const struct checkpoint_retention *keep, const struct candidat
 static enum status retire_others(const struct candidate_list *list, const struct checkpoint_retention *keep) {
     size_t good;
     int64_t plain_count = 0;
-    TRY(find_good(list, &good, keep->good_step));
+    TRY(find_good(list, checkpoint_verify, &good, keep->good_step));
     enum status status = STATUS_OK;
     for (size_t i = 0; i < list->count && good < list->count && status == STATUS_OK; i++)
         if (!list->items[i].aside && !stays(keep, &list->items[i], plain_count++) && i != good)

@@ -93,10 +93,6 @@ struct checkpoint_target {
     void *data; /* where they go, in the memory of a device; NULL: they are only checked */
 };
 
-/* Everything of every file, to be checked; count files. The caller frees *targets. */
-enum status checkpoint_all_targets(const struct checkpoint_manifest *manifest, struct checkpoint_target **targets,
-                                   size_t *count) MUST_USE;
-
 /* Index of a file among those of the manifest; -1 where there is none. */
 int checkpoint_find_file(const struct checkpoint_manifest *manifest, const char *name);
 
@@ -110,6 +106,9 @@ enum status checkpoint_read(const char *path, const struct checkpoint_manifest *
 /* Check a published directory against its manifest: every file there, of its size, with its hashes. */
 enum status checkpoint_verify(const char *path) MUST_USE;
 
+/* The same of the model alone, which is all but the folder training/: of the moments nothing is read. */
+enum status checkpoint_verify_model(const char *path) MUST_USE;
+
 /* Paths of all checkpoints of a directory, newest first, whether good or not; an empty list where there is none. */
 struct text_list;
 enum status checkpoint_list(const char *directory, struct text_list *paths) MUST_USE;
@@ -117,9 +116,10 @@ enum status checkpoint_list(const char *directory, struct text_list *paths) MUST
 /* The step that a path ends with; -1 where it is not a checkpoint's. */
 int64_t checkpoint_step_of(const char *path);
 
-/* The newest checkpoint that verifies, as a fresh path; those that do not are passed over with a warning that names the
- * file and what is wrong. STATUS_NOT_FOUND where there is none. Reads the whole checkpoint. */
-enum status checkpoint_latest(const char *directory, char **path, int64_t *step) MUST_USE;
+/* The newest checkpoint that `verify`, one of the two above, finds good, as a fresh path; others are passed over with a warning
+ * that names the file and what is wrong. STATUS_NOT_FOUND where there is none. */
+enum status checkpoint_latest(const char *directory, enum status (*verify)(const char *path), char **path,
+                              int64_t *step) MUST_USE;
 
 /* Which checkpoints stay. */
 struct checkpoint_retention {

@@ -110,7 +110,7 @@ static enum status keep(int64_t newest) {
 static int64_t latest(void) {
     char *path;
     int64_t step;
-    if (checkpoint_latest(directory, &path, &step) != STATUS_OK)
+    if (checkpoint_latest(directory, checkpoint_verify, &path, &step) != STATUS_OK)
         return -1;
     assert_int_equal(read_version(path), step);
     free(path);
@@ -299,7 +299,7 @@ static bool fail_one_save(int64_t step, struct fault fault, int *failures) {
     file_set_fault(NULL, NULL);
     char *path;
     int64_t found;
-    assert_int_equal(checkpoint_latest(directory, &path, &found), STATUS_OK);
+    assert_int_equal(checkpoint_latest(directory, checkpoint_verify, &path, &found), STATUS_OK);
     int64_t version = read_version(path);
     free(path);
     assert_true(version == 1 || version == 2);
@@ -348,10 +348,11 @@ static void damage_everywhere(const char *name) {
     for (size_t bit = 0; bit < 8 * size; bit++) {
         data[bit / 8] ^= (char)(1 << bit % 8);
         write_bytes(path, data, size);
-        enum status status = checkpoint_verify(checkpoint);
+        enum status of_model = checkpoint_verify_model(checkpoint), status = checkpoint_verify(checkpoint);
         data[bit / 8] ^= (char)(1 << bit % 8);
         if (status != STATUS_FORMAT)
             fail_msg("%s: bit %zu flipped and not found", name, bit);
+        assert_int_equal(of_model, strcmp(name, "training/state.json") == 0 ? STATUS_OK : STATUS_FORMAT);
         if (strcmp(name, "training/manifest.json") != 0)
             assert_non_null(strstr(status_text(), name));
     }

@@ -23,10 +23,10 @@ enum status model_find(const char *directory, char **path) {
         return status_fail(STATUS_NOT_FOUND, "%s: no such directory", directory);
     if (has_file(directory, "config.json")) {
         *path = memory_copy_string(directory);
-        return has_file(directory, "training/manifest.json") ? checkpoint_verify(directory) : STATUS_OK;
+        return has_file(directory, "training/manifest.json") ? checkpoint_verify_model(directory) : STATUS_OK;
     }
     char *checkpoints = path_join(directory, "checkpoints");
-    enum status status = checkpoint_latest(checkpoints, path, &step);
+    enum status status = checkpoint_latest(checkpoints, checkpoint_verify_model, path, &step);
     if (status == STATUS_NOT_FOUND)
         status = status_fail(STATUS_NOT_FOUND, "%s: holds neither config.json nor a good checkpoint", directory);
     free(checkpoints);

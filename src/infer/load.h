@@ -17,9 +17,9 @@ struct loaded_model {
     char *path; /* the directory that was opened */
 };
 
-/* Open DIR: a Hugging Face directory, or a run directory, whose newest good checkpoint it then is. A checkpoint with a
- * manifest is verified first. Fails on any tensor that is missing, of another shape, or belongs to no part of the model.
- * Release with loaded_model_release. */
+/* Open DIR: a Hugging Face directory, or a run directory, whose newest good checkpoint it then is. Of a checkpoint with a
+ * manifest the model is verified first, not what only a resume reads. Fails on any tensor that is missing, of another shape, or
+ * belongs to no part of the model. Release with loaded_model_release. */
 enum status model_load(const char *directory, struct load_options options, struct loaded_model *out) MUST_USE;
 void loaded_model_release(struct loaded_model *loaded);
 

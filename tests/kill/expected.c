@@ -139,7 +139,7 @@ enum status expected_check_newest(const struct expected *expected, const char *c
                                   int64_t *newest) {
     char *path = NULL;
     *newest = 0;
-    enum status status = checkpoint_latest(checkpoints, &path, newest);
+    enum status status = checkpoint_latest(checkpoints, checkpoint_verify, &path, newest);
     if (status == STATUS_NOT_FOUND && low == 0)
         return STATUS_OK;
     TRY(status);
