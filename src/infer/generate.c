@@ -69,9 +69,11 @@ void generator_destroy(struct generator *g) {
     free(g);
 }
 
-void generator_reset(struct generator *g) {
+void generator_rewind(struct generator *g, int64_t length) {
+    CHECK_OP(length, >=, 0);
+    CHECK_OP(length, <=, generator_length(g));
     for (int64_t l = 0; l < g->model->config.num_hidden_layers; l++)
-        g->caches[l].length = 0;
+        g->caches[l].length = length;
 }
 
 int64_t generator_length(const struct generator *g) {
@@ -145,7 +147,7 @@ enum status generator_run(struct generator *g, const struct generation *generati
     float *logits = NULL;
     int end_of_text = tokenizer_end_of_text(generation->tokenizer);
     *result = (struct generation_result){0};
-    generator_reset(g);
+    generator_rewind(g, 0);
     if (end_of_text >= 0)
         token_list_add(&tokens, end_of_text);
     double begin = clock_seconds();

@@ -11,8 +11,8 @@ struct generator;
 enum status generator_create(struct generator **out, const struct model *model, int64_t capacity) MUST_USE;
 void generator_destroy(struct generator *generator);
 
-/* Forget the sequence. */
-void generator_reset(struct generator *generator);
+/* Forget all but the first `length` tokens of the sequence, of which there are as many at least. */
+void generator_rewind(struct generator *generator, int64_t length);
 
 /* Tokens of the sequence so far. */
 int64_t generator_length(const struct generator *generator);

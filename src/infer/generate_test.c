@@ -82,6 +82,29 @@ static void test_cache_equals_recomputing(void **state) {
     }
 }
 
+/* What was read and forgotten leaves nothing behind: not in front of a token, nor where others take its place. */
+static void test_rewound_equals_never_read(void **state) {
+    (void)state;
+    struct model *model = make_model(6, DTYPE_F32);
+    struct generator *g;
+    const int32_t tokens[] = {1, 2, 3, 4, 5}, others[] = {6, 7, 8};
+    float *logits, expected[VOCAB];
+    assert_int_equal(generator_create(&g, model, CAPACITY), STATUS_OK);
+    assert_int_equal(generator_read(g, tokens, 3, &logits), STATUS_OK);
+    assert_int_equal(generator_read(g, others, 3, &logits), STATUS_OK);
+    generator_rewind(g, 3);
+    assert_int_equal(generator_length(g), 3);
+    assert_int_equal(generator_read(g, tokens + 3, 2, &logits), STATUS_OK);
+    logits_without_cache(model, tokens, 5, expected);
+    assert_true(relative_error(logits, expected) < 1e-5);
+    generator_rewind(g, 0);
+    assert_int_equal(generator_read(g, others, 3, &logits), STATUS_OK);
+    logits_without_cache(model, others, 3, expected);
+    assert_true(relative_error(logits, expected) < 1e-5);
+    generator_destroy(g);
+    model_destroy(model);
+}
+
 static void test_bf16_is_close(void **state) {
     (void)state;
     struct model *exact = make_model(6, DTYPE_F32), *rounded = make_model(6, DTYPE_BF16);
@@ -151,6 +174,7 @@ static void test_same_seed_same_text(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_cache_equals_recomputing),
+                                       cmocka_unit_test(test_rewound_equals_never_read),
                                        cmocka_unit_test(test_bf16_is_close), cmocka_unit_test(test_sampler),
                                        cmocka_unit_test(test_same_seed_same_text)};
     return cmocka_run_group_tests(tests, NULL, NULL);
