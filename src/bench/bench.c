@@ -101,6 +101,21 @@ const char *bench_precision_name(enum dtype precision) {
     return precision == DTYPE_BF16 ? "bf16" : precision == DTYPE_F32 ? "fp32" : dtype_name(precision);
 }
 
+enum status bench_read_config(const struct bench *bench, struct run_config *config) {
+    const char **pairs;
+    TRY(memory_alloc(&pairs, 2 * (size_t)(bench->pair_count + 2), sizeof *pairs));
+    pairs[0] = "model.preset", pairs[1] = bench->preset;
+    pairs[2] = "run.device", pairs[3] = bench->device->name;
+    for (int i = 0; i < 2 * bench->pair_count; i++)
+        pairs[4 + i] = bench->pairs[i];
+    enum status status = run_config_resolve(config, NULL, pairs, bench->pair_count + 2);
+    free(pairs);
+    TRY(status);
+    if (config->model.vocab_size == 0)
+        config->model.vocab_size = config->data.vocab_size;
+    return STATUS_OK;
+}
+
 static void print_json(const struct bench *bench, const struct bench_figure *f, double rate) {
     bool counts_bytes = f->operations == 0;
     json_t *object = json_pack("{s:s,s:s,s:s,s:s,s:i,s:f,s:f,s:f,s:f,s:f,s:f}", "name", f->name, "case", f->label,

@@ -56,6 +56,9 @@ struct bench_figure {
     double roof;
 };
 
+/* The preset's settings, and those of the command line over them. */
+enum status bench_read_config(const struct bench *bench, struct run_config *config) MUST_USE;
+
 /* Whether a case of that name is to be measured. */
 bool bench_wants(const struct bench *bench, const char *label);
 enum status bench_no_case(const struct bench *bench) MUST_USE; /* the failure where none was */

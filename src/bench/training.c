@@ -7,23 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static enum status read_config(struct training *t, const struct bench *bench) {
-    const char **pairs;
-    TRY(memory_alloc(&pairs, 2 * (size_t)(bench->pair_count + 2), sizeof *pairs));
-    pairs[0] = "model.preset", pairs[1] = bench->preset;
-    pairs[2] = "run.device", pairs[3] = bench->device->name;
-    for (int i = 0; i < 2 * bench->pair_count; i++)
-        pairs[4 + i] = bench->pairs[i];
-    enum status status = run_config_resolve(&t->config, NULL, pairs, bench->pair_count + 2);
-    free(pairs);
-    TRY(status);
-    if (t->config.model.vocab_size == 0)
-        t->config.model.vocab_size = t->config.data.vocab_size;
-    if (bench->sequence_length > 0)
-        t->config.train.sequence_length = bench->sequence_length;
-    return STATUS_OK;
-}
-
 static enum status place(struct training *t, const struct bench *bench) {
     struct placement_world world = {t->world->rank, t->world->size, bench->launch->local_size,
                                     placement_rank_bytes(bench->device, bench->launch->local_size)};
@@ -38,7 +21,9 @@ static enum step_part part_named(const char *name) {
 
 enum status training_open(struct training *t, const struct bench *bench, enum dtype dtype) {
     t->world = &bench->launch->world;
-    TRY(read_config(t, bench));
+    TRY(bench_read_config(bench, &t->config));
+    if (bench->sequence_length > 0)
+        t->config.train.sequence_length = bench->sequence_length;
     TRY(place(t, bench));
     struct run_config *c = &t->config;
     int64_t batch = c->train.batch_sequences, micro = c->train.micro_batch_sequences, length = c->train.sequence_length;
