@@ -20,7 +20,7 @@ test: dependencies
 
 # What this machine can do, and how near cadre comes; a few minutes, leave the machine alone.
 bench: all
-	@for what in roof gemm moe attention train; do $(BUILD)/cadre bench $$what || exit 1; done
+	@for what in roof gemm moe attention decode train; do $(BUILD)/cadre bench $$what || exit 1; done
 
 format:
 	clang-format -i $$(git ls-files '*.c' '*.h')

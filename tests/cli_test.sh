@@ -123,9 +123,26 @@ expect 0 '' -- "$cadre" bench moe --rounds 1 --precision fp32 --cases '64 expert
 grep -q '64 experts top-8 of 128, forward .*% of' "$work/out" && [ "$(wc -l < "$work/out")" -eq 1 ] || complain "bench --cases printed $(cat "$work/out")"
 expect 0 '' -- "$cadre" bench attention --rounds 1 --precision fp32 --sequence-length 64 --cases backward
 [ "$(grep -c backward "$work/out")" -eq 1 ] && [ "$(wc -l < "$work/out")" -eq 1 ] || complain "bench --cases printed $(cat "$work/out")"
+expect 0 '' -- "$cadre" bench decode --preset tiny --rounds 1 --json
+[ "$(grep -c '"precision":"bf16"' "$work/out")" -eq 3 ] && [ "$(wc -l < "$work/out")" -eq 6 ] || complain "bench decode printed $(cat "$work/out")"
+[ "$(grep -c '"name":"decode","case":"tiny, a prompt of 255 tokens",.*"gflops":.*"roof_gflops":.*"share":.*"tokens_per_s":.*"ms_per_token":' "$work/out")" -eq 2 ] ||
+    complain "bench decode printed of a prompt: $(cat "$work/out")"
+[ "$(grep -c '"case":"tiny, a token after [0-9]*",.*"gb_per_s":.*"roof_gb_per_s":.*"share":.*"device":.*"tokens_per_s":.*"bytes_per_token":[1-9]' "$work/out")" -eq 4 ] ||
+    complain "bench decode printed of tokens: $(cat "$work/out")"
+# Two blocks of keys and values of 127 tokens more: 2 heads of 16, in four bytes.
+more=$(sed -n 's/.*"precision":"fp32".*"bytes_per_token":\([0-9]*\).*/\1/p' "$work/out" | { read -r first; read -r last; echo $((last - first)); })
+[ "$more" -eq $((127 * 2 * 2 * 2 * 16 * 4)) ] || complain "bench decode counted the bytes of contexts as $(cat "$work/out")"
+expect 0 '' -- "$cadre" bench decode --preset tiny --rounds 1 --precision fp32 --sequence-length 40 --cases 'token after 40'
+grep -q '^decode  *tiny, a token after 40 .* GB/s .*% of .* tokens/s$' "$work/out" && [ "$(wc -l < "$work/out")" -eq 1 ] ||
+    complain "bench decode --cases printed $(cat "$work/out")"
+expect 2 'leaves no position for a token after it: tiny has 256' -- "$cadre" bench decode --preset tiny --sequence-length 256
+expect 2 'no name of a case holds "none"' -- "$cadre" bench decode --preset tiny --cases none
+expect 2 'nearest known word is decode' -- "$cadre" bench decod
+[ "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)" -gt 70000000 ] || # of 93 GiB
+    expect 1 'GiB of tensors of 4b-moe in fp32' -- "$cadre" bench decode --preset 4b-moe --precision fp32
 expect 2 'no name of a case holds "none"' -- "$cadre" bench moe --cases none
 expect 2 'no name of a case holds "none"' -- "$cadre" bench attention --cases none
-expect 2 'cases is for cadre bench gemm, moe and attention' -- "$cadre" bench roof --cases gemm
+expect 2 'cases is for cadre bench gemm, moe, attention and decode' -- "$cadre" bench roof --cases gemm
 expect 2 'nearest known word is gemm' -- "$cadre" bench gem
 expect 2 'fp32, bf16 or both' -- "$cadre" bench moe --precision fp8
 expect 2 'rounds' -- "$cadre" bench roof --rounds 0

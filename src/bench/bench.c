@@ -13,6 +13,7 @@
 
 enum { ROUNDS_MAX = 1000, FILL_CHUNK = 1 << 16 };
 static const double ROUND_SECONDS = 0.05, ROOF_SECONDS = 0.02;
+static const size_t READ_BYTES = (size_t)128 << 20, DEVICE_READ_BYTES = (size_t)512 << 20; /* several times a cache */
 enum { ROOF_PRODUCTS = 64 }; /* of a device: a tenth of a second */
 
 static int compare_doubles(const void *a, const void *b) {
@@ -75,18 +76,37 @@ static double roof_in_turn(const struct bench *bench, enum dtype dtype) {
     return operations / (clock_seconds() - begin);
 }
 
+static double call_in_turn(const struct bench *bench, void (*call)(void *context), void *context) {
+    struct bench once = *bench;
+    once.rounds = 1;
+    return bench_call(&once, call, context).median;
+}
+
 struct bench_time bench_call_and_roof(const struct bench *bench, void (*call)(void *context), void *context, enum dtype dtype,
                                       double *roof) {
     double seconds[ROUNDS_MAX], roofs[ROUNDS_MAX];
-    struct bench once = *bench;
-    once.rounds = 1;
     int rounds = bench->rounds < ROUNDS_MAX ? bench->rounds : ROUNDS_MAX;
     for (int i = 0; i < rounds; i++) {
         roofs[i] = roof_in_turn(bench, dtype);
-        seconds[i] = bench_call(&once, call, context).median;
+        seconds[i] = call_in_turn(bench, call, context);
     }
     *roof = bench_time_of(roofs, rounds).median;
     return bench_time_of(seconds, rounds);
+}
+
+enum status bench_call_and_read(const struct bench *bench, void (*call)(void *context), void *context, struct bench_time *time,
+                                double *roof) {
+    double seconds[ROUNDS_MAX], roofs[ROUNDS_MAX];
+    int rounds = bench->rounds < ROUNDS_MAX ? bench->rounds : ROUNDS_MAX;
+    for (int i = 0; i < rounds; i++) {
+        struct roof_bandwidth memory;
+        TRY(roof_bandwidth(bench->ops, bench->device, bench_on_device(bench) ? DEVICE_READ_BYTES : READ_BYTES, &memory));
+        roofs[i] = memory.read;
+        seconds[i] = call_in_turn(bench, call, context);
+    }
+    *roof = bench_time_of(roofs, rounds).median;
+    *time = bench_time_of(seconds, rounds);
+    return STATUS_OK;
 }
 
 bool bench_wants(const struct bench *bench, const char *label) {
@@ -128,6 +148,12 @@ static void print_json(const struct bench *bench, const struct bench_figure *f, 
     CHECK_OP(json_object_set_new(object, "device", json_string(device_describe(bench->device))), ==, 0);
     if (f->wire_bytes > 0)
         CHECK_OP(json_object_set_new(object, "wire_gbit_per_s", json_real(8e-9 * f->wire_bytes / f->time.median)), ==, 0);
+    if (f->tokens > 0) {
+        CHECK_OP(json_object_set_new(object, "tokens_per_s", json_real(f->tokens / f->time.median)), ==, 0);
+        CHECK_OP(json_object_set_new(object, "ms_per_token", json_real(1e3 * f->time.median / f->tokens)), ==, 0);
+        if (counts_bytes)
+            CHECK_OP(json_object_set_new(object, "bytes_per_token", json_integer((json_int_t)(f->bytes / f->tokens))), ==, 0);
+    }
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6));
     putchar('\n');
     json_decref(object);
@@ -145,6 +171,8 @@ void bench_print(const struct bench *bench, const struct bench_figure *f) {
             printf("  wire %6.1f Gbit/s", 8e-9 * f->wire_bytes / f->time.median);
         if (f->roof > 0)
             printf("  %5.1f%% of %.0f", 100 * rate / f->roof, 1e-9 * f->roof);
+        if (f->tokens > 0)
+            printf("  %8.1f tokens/s", f->tokens / f->time.median);
         putchar('\n');
     }
     fflush(stdout);

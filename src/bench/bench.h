@@ -16,7 +16,7 @@ struct bench {
     int precision_count;
     int rounds; /* timed, the median counts */
     bool json;
-    const char *preset;      /* of `train` */
+    const char *preset;      /* of `train`, `checkpoint` and `decode` */
     const char *peer;        /* shell command that `train` alternates with; NULL: none */
     int64_t sequence_length; /* 0: the benchmark's own list */
     struct comm_launch *launch; /* of `comm` and `train` */
@@ -25,7 +25,7 @@ struct bench {
     bool threads_follow_launch; /* no --threads: this rank's share of the processors */
     const char *directory; /* of `checkpoint`: on the disk that is meant */
     const char *part; /* of `train`: "step", or "compute" or "transfers" alone */
-    const char *cases; /* of `gemm`, `moe` and `attention`: only those whose name holds this; NULL: all */
+    const char *cases; /* of `gemm`, `moe`, `attention` and `decode`: only those whose name holds this; NULL: all */
 };
 
 struct bench_time { /* seconds */
@@ -46,6 +46,10 @@ struct bench_time bench_call(const struct bench *bench, void (*call)(void *conte
 struct bench_time bench_call_and_roof(const struct bench *bench, void (*call)(void *context), void *context, enum dtype dtype,
                                       double *roof);
 
+/* In turns with reading memory, bytes a second: for what reads all that it needs from there. STATUS_MEMORY. */
+enum status bench_call_and_read(const struct bench *bench, void (*call)(void *context), void *context, struct bench_time *time,
+                                double *roof) MUST_USE;
+
 /* One figure. roof: operations or bytes a second. */
 struct bench_figure {
     const char *name, *label;
@@ -53,6 +57,7 @@ struct bench_figure {
     struct bench_time time;
     double operations, bytes; /* one of them is 0 */
     double wire_bytes;        /* of a message among them; 0: none */
+    double tokens;            /* that a call reads or writes; 0: none */
     double roof;
 };
 
@@ -82,4 +87,5 @@ enum status bench_comm(const struct bench *bench) MUST_USE;      /* transfers; C
 /* Saves, loads and asynchronous saves beside steps of a preset, against the disk of bench->directory; Collective, rank 0
  * prints. In the first of the precisions. */
 enum status bench_checkpoint(const struct bench *bench) MUST_USE;
+enum status bench_decode(const struct bench *bench) MUST_USE;    /* a preset reads a prompt and writes token by token */
 enum status bench_train(const struct bench *bench) MUST_USE;     /* whole steps of a preset on random tokens */

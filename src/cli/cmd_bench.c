@@ -21,6 +21,7 @@ static const struct bench_verb verbs[] = {
     {"outer", "bytes of an outer step and back, and the update; on 1 and on all threads", bench_outer},
     {"comm", "transfers between the ranks that mpirun started, beside MPI's own", bench_comm},
     {"checkpoint", "saving and loading beside the disk's own speed, and saves beside training steps", bench_checkpoint},
+    {"decode", "reading a prompt, then writing token by token, by a preset of random weights", bench_decode},
     {"train", "whole training steps of a preset on random tokens", bench_train},
 };
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs, ROUNDS = 5, ROUNDS_ON_DEVICE = 10 };
@@ -52,22 +53,24 @@ static enum status find_verb(const char *word, const struct bench_verb **verb) {
     }
     if (!word)
         return status_fail(STATUS_USAGE,
-                           "what to measure is missing: roof, gemm, moe, attention, outer, comm, checkpoint or train");
+                           "what to measure is missing: roof, gemm, moe, attention, outer, comm, checkpoint, decode or train");
     int nearest = text_nearest(word, names, VERB_COUNT);
     if (nearest >= 0)
         return status_fail(STATUS_USAGE, "cannot measure \"%s\"; the nearest known word is %s", word, names[nearest]);
-    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, outer, comm, checkpoint or train",
+    return status_fail(STATUS_USAGE, "cannot measure \"%s\": roof, gemm, moe, attention, outer, comm, checkpoint, decode or train",
                        word);
 }
 
 static void print_help(const struct argument *known, int count) {
-    arguments_print_help("bench", "roof | gemm | moe | attention | outer | comm | checkpoint | train", known, count);
+    arguments_print_help("bench", "roof | gemm | moe | attention | outer | comm | checkpoint | decode | train", known, count);
     printf("\n");
     for (int i = 0; i < VERB_COUNT; i++)
         printf("  %-10s %s\n", verbs[i].name, verbs[i].help);
     printf("\nEvery figure is a median over the rounds, beside the roof that the same call measured: multiply-adds on\n"
            "registers only; on a device its largest dense product. Operations of a training step are 6 a parameter that\n"
-           "a token multiplies with, and causal attention; those of a product 2 M N K. Leave the machine alone meanwhile.\n");
+           "a token multiplies with, and causal attention; those of a product 2 M N K. A token that is written must read\n"
+           "every weight that it meets, and keys and values of all before it: its roof is reading memory, which a model\n"
+           "that fits a cache may pass. Leave the machine alone meanwhile.\n");
 }
 
 static enum status check_flags(const struct bench_flags *f) {
@@ -78,8 +81,9 @@ static enum status check_flags(const struct bench_flags *f) {
     if (f->sequence_length < 0 || f->sequence_length > 1 << 20)
         return status_fail(STATUS_USAGE, "--sequence-length is 1 to %d, not %lld", 1 << 20,
                            (long long)f->sequence_length);
-    if (f->cases && strcmp(f->what, "gemm") != 0 && strcmp(f->what, "moe") != 0 && strcmp(f->what, "attention") != 0)
-        return status_fail(STATUS_USAGE, "--cases is for cadre bench gemm, moe and attention");
+    if (f->cases && strcmp(f->what, "gemm") != 0 && strcmp(f->what, "moe") != 0 && strcmp(f->what, "attention") != 0 &&
+        strcmp(f->what, "decode") != 0)
+        return status_fail(STATUS_USAGE, "--cases is for cadre bench gemm, moe, attention and decode");
     if (f->peer && strcmp(f->what, "train") != 0)
         return status_fail(STATUS_USAGE, "--peer is for cadre bench train");
     if (strcmp(f->part, "step") != 0 && strcmp(f->part, "compute") != 0 && strcmp(f->part, "transfers") != 0)
@@ -126,12 +130,12 @@ enum status cmd_bench(int argc, char **argv) {
         {"precision", ARGUMENT_STRING, &f.precision, "fp32, bf16 or both (both)"},
         {"threads", ARGUMENT_INTEGER, &f.threads, "0: one for each processor (0)"},
         {"rounds", ARGUMENT_INTEGER, &f.rounds, "timed rounds, or steps; the median counts (5; 10 on a device)"},
-        {"preset", ARGUMENT_STRING, &f.preset, "of train and checkpoint (bench)"},
-        {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "of train and attention (the preset's; a list)"},
+        {"preset", ARGUMENT_STRING, &f.preset, "of train, checkpoint and decode (bench)"},
+        {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "of train (the preset's), attention and decode (a list)"},
         {"directory", ARGUMENT_STRING, &f.directory, "of checkpoint: written to, on the disk to be measured (.)"},
         {"peer", ARGUMENT_STRING, &f.peer, "of train: a command to alternate with; prints {\"tokens_per_s\": N}"},
         {"part", ARGUMENT_STRING, &f.part, "of train: step, or what it computes or transfers alone (step)"},
-        {"cases", ARGUMENT_STRING, &f.cases, "of gemm, moe and attention: only those whose name holds this"},
+        {"cases", ARGUMENT_STRING, &f.cases, "of gemm, moe, attention and decode: only those whose name holds this"},
         {"device", ARGUMENT_STRING, &f.device, "what is measured: cpu or cuda (cpu)"},
         {"kernels", ARGUMENT_STRING, &f.kernels, "instruction set (auto)"},
         {"json", ARGUMENT_SWITCH, &f.json, "one JSON object a line"},
