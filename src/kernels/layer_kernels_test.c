@@ -295,6 +295,21 @@ static void cases_attention_serving(enum dtype dtype) {
         case_attention_forward(shape, dtype, 1, 0);
         case_attention_forward(shape, dtype, 100, 0);
     }
+    /* Several parts of the keys; the last one has a key that only the second of two queries sees. */
+    static const int64_t many[] = {512, 513, 1025, 2048, 1700};
+    for (int i = 0; i < 5; i++) {
+        const int *h = heads[i % 4];
+        struct attention_shape shape = self_attention(i % 2 + 1, many[i], h[0], h[1], i % 2 ? 16 : 67);
+        shape.query_count = 1 + i % 2;
+        case_attention_forward(shape, dtype, 1, 0);
+        case_attention_forward(shape, dtype, 100, 0);
+    }
+    static const int shared[][2] = {{7, 1}, {10, 2}}; /* heads of a group: four and two and one at once */
+    for (int i = 0; i < 2; i++) {
+        struct attention_shape shape = self_attention(1, 600, shared[i][0], shared[i][1], 40 + 88 * i);
+        shape.query_count = 1;
+        case_attention_forward(shape, dtype, 1, 0);
+    }
 }
 
 static void test_attention(void **state) {

@@ -24,7 +24,6 @@ enum {
     CHUNK_STRIDE = CHUNK + 16, /* rows of sums do not all lie on the same cache sets */
     TASKS_WANTED = 64,
     TASK_QUERIES_MIN = 256, /* rows of the heads of a group together: fewer do not repay packing keys and values */
-    ROW_QUERIES_MAX = 2,    /* at most as many queries go along the keys as they lie */
 };
 
 struct attention {
@@ -178,63 +177,7 @@ static void forward_task(void *context, int64_t index) {
             forward_rows(a, &s, batch, head, row, at_most(end - row, QUERY_BLOCK));
 }
 
-/* ---- forward of a few queries: keys and values are read as they lie ---- */
-
-/* scores[0 .. count-1] of keys from row `row` on, at most VECTOR_LANES. */
-ALWAYS_INLINE void score_keys(enum dtype dtype, const struct attention *a, const float *query, int64_t row,
-                              int64_t column, int64_t count, float *scores) {
-    int64_t p = a->shape.head_dim;
-    vector_f32 sum[VECTOR_LANES] = {{0}};
-    for (int64_t i = 0; i < p; i += VECTOR_LANES) {
-        vector_f32 left = vector_load(query + i);
-#pragma GCC unroll 16
-        for (int j = 0; j < VECTOR_LANES; j++) {
-            const void *key = matrix_at(&a->k, row + (j < count ? j : 0), column + i);
-            sum[j] += left * numbers_load(dtype, key, 0, at_most(p - i, VECTOR_LANES));
-        }
-    }
-    vector_store(scores, vector_sums(sum));
-}
-
-/* out [row_floats] += weight * values */
-ALWAYS_INLINE void add_value(enum dtype dtype, const void *values, int64_t count, float weight, float *out) {
-    for (int64_t i = 0; i < count; i += VECTOR_LANES)
-        vector_store(out + i, vector_load(out + i) +
-                                  numbers_load(dtype, values, i, at_most(count - i, VECTOR_LANES)) * weight);
-}
-
-ALWAYS_INLINE void query_forward(enum dtype dtype, const struct attention *a, int64_t batch, int64_t query,
-                                 int64_t head) {
-    int64_t p = a->shape.head_dim, row = batch * a->shape.query_count + query, end = query + a->offset + 1;
-    int64_t column = head / a->group * p, first = batch * a->shape.key_count;
-    float *out = scratch_task((size_t)(2 * a->row_floats) * sizeof(float)), *floats = out + a->row_floats;
-    float scores[KEY_BLOCK];
-    struct softmax softmax = softmax_start();
-    for (int64_t i = 0; i < p; i += VECTOR_LANES) {
-        vector_store(floats + i, numbers_load(dtype, matrix_at(&a->q, row, head * p), i, at_most(p - i, VECTOR_LANES)));
-        vector_store(out + i, (vector_f32){0});
-    }
-    for (int64_t key = 0; key < end; key += KEY_BLOCK) {
-        int64_t keys = at_most(end - key, KEY_BLOCK);
-        for (int64_t j = 0; j < keys; j += VECTOR_LANES)
-            score_keys(dtype, a, floats, first + key + j, column, keys - j, scores + j);
-        hide_keys(scores, keys, keys);
-        softmax_row(DTYPE_F32, &softmax, scores, keys, a->exponent, scores, out, a->row_floats);
-        for (int64_t j = 0; j < keys; j++)
-            add_value(dtype, matrix_at(&a->v, first + key + j, column), p, scores[j], out);
-    }
-    store_query(a, &softmax, out, row, head);
-}
-
-static void query_task(void *context, int64_t index) {
-    const struct attention *a = context;
-    int64_t head = index % a->shape.head_count, query = index / a->shape.head_count % a->shape.query_count;
-    int64_t batch = index / a->shape.head_count / a->shape.query_count;
-    if (a->dtype == DTYPE_F32)
-        query_forward(DTYPE_F32, a, batch, query, head);
-    else
-        query_forward(DTYPE_BF16, a, batch, query, head);
-}
+#include "kernels/cpu/isa/attention_few.h"
 
 /* ---- checks and the calls ---- */
 
@@ -278,8 +221,8 @@ static void attention_forward(struct attention_shape shape, struct tensor q, str
         return;
     }
     struct attention a = attention_of(shape, q, k, v, out, logsumexp);
-    if (shape.query_count <= ROW_QUERIES_MAX) {
-        parallel_for(shape.batch * shape.query_count * shape.head_count, query_task, &a);
+    if (shape.query_count <= FEW_QUERIES_MAX) {
+        few_forward(&a);
         return;
     }
     cut_queries(&a);
