@@ -67,6 +67,14 @@ static const struct narrow narrow_products[] = {
 };
 enum { NARROW_PRODUCTS = sizeof narrow_products / sizeof *narrow_products, PLACES = 5 };
 
+/* The router's logits of a few tokens, aligned. */
+static const struct narrow few_products[] = {
+    {2, 1, 8, 2056, DTYPE_BF16, DTYPE_F32, DTYPE_F32}, {2, 7, 64, 264, DTYPE_BF16, DTYPE_F32, DTYPE_F32},
+    {2, 8, 13, 520, DTYPE_F32, DTYPE_F32, DTYPE_F32},  {2, 9, 8, 520, DTYPE_BF16, DTYPE_F32, DTYPE_F32},
+    {2, 20, 33, 520, DTYPE_BF16, DTYPE_BF16, DTYPE_BF16},
+};
+enum { FEW_PRODUCTS = sizeof few_products / sizeof *few_products };
+
 static void case_narrow(const struct narrow *p, bool accumulate) {
     struct call call = {.operation = "gemm",
                         .label = "narrow",
@@ -105,6 +113,10 @@ static void test_narrow_gemm(void **state) {
     for (int i = 0; i < NARROW_PRODUCTS; i++)
         for (int accumulate = 0; accumulate < 2; accumulate++)
             case_narrow(&narrow_products[i], accumulate);
+    test_aligned = true;
+    for (int i = 0; i < 2 * FEW_PRODUCTS; i++)
+        case_narrow(&few_products[i / 2], i % 2);
+    test_aligned = false;
     for (int b = 0; b < backend_count; b++)
         for (int i = 0; i < NARROW_PRODUCTS && test_is_cuda(backends[b]); i += 2)
             expect_same_at_all_places(backends[b], &narrow_products[i]);
@@ -199,9 +211,10 @@ static void make_product_onto(const struct kernel_ops *ops, const struct call *c
 
 static void test_product_onto(void **state) {
     (void)state;
-    for (int i = 0; i < GROUP_SHAPES; i++)
+    for (int i = 0; i < 2 * GROUP_SHAPES; i++)
         for (int d = 0; d < FLOAT_DTYPES; d++) {
-            struct groups g = group_shapes[i];
+            struct groups g = group_shapes[i / 2];
+            test_aligned = i % 2;
             struct call call = {.operation = "product_forward_onto",
                                 .label = "dense",
                                 .make = make_product_onto,
@@ -212,6 +225,89 @@ static void test_product_onto(void **state) {
             add_out(&call, "y", make_2d(real_of[float_dtypes[d]], g.rows, g.out));
             run(&call);
         }
+    test_aligned = false;
+    expect_no_failures();
+}
+
+static void make_product_swiglu(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    struct packed gate = test_packed(ops, t[3], false), up = test_packed(ops, t[4], false);
+    (void)call;
+    if (ops->product_swiglu_forward) {
+        ops->product_swiglu_forward(t[0], t[1], t[2], gate, up, t[5], t[6], t[7], t[8]);
+        return;
+    }
+    ops->product_forward(t[0], t[1], t[2], gate, t[6], false);
+    ops->product_forward(t[0], t[1], t[2], up, t[7], false);
+    if (tensor_exists(t[8]))
+        ops->swiglu_forward(t[6], t[7], t[5], t[8]);
+}
+
+static void case_product_swiglu(struct groups g, enum test_spread spread, bool gathered, enum dtype dtype, bool weighted,
+                                bool has_act) {
+    struct call call = {.operation = "product_swiglu_forward",
+                        .label = gathered ? "gathered" : "in order",
+                        .make = make_product_swiglu,
+                        .slack = dtype == DTYPE_BF16 ? 400 : 2, /* gate and up may be rounded on the way to act */
+                        .magnitude = 0.1};
+    struct tensor w = g.experts > 0 ? make_3d(dtype, g.experts, g.out, g.in) : make_2d(dtype, g.out, g.in);
+    double scale = 1 / sqrt((double)g.in);
+    add_gathered(&call, "x", dtype, g.rows, g.in, gathered);
+    add_offsets(&call, spread, g);
+    add_in(&call, "gate weight", test_random(w, scale));
+    add_in(&call, "up weight", test_random(w, scale));
+    if (weighted)
+        add_in(&call, "row weight", test_random(make_1d(real_of[dtype], g.rows), 1));
+    else
+        add_absent(&call);
+    add_out(&call, "gate", make_2d(dtype, g.rows, g.out));
+    add_out(&call, "up", make_2d(dtype, g.rows, g.out));
+    if (has_act)
+        add_out(&call, "act", make_2d(dtype, g.rows, g.out));
+    else
+        add_absent(&call);
+    run(&call);
+}
+
+/* Few rows, aligned: what a device has kernels of their own for. Inner dimensions that one warp has, several, and more than once;
+ * columns that fill no block, and more blocks than there are processors; rows to the limits, and beyond. */
+static const struct groups few_shapes[] = {
+    {0, 1, 1, 8},     {0, 1, 40, 264},  {0, 2, 17, 2056}, {0, 7, 8, 4104},   {0, 8, 70, 520},  {0, 9, 33, 520},  {0, 31, 13, 1032},
+    {0, 32, 24, 776}, {0, 33, 24, 264}, {0, 3, 2201, 16}, {0, 16, 9, 32},    {1, 1, 40, 264},  {8, 2, 33, 520},  {2, 8, 16, 1032},
+    {8, 9, 24, 264},  {64, 64, 9, 40},  {3, 129, 17, 40}, {40, 128, 17, 72}, {4, 32, 56, 104}, {7, 100, 8, 264}, {300, 20, 16, 24},
+    {1, 128, 5, 8},   {2, 3, 1100, 40},
+};
+enum { FEW_SHAPES = sizeof few_shapes / sizeof *few_shapes };
+
+/* A row comes out the same, to the bit, whichever others there are. */
+static void expect_rows_alone(const struct kernel_ops *ops, struct groups g, enum dtype dtype) {
+    struct tensor none = tensor_none(), x = test_random(make_2d(dtype, g.rows, g.in), 1);
+    struct packed w = test_packed(ops, test_random(make_2d(dtype, g.out, g.in), 1), false);
+    struct tensor all = test_tensor(make_2d(DTYPE_F32, g.rows, g.out)), one = test_tensor(make_2d(DTYPE_F32, 1, g.out));
+    ops->product_forward(x, none, none, w, all, false);
+    for (int64_t row = 0; row < g.rows; row++) {
+        ops->product_forward(tensor_rows(x, row, 1), none, none, w, one, false);
+        assert_true(same_bytes(tensor_rows(all, row, 1), one));
+    }
+    test_release();
+}
+
+static void test_few_rows(void **state) {
+    (void)state;
+    test_aligned = true;
+    for (int i = 0; i < FEW_SHAPES; i++)
+        for (int spread = 0; spread < (few_shapes[i].experts > 1 ? SPREAD_COUNT : 1); spread += 1 + i % 2)
+            for (int d = 0; d < PRODUCT_DTYPES - 1; d++) { /* f64 is the last */
+                bool odd = (i + spread + d) % 2, gathered = few_shapes[i].experts > 0 && (spread ^ d) & 1;
+                case_grouped_rows(few_shapes[i], spread, gathered, product_dtypes[d], false, odd);
+                if (d < 2)
+                    case_product_swiglu(few_shapes[i], spread, gathered, product_dtypes[d].in, odd, spread % 3 != 1);
+            }
+    for (int b = 0; b < backend_count; b++)
+        if (test_is_cuda(backends[b])) {
+            expect_rows_alone(backends[b], (struct groups){0, 32, 21, 2080}, DTYPE_BF16);
+            expect_rows_alone(backends[b], (struct groups){0, 8, 21, 2080}, DTYPE_F32);
+        }
+    test_aligned = false;
     expect_no_failures();
 }
 
@@ -401,6 +497,7 @@ int main(void) {
         cmocka_unit_test(test_sum_squares_each),
         cmocka_unit_test(test_narrow_gemm),
         cmocka_unit_test(test_product_onto),
+        cmocka_unit_test(test_few_rows),
     };
     return cmocka_run_group_tests(tests, find_backends, summarize);
 }

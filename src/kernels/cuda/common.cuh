@@ -91,6 +91,16 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+/* Of 2 * half sums a lane keeps half, its partner at that distance the others: the upper of the two lanes the upper half. */
+template <int half, int distance> static __device__ __forceinline__ void share_sums(float *sum) {
+    bool is_upper = threadIdx.x & distance;
+    UNROLL
+    for (int i = 0; i < half; i++) {
+        float mine = is_upper ? sum[half + i] : sum[i], other = is_upper ? sum[i] : sum[half + i];
+        sum[i] = mine + __shfl_xor_sync(FULL_WARP, other, distance);
+    }
+}
+
 /* Over a block of whole warps, at most 32 of them. All threads get the result and may call again at once. */
 template <typename T> static __device__ T block_sum(T x) {
     CUDA_SHARED T part[WARP];

@@ -231,6 +231,7 @@ static const struct problem shapes[] = {
     {0, 128, 256, 64, 0, false},  {0, 256, 512, 128, 0, false}, {0, 300, 264, 200, 0, false}, {0, 1, 8, 8, 0, false},
     {1, 129, 136, 72, 0, false},  {3, 515, 280, 88, 0, false},  {8, 700, 256, 192, 0, false}, {8, 1300, 96, 320, 0, false},
     {64, 900, 64, 128, 0, false}, {5, 64, 520, 64, 0, false},   {2, 2100, 128, 264, 0, false},
+    {0, 8, 40, 1032, 0, false},   {0, 30, 40, 264, 0, false},   {8, 12, 48, 264, 0, false}, {64, 60, 24, 72, 0, false},
     {0, 4200, 72, 64, 0, false}, /* rows enough for a weight gradient in parts */
 };
 

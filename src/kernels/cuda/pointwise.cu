@@ -36,10 +36,6 @@ struct swiglu {
     int threads; /* of a row */
 };
 
-static __device__ __forceinline__ float sigmoid(float x) {
-    return 1.0f / (1.0f + __expf(-x));
-}
-
 template <int dtypes, int count, bool aligned> static __global__ void swiglu_forward_kernel(struct swiglu s) {
     int64_t rows_a_block = THREADS / s.threads, pieces = s.width / count;
     for (int64_t n = blockIdx.x * rows_a_block + threadIdx.x / s.threads; n < s.rows; n += gridDim.x * rows_a_block) {

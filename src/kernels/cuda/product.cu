@@ -1,5 +1,6 @@
-/* Products of every dtype, shape and alignment on the ordinary units, and the table's entries: what Hopper's matrix units
- * can take goes to product_sm90.cu, other bf16 with whole eights to product_mma.cu. */
+/* Products of every dtype, shape and alignment on the ordinary units, and the table's entries: few rows go to few.cu, what Hopper's
+ * matrix units can take to product_sm90.cu, other bf16 with whole eights to product_mma.cu. */
+#include "kernels/cuda/few.cuh"
 #include "kernels/cuda/product.cuh"
 #include "kernels/cuda/product_tiles.cuh"
 #include "kernels/cuda/skinny.cuh"
@@ -114,6 +115,9 @@ static void gemm(struct tensor a, bool transpose_a, struct tensor b, bool transp
     CHECK(c.shape[0] == p.m && c.shape[1] == p.n);
     if (skinny_gemm(a, transpose_a, b, transpose_b, c, accumulate))
         return;
+    struct packed right = {b.data, b.dtype, 1, p.n, p.k, false};
+    if (!transpose_a && transpose_b && few_forward(a, tensor_none(), tensor_none(), right, c, accumulate))
+        return;
     enum dtype a_dtype = a.dtype, b_dtype = b.dtype;
     p.a.data = a.data, p.a.step = transpose_a ? 1 : p.k, p.a.inner = transpose_a ? p.m : 1;
     p.b.data = b.data, p.b.step = transpose_b ? p.k : 1, p.b.inner = transpose_b ? 1 : p.n;
@@ -181,7 +185,7 @@ bool sm90_backward_weight(struct tensor, struct tensor, struct tensor, struct te
 
 static void product_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w, struct tensor y,
                             bool accumulate) {
-    if (y.shape[0] > 0 && !sm90_forward(x, rows, offsets, w, y, accumulate))
+    if (y.shape[0] > 0 && !few_forward(x, rows, offsets, w, y, accumulate) && !sm90_forward(x, rows, offsets, w, y, accumulate))
         rows_product(x, rows, offsets, w, false, y, accumulate);
 }
 
@@ -214,7 +218,7 @@ static void product_backward_weight(struct tensor dy, struct tensor dy_rows, str
 }
 
 static void product_forward_onto(struct tensor x, struct packed w, struct tensor base, struct tensor y) {
-    if (y.shape[0] == 0 || sm90_forward_onto(x, w, base, y))
+    if (y.shape[0] == 0 || few_forward_onto(x, w, base, y) || sm90_forward_onto(x, w, base, y))
         return;
     kernels_cuda()->cast(base, y);
     product_forward(x, tensor_none(), tensor_none(), w, y, true);
@@ -223,7 +227,8 @@ static void product_forward_onto(struct tensor x, struct packed w, struct tensor
 static void product_swiglu_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed gate_weight,
                                    struct packed up_weight, struct tensor row_weight, struct tensor gate, struct tensor up,
                                    struct tensor act) {
-    if (gate.shape[0] == 0 || sm90_swiglu_forward(x, rows, offsets, gate_weight, up_weight, row_weight, gate, up, act))
+    if (gate.shape[0] == 0 || few_swiglu_forward(x, rows, offsets, gate_weight, up_weight, row_weight, gate, up, act) ||
+        sm90_swiglu_forward(x, rows, offsets, gate_weight, up_weight, row_weight, gate, up, act))
         return;
     product_forward(x, rows, offsets, gate_weight, gate, false);
     product_forward(x, rows, offsets, up_weight, up, false);

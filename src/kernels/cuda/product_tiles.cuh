@@ -1,5 +1,6 @@
 /* What product.cu and product_mma.cu share: C (m,n) = sum over k of A (m,k) B (k,n), tile by tile, operands by their strides. Rows
- * that are gathered are those of m, or, in the product that has the groups along k, those of k. */
+ * that are gathered are those of m, or, in the product that has the groups along k, those of k. How groups are found is few.cu's,
+ * too. */
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -35,11 +36,11 @@ struct place {
 
 /* Tiles of all groups are numbered one after the other; there are no more than rows / tile + groups of them. By each warp for
  * itself, a lane for a group. */
-static __device__ __forceinline__ struct place find_place(const struct product &p, int64_t tile, int tile_rows) {
+static __device__ __forceinline__ struct place find_place(const int32_t *offsets, int groups, int64_t tile, int tile_rows) {
     int lane = (int)threadIdx.x % WARP, wanted = (int)tile;
-    for (int first = 0; first < p.groups; first += WARP) {
-        bool is_group = first + lane < p.groups;
-        int begin = is_group ? p.offsets[first + lane] : 0, end = is_group ? p.offsets[first + lane + 1] : 0;
+    for (int first = 0; first < groups; first += WARP) {
+        bool is_group = first + lane < groups;
+        int begin = is_group ? offsets[first + lane] : 0, end = is_group ? offsets[first + lane + 1] : 0;
         int tiles = (end - begin + tile_rows - 1) / tile_rows, all = tiles; /* of the groups up to this one */
         for (int distance = 1; distance < WARP; distance *= 2) {
             int before = __shfl_up_sync(FULL_WARP, all, distance);
@@ -79,7 +80,7 @@ static __device__ __forceinline__ struct task find_task(const struct product &p,
         task.k = p.offsets[task.rows.group];
         task.k_end = p.offsets[task.rows.group + 1];
     } else if (p.offsets) {
-        task.rows = find_place(p, blockIdx.x, tile_m);
+        task.rows = find_place(p.offsets, p.groups, blockIdx.x, tile_m);
     }
     if (p.splits > 1)
         find_split(p, task.split, &task.k, &task.k_end);

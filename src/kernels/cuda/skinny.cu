@@ -59,23 +59,13 @@ static __device__ void stage_rows(struct anywhere b, const struct narrow &p, int
     }
 }
 
-/* Of 2 * half sums a lane keeps half, and its partner at that distance the others. */
-template <int half> static __device__ __forceinline__ void share_sums(float sum[WARP]) {
-    bool is_upper = threadIdx.x & half;
-#pragma unroll
-    for (int i = 0; i < half; i++) {
-        float mine = is_upper ? sum[half + i] : sum[i], other = is_upper ? sum[i] : sum[half + i];
-        sum[i] = mine + __shfl_xor_sync(FULL_WARP, other, half);
-    }
-}
-
 /* Of 32 sums that each lane has a share of, lane l gets the l-th. */
 static __device__ __forceinline__ float spread_sums(float sum[WARP]) {
-    share_sums<16>(sum);
-    share_sums<8>(sum);
-    share_sums<4>(sum);
-    share_sums<2>(sum);
-    share_sums<1>(sum);
+    share_sums<16, 16>(sum);
+    share_sums<8, 8>(sum);
+    share_sums<4, 4>(sum);
+    share_sums<2, 2>(sum);
+    share_sums<1, 1>(sum);
     return sum[0];
 }
 

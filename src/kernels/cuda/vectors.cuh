@@ -32,6 +32,10 @@ template <typename A> static __device__ __forceinline__ void put(double *to, A x
     *to = (double)x;
 }
 
+static __device__ __forceinline__ float sigmoid(float x) {
+    return 1.0f / (1.0f + __expf(-x));
+}
+
 /* What numbers of two types are added in. */
 template <typename X, typename Y> struct sum_of {
     typedef float type;
