@@ -312,6 +312,31 @@ static void cases_attention_serving(enum dtype dtype) {
     }
 }
 
+/* One token after the other, aligned: a device divides the keys. Parts of one key, of several turns (where there are many heads),
+ * and such as the first queries do not see; rows of one head, of four, of seven, to the limits and beyond. */
+static void cases_attention_few(enum dtype dtype) {
+    static const struct {
+        int64_t batch, queries, keys;
+        int heads, kv_heads, head_dim;
+    } few[] = {
+        {1, 1, 127, 4, 1, 128}, {1, 1, 128, 4, 1, 128}, {1, 1, 129, 7, 1, 128}, {2, 1, 192, 4, 4, 64},   {1, 1, 4097, 4, 1, 16},
+        {1, 2, 193, 8, 2, 128}, {3, 3, 191, 14, 2, 8},  {1, 5, 320, 4, 1, 72},  {1, 16, 257, 7, 1, 40},  {1, 16, 128, 2, 2, 104},
+        {1, 15, 130, 4, 1, 64}, {1, 17, 256, 4, 1, 24}, {2, 9, 150, 3, 1, 128}, {1, 1, 257, 132, 132, 8}, {1, 2, 321, 264, 132, 16},
+        {1, 1, 300, 2, 1, 136}, {1, 3, 200, 4, 2, 12},
+    };
+    test_aligned = true;
+    for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
+        struct attention_shape shape = self_attention(few[i].batch, few[i].keys, few[i].heads, few[i].kv_heads, few[i].head_dim);
+        shape.query_count = few[i].queries;
+        case_attention_forward(shape, dtype, 1, 0);
+        if (i % 3 == 0)
+            case_attention_forward(shape, dtype, 100, 0);
+        if (i % 3 == 1)
+            case_attention_forward(shape, dtype, 0.5, 1e4);
+    }
+    test_aligned = false;
+}
+
 static void test_attention(void **state) {
     (void)state;
     static const int heads[][2] = {{1, 1}, {2, 2}, {4, 2}, {4, 1}, {3, 1}};
@@ -329,6 +354,7 @@ static void test_attention(void **state) {
         cases_attention_blocks(float_dtypes[d]);
         cases_attention_extremes(float_dtypes[d]);
         cases_attention_serving(float_dtypes[d]);
+        cases_attention_few(float_dtypes[d]);
         struct attention_shape shape = self_attention(1, 33, 2, 1, 16);
         case_attention_forward(shape, float_dtypes[d], 1e-20, 0);
         case_attention_forward(shape, float_dtypes[d], 6, 0);

@@ -1,7 +1,9 @@
 /* Causal attention. bf16 heads of up to 128 elements, whole eights, go to the matrix units (attention_sm90.cu where the device
  * has what that asks for, else attention_tiles.cuh), operands that are not aligned to 16 bytes by way of scratch; anything else
  * to plain kernels of f32 arithmetic: a warp for each query of a head, or for each key of a key-value head, whose lanes take one
- * key (query) each for the scores, and one column each for the sums. */
+ * key (query) each for the scores, and one column each for the sums. Of few queries and many keys both forms divide the keys
+ * (attention_few.cu). */
+#include "kernels/cuda/attention_few.cuh"
 #include "kernels/cuda/attention_tiles.cuh"
 
 /* ---- plain ---------------------------------------------------------------------------------------------------------- */
@@ -18,14 +20,37 @@ template <typename T> struct plain_job {
     float *delta; /* [B*query_count, H]: sum of dout * out */
 };
 
+static __device__ __forceinline__ void load_four(const float *from, bool is_whole, float x[4]) {
+    if (is_whole) {
+        float4 v = *(const float4 *)from;
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    } else {
+        x[0] = from[0], x[1] = from[1], x[2] = from[2], x[3] = from[3];
+    }
+}
+
+static __device__ __forceinline__ void load_four(const bf16 *from, bool is_whole, float x[4]) {
+    if (is_whole) {
+        uint2 v = *(const uint2 *)from;
+        x[0] = low_bf16(v.x), x[1] = high_bf16(v.x), x[2] = low_bf16(v.y), x[3] = high_bf16(v.y);
+    } else {
+        for (int i = 0; i < 4; i++)
+            x[i] = to_float(from[i]);
+    }
+}
+
+/* In one order wherever b lies. */
 template <typename T> static __device__ float dot(const float *a, const T *b, int width) {
     float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+    bool is_whole = (uintptr_t)b % (4 * sizeof(T)) == 0;
     int i = 0;
     for (; i + 4 <= width; i += 4) {
-        sum0 += a[i] * to_float(b[i]);
-        sum1 += a[i + 1] * to_float(b[i + 1]);
-        sum2 += a[i + 2] * to_float(b[i + 2]);
-        sum3 += a[i + 3] * to_float(b[i + 3]);
+        float x[4];
+        load_four(b + i, is_whole, x);
+        sum0 += a[i] * x[0];
+        sum1 += a[i + 1] * x[1];
+        sum2 += a[i + 2] * x[2];
+        sum3 += a[i + 3] * x[3];
     }
     for (; i < width; i++)
         sum0 += a[i] * to_float(b[i]);
@@ -54,26 +79,25 @@ static __host__ __device__ int forward_floats(int width) {
     return 2 * width + WARP;
 }
 
-template <typename T> static __global__ void plain_forward(plain_job<T> job) {
-    CUDA_SHARED_DYNAMIC(float, shared);
-    plain_warp warp = this_warp(shared, forward_floats(job.width));
-    if (warp.index >= job.batch * job.query_count * job.heads)
-        return;
-    int width = job.width, lane = warp.lane, head = (int)(warp.index % job.heads);
-    int64_t row = warp.index / job.heads, i = row % job.query_count, seen = job.key_count - job.query_count + i + 1;
+/* One query of a head, by its number in logsumexp, over keys begin .. end - 1: leaves in shared memory, behind the query's row,
+ * the values summed with weights relative to the largest score; of the sum of weights each lane has the share of its keys. */
+template <typename T>
+static __device__ float *plain_keys(const plain_job<T> &job, plain_warp warp, int64_t query, int64_t begin, int64_t end,
+                                    float *largest, float *weights) {
+    int width = job.width, lane = warp.lane, head = (int)(query % job.heads);
     int64_t stride = (int64_t)job.kv_heads * width;
-    int64_t first = row / job.query_count * job.key_count * stride + head / job.group * (int64_t)width;
+    int64_t first = query / job.heads / job.query_count * job.key_count * stride + head / job.group * (int64_t)width;
     float *q = warp.shared, *sum = q + width, *weight = sum + width, most = -INFINITY, all = 0;
-    load_row(q, job.q + warp.index * width, width, lane);
+    load_row(q, job.q + query * width, width, lane);
     for (int d = lane; d < width; d += WARP)
         sum[d] = 0;
     __syncwarp();
-    for (int64_t j = 0; j < seen; j += WARP) {
-        int count = (int)min(seen - j, (int64_t)WARP);
+    for (int64_t j = begin; j < end; j += WARP) {
+        int count = (int)min(end - j, (int64_t)WARP);
         float s = lane < count ? job.scale * dot(q, job.k + first + (j + lane) * stride, width) : -INFINITY;
         float top = fmaxf(most, warp_max(s)), fall = expf(most - top), p = expf(s - top);
         most = top;
-        all = all * fall + p; /* of this lane's keys */
+        all = all * fall + p;
         weight[lane] = p;
         __syncwarp();
         for (int d = lane; d < width; d += WARP) {
@@ -84,11 +108,44 @@ template <typename T> static __global__ void plain_forward(plain_job<T> job) {
         }
         __syncwarp();
     }
+    *largest = most;
+    *weights = all;
+    return sum;
+}
+
+template <typename T> static __device__ int64_t keys_seen(const plain_job<T> &job, int64_t query) {
+    return job.key_count - job.query_count + query / job.heads % job.query_count + 1;
+}
+
+template <typename T> static __global__ void plain_forward(plain_job<T> job) {
+    CUDA_SHARED_DYNAMIC(float, shared);
+    plain_warp warp = this_warp(shared, forward_floats(job.width));
+    if (warp.index >= job.batch * job.query_count * job.heads)
+        return;
+    float most, all, *sum = plain_keys(job, warp, warp.index, 0, keys_seen(job, warp.index), &most, &all);
     all = warp_sum(all);
-    for (int d = lane; d < width; d += WARP)
-        store(job.to + warp.index * width + d, sum[d] / all);
-    if (lane == 0)
+    for (int d = warp.lane; d < job.width; d += WARP)
+        store(job.to + warp.index * job.width + d, sum[d] / all);
+    if (warp.lane == 0)
         job.logsumexp[warp.index] = most + logf(all);
+}
+
+/* The same of a part of the keys. Warps next to each other have the heads that share them. */
+template <typename T> static __global__ void plain_part(plain_job<T> job, const struct key_parts parts) {
+    CUDA_SHARED_DYNAMIC(float, shared);
+    plain_warp warp = this_warp(shared, forward_floats(job.width));
+    if (warp.index >= job.batch * job.query_count * job.heads * parts.count)
+        return;
+    int part = (int)(warp.index / job.heads % parts.count);
+    int64_t query = warp.index / job.heads / parts.count * job.heads + warp.index % job.heads;
+    int64_t begin = (int64_t)part * parts.keys, end = min(begin + parts.keys, keys_seen(job, query));
+    float most, all, *sum = plain_keys(job, warp, query, begin, end, &most, &all);
+    float2 state = {most, warp_sum(all)};
+    int64_t at = part_place(parts, query, part);
+    for (int d = warp.lane; d < job.width; d += WARP)
+        parts.value[at * job.width + d] = sum[d];
+    if (warp.lane == 0)
+        parts.state[at] = state;
 }
 
 template <typename T> static __global__ void plain_delta(plain_job<T> job) {
@@ -355,21 +412,45 @@ static plain_job<T> plain_job_of(struct attention_shape shape, struct tensor q, 
     return job;
 }
 
+static size_t plain_forward_bytes(struct attention_shape shape) {
+    return (size_t)forward_floats(shape.head_dim) * PLAIN_WARPS * sizeof(float);
+}
+
+static void forward_in_parts(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v, struct tensor out,
+                             struct tensor logsumexp) {
+    struct key_parts parts = key_parts_take(shape);
+    if (fits_tiles(shape, q.dtype) && is_aligned(q.data, 16) && is_aligned(k.data, 16) && is_aligned(v.data, 16)) {
+        tile_job job = tile_job_of(shape, logsumexp);
+        job.q = (const bf16 *)q.data, job.k = (const bf16 *)k.data, job.v = (const bf16 *)v.data;
+        key_parts_fill_bf16(job, parts);
+    } else {
+        int64_t warps = shape.batch * shape.query_count * shape.head_count * parts.count;
+        WITH_FLOAT(q.dtype, T,
+                   CUDA_LAUNCH((plain_part<T>), block_count(ceil_div(warps, PLAIN_WARPS)), PLAIN_WARPS * WARP,
+                               plain_forward_bytes(shape), plain_job_of<T>(shape, q, k, v, logsumexp), parts));
+    }
+    key_parts_join(shape, parts, out, logsumexp);
+}
+
 static void attention_forward(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
                               struct tensor out, struct tensor logsumexp) {
     check_attention(shape, q, k, v, out, logsumexp);
     int64_t heads = shape.batch * shape.head_count, queries = heads * shape.query_count;
     if (queries == 0)
         return;
+    if (key_parts_divide(shape)) {
+        forward_in_parts(shape, q, k, v, out, logsumexp);
+        return;
+    }
     if (fits_tiles(shape, q.dtype)) {
         forward_on_tiles(shape, q, k, v, out, logsumexp);
         return;
     }
-    size_t bytes = (size_t)forward_floats(shape.head_dim) * PLAIN_WARPS * sizeof(float);
     WITH_FLOAT(q.dtype, T, {
         plain_job<T> job = plain_job_of<T>(shape, q, k, v, logsumexp);
         job.to = (T *)out.data;
-        CUDA_LAUNCH((plain_forward<T>), block_count(ceil_div(queries, PLAIN_WARPS)), PLAIN_WARPS * WARP, bytes, job);
+        CUDA_LAUNCH((plain_forward<T>), block_count(ceil_div(queries, PLAIN_WARPS)), PLAIN_WARPS * WARP,
+                    plain_forward_bytes(shape), job);
     });
 }
 

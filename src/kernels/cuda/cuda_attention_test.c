@@ -1,6 +1,7 @@
 /* Attention of bf16 on a CUDA device (or its model) whose operands are aligned, in the device's own memory, so that they go to
  * the matrix units from where they lie: lengths around the tiles, heads that share keys, few items and more than the device
- * has processors. Outputs are poisoned and guarded, compared with the reference, and made twice: the same bits. */
+ * has processors; and of few queries to many keys. Outputs are poisoned and guarded, compared with the reference, and made twice:
+ * the same bits. */
 #include "kernels/cuda/cuda_testing.h"
 
 struct problem {
@@ -9,9 +10,9 @@ struct problem {
 };
 
 static void complain(const struct problem *p, const char *what, const char *how) {
-    print_error("%lld x %lld, %d heads, %d for keys, of %d, size %g: %s %s\n", (long long)p->shape.batch,
-                (long long)p->shape.query_count, p->shape.head_count, p->shape.kv_head_count, p->shape.head_dim, p->size, what,
-                how);
+    print_error("%lld x %lld, %lld keys, %d heads, %d for keys, of %d, size %g: %s %s\n", (long long)p->shape.batch,
+                (long long)p->shape.query_count, (long long)p->shape.key_count, p->shape.head_count, p->shape.kv_head_count,
+                p->shape.head_dim, p->size, what, how);
     failures++;
 }
 
@@ -94,6 +95,16 @@ static void check_backward(const struct problem *p, const struct operands *o) {
     check(p, "dv", dv, o->dv);
 }
 
+/* Few queries, many keys: forward only. */
+static void check_serving(int64_t queries, int64_t keys, int heads, int kv_heads, int head_dim, double size) {
+    struct problem p = {{1, queries, keys, heads, kv_heads, head_dim, 1 / sqrt(head_dim)}, size};
+    struct operands o = operands_for(&p);
+    kernels_ref()->attention_forward(p.shape, o.q, o.k, o.v, o.out, o.lse);
+    check_forward(&p, &o);
+    arena_rewind(&arena, 0);
+    test_release();
+}
+
 static void check_problem(int64_t batch, int64_t length, int heads, int kv_heads, int head_dim, double size) {
     struct problem p = {{batch, length, length, heads, kv_heads, head_dim, 1 / sqrt(head_dim)}, size};
     struct operands o = operands_for(&p);
@@ -119,7 +130,13 @@ static void test_attention(void **state) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         check_problem(shapes[i].batch, shapes[i].length, shapes[i].heads, shapes[i].kv_heads, shapes[i].head_dim, 1);
     check_problem(1, 300, 2, 1, 128, 3); /* a few keys have all the weight */
+    check_serving(1, 4097, 4, 1, 128, 1);
+    check_serving(1, 1000, 7, 1, 64, 3);
+    check_serving(4, 513, 8, 2, 128, 1);
+    check_serving(16, 300, 4, 4, 128, 1);
 #ifndef CADRE_CUDA_MODEL
+    check_serving(1, 30000, 16, 4, 128, 1); /* several turns a part */
+    check_serving(16, 4100, 16, 4, 128, 1);
     check_problem(30, 300, 4, 4, 128, 1); /* several items a block */
     check_problem(17, 390, 12, 4, 64, 1);
     check_problem(1, 2100, 4, 1, 128, 1); /* long rows of tiles */
