@@ -12,7 +12,7 @@
  * Of the scores and of the values a lane has rows 2 c and 2 c + 1, so that a change of maximum needs no exchange.
  *
  * Arithmetic: a key is 512 bytes of k and v for 128 columns. 16 loads of 16 bytes a lane are under way, 32 KB a block; registers
- * leave room for three or four blocks a processor. 4,096 keys of 4 heads are 64 parts of 64 keys, 256 blocks, 8.4 MB: 2.5 us after
+ * leave room for three blocks a processor. 4,096 keys of 4 heads are 64 parts of 64 keys, 256 blocks, 8.4 MB: 2.5 us after
  * 0.7 us of waiting. What the parts leave is 528 bytes a row and part, 0.5 MB written and read in the second-level cache for 16
  * heads and one query. More rows than eight (3 queries of 4 heads) are other blocks, which find k and v in that cache: with 16
  * queries 8 times 8.4 MB, 12 us, where one block a head would need 64 turns one after the other. */
@@ -46,10 +46,10 @@ static __device__ __forceinline__ struct few_block this_block(const tile_job &jo
     struct few_block b;
     b.rows = job.query_count * job.group;
     int tiles = (b.rows + ROWS - 1) / ROWS;
-    int64_t rest = blockIdx.x / tiles;
-    b.first_row = (int)(blockIdx.x % tiles) * ROWS;
-    b.part = (int)(rest % parts.count), rest /= parts.count;
-    b.kv_head = (int)(rest % job.kv_heads), b.batch = rest / job.kv_heads;
+    int rest = (int)blockIdx.x / tiles;
+    b.first_row = (int)blockIdx.x % tiles * ROWS;
+    b.part = rest % parts.count, rest /= parts.count;
+    b.kv_head = rest % job.kv_heads, b.batch = rest / job.kv_heads;
     b.begin = b.part * parts.keys;
     b.end = min(b.begin + parts.keys, job.key_count);
     return b;

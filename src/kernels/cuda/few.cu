@@ -12,17 +12,18 @@
  *  1. The order of a sum depends on the inner dimension only: not on the other rows, nor on how columns are dealt out.
  *  2. Rows, columns and parts of k that do not exist are zeros in registers: nothing of them is loaded.
  *
- * Arithmetic (H100: 3.35 TB/s, 132 processors; 0.7 us from a load to its data: 2.3 MB must be under way, 18 KB a processor). A lane
- * asks for 16 times 16 bytes before it uses the first: 8 KB a warp, 64 KB a block of eight warps, and registers leave room for two
- * such blocks. k of 2,048 is one such turn for each warp. A product of 2048 x 2048 is 128 blocks of 64 KB, 8.4 MB: 2.5 us of
- * transfer after 0.7 us of waiting; logits of 32,768 are 2,048 blocks, 134 MB: 40 us, of which the end of a block, about 0.2 us of
- * its 5, is under the loads of the other one. Where there are too few columns for the processors, a block has 8. x is read again by
- * every block, from its processor's cache: M times 4 KB beside 64 KB of weights.
+ * Arithmetic (H100: 3.35 TB/s, 132 processors; 0.7 us from a load to its data: 2.3 MB must be under way, 18 KB a processor). A
+ * lane asks for 16 times 16 bytes before it uses the first: 8 KB a warp, 64 KB a block of eight warps, and registers leave room
+ * for two such blocks (of more than 8 rows, for 6 times beside 12 of x). k of 2,048 is one such turn for each warp. A product of
+ * 2048 x 2048 is 128 blocks of 64 KB, 8.4 MB: 2.5 us of transfer after 0.7 us of waiting; logits of 32,768 are 2,048 blocks, 134
+ * MB: 40 us, of which the end of a block, about 0.2 us of its 5, is under the loads of the other one. Where there are too few
+ * columns for the processors, a block has 8. x is read again by every block, from its processor's cache: M times 4 KB beside 64
+ * KB of weights.
  *
  * How many rows: 32 rows are 4 x 2 products of 16 x 8 x 16 for 1 KB of weights, 70 cycles of transfer and 16 of the matrix unit's
- * time; but a processor's cache must give 2 KB of x beside them. Beyond, tiles that bring x once win. f32 has 8 rows: 32
- * multiply-adds a cycle of the 128 there are, and 64 of 136 cycles in the cache's port. Grouped, where the host does not know how
- * the rows fall, up to four times as many: even when one group has them all, what is read again lies in the second-level cache. */
+ * time; but a processor's cache must give 2 KB of x beside them, and beyond, tiles that bring x once win. f32 has 8 rows: 30
+ * multiply-adds a cycle of the 128 that a processor has. Grouped, where the host does not know how the rows fall, up to four times
+ * as many: when one group has them all, what is read again lies in the second-level cache. */
 #include "kernels/cuda/few.cuh"
 
 #include "kernels/cuda/eights.cuh"
@@ -32,13 +33,13 @@ enum {
     STEP = 32,    /* of k: eight for each lane of a column */
     COLUMNS = 16, /* of a warp */
     HALF = COLUMNS / 2,
-    ROWS = 8, /* that the matrix unit takes at once */
+    ROWS = 8,     /* that the matrix unit takes at once */
     MANY_ROWS = 4 * ROWS,
     GROUPED = 4, /* times as many rows in groups */
     WARPS_MAX = 8,
-    WARP_STEPS = 8,             /* of k, that are enough for a warp */
-    PART_STRIDE = COLUMNS + 4,  /* of rows in shared memory: lanes of a warp write to different banks */
-    BUSY = 132                  /* blocks */
+    WARP_STEPS = 8,            /* of k, that are enough for a warp */
+    PART_STRIDE = COLUMNS + 4, /* of rows in shared memory: lanes of a warp write to different banks */
+    BUSY = 132                 /* blocks */
 };
 
 struct few {
@@ -46,7 +47,8 @@ struct few {
     const int32_t *index, *offsets; /* of rows of x, of groups; or NULL */
     int groups;
     int64_t rows, out, in;
-    int columns; /* of y, of a block: COLUMNS or HALF */
+    int64_t share; /* of k, of each warp */
+    int columns;   /* of y, of a block: COLUMNS or HALF */
     struct anywhere base, y, up, act; /* y = base + what is summed, base's data may be NULL; with up_w: gate, up, act or NULL */
     const float *row_weight;
 };
@@ -75,7 +77,7 @@ static __device__ __forceinline__ int find_row(const struct few &p, const struct
 template <typename X, int rows>
 static __device__ __forceinline__ void multiply(const struct few &p, const struct place &place, const bf16 *const w[2], int64_t k,
                                                 int64_t end, float sum[rows / ROWS][4]) {
-    enum { TILES = rows / ROWS, STEPS = TILES == 1 ? 8 : 4 };
+    enum { TILES = rows / ROWS, STEPS = TILES == 1 ? 8 : 3 /* what registers hold */ };
     const uint4 nothing = {0, 0, 0, 0};
     int lane = (int)threadIdx.x % WARP, piece = lane % 4 * EIGHT, count = (int)(place.end - place.begin);
     const bf16 *x[TILES];
@@ -85,13 +87,15 @@ static __device__ __forceinline__ void multiply(const struct few &p, const struc
         x[t] = row < 0 ? NULL : (const bf16 *)p.x + row * p.in;
     }
     for (k += piece; k - piece < end; k += STEPS * STEP) {
-        uint4 left[STEPS][2], right[STEPS];
+        uint4 left[STEPS][2], right[STEPS][TILES];
         UNROLL
         for (int s = 0; s < STEPS; s++) {
             UNROLL
             for (int h = 0; h < 2; h++)
                 left[s][h] = w[h] && k + s * STEP < end ? __ldcs((const uint4 *)(w[h] + k + s * STEP)) : nothing;
-            right[s] = x[0] && k + s * STEP < end ? *(const uint4 *)(x[0] + k + s * STEP) : nothing;
+            UNROLL
+            for (int t = 0; t < TILES; t++)
+                right[s][t] = x[t] && k + s * STEP < end ? *(const uint4 *)(x[t] + k + s * STEP) : nothing;
         }
         __syncwarp(); /* the compiler may not ask for the last ones when the first have come */
         UNROLL
@@ -104,9 +108,7 @@ static __device__ __forceinline__ void multiply(const struct few &p, const struc
             for (int t = 0; t < TILES; t++) {
                 if (t * ROWS >= count)
                     continue;
-                if (t > 0)
-                    right[s] = x[t] && k + s * STEP < end ? *(const uint4 *)(x[t] + k + s * STEP) : nothing;
-                uint32_t b[4] = {right[s].x, right[s].y, right[s].z, right[s].w};
+                uint32_t b[4] = {right[s][t].x, right[s][t].y, right[s][t].z, right[s][t].w};
                 mma_bf16(sum[t], a[0], b);
                 mma_bf16(sum[t], a[1], b + 2);
             }
@@ -206,13 +208,12 @@ static __global__ void __launch_bounds__(WARPS_MAX *WARP, 2) multiply_few(const 
         place = find_place(p.offsets, p.groups, blockIdx.y, rows);
     if (place.begin == place.end)
         return;
-    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, warps = (int)blockDim.x / WARP;
-    int64_t first = (int64_t)blockIdx.x * p.columns, each = ((p.in + STEP - 1) / STEP + warps - 1) / warps * STEP;
-    int64_t end = (warp + 1) * each < p.in ? (warp + 1) * each : p.in;
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    int64_t first = (int64_t)blockIdx.x * p.columns, begin = warp * p.share, end = min(begin + p.share, p.in);
     float sum[rows / ROWS][4] = {{0}};
     const W *w[2];
     find_columns(p, place.group, first, w);
-    multiply<X, rows>(p, place, w, warp * each, end, sum);
+    multiply<X, rows>(p, place, w, begin, end, sum);
     UNROLL
     for (int t = 0; t < rows / ROWS; t++) {
         float *to = part + (warp * rows + t * ROWS + lane % 4 * 2) * PART_STRIDE + lane / 4;
@@ -244,6 +245,7 @@ template <typename X, typename W, int rows> static void launch(struct few p) {
     int warps = 1;
     while (warps < WARPS_MAX && ceil_div(p.in, STEP) > warps * WARP_STEPS)
         warps *= 2;
+    p.share = ceil_div(ceil_div(p.in, STEP), warps) * STEP;
     p.columns = p.up_w || ceil_div(p.out, COLUMNS) * tiles < BUSY ? HALF : COLUMNS;
     dim3 grid((unsigned)ceil_div(p.out, p.columns), (unsigned)tiles);
     size_t shared = (size_t)(warps * rows * PART_STRIDE) * sizeof(float);
