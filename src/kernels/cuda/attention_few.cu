@@ -5,8 +5,8 @@
  * its four warps takes 16 keys at a time, with its own running maximum; they meet once, at the end. Lane 4 r + c, by the matrix
  * unit's order:
  *
- *   scores [16 keys, 8 rows]    = k q^T   left operand: keys r and r + 8, of each 32 columns the eight from 8 c on; right: row r
- *   values [128 columns, 8 rows] = v^T w   left operand: columns 8 r + j and 64 + 8 r + j (j: which of eight products) of keys 2 c,
+ *   scores [16 keys, 8 rows] = k q^T      left operand: keys r and r + 8, of each 32 columns the eight from 8 c on; right: row r
+ *   values [128 columns, 8 rows] = v^T w  left operand: columns 8 r + j and 64 + 8 r + j (j: which of eight products) of keys 2 c,
  *                                         2 c + 1 and those 8 further on; right: the weights, turned round among the lanes
  *
  * Of the scores and of the values a lane has rows 2 c and 2 c + 1, so that a change of maximum needs no exchange.
@@ -27,7 +27,7 @@ enum {
     WARPS = 4,
     WARP_KEYS = 16,
     TURN_KEYS = WARPS * WARP_KEYS,
-    BLOCKS = 132 * 3, /* that the parts of all heads may be */
+    BLOCKS = 132 * 3, /* of all heads and parts: what a device has at once; beyond, dividing keys wins nothing */
     COLUMNS = 128,
     VALUE_STRIDE = COLUMNS + 4, /* of a row in shared memory */
     SHARED_FLOATS = WARPS * ROWS * (VALUE_STRIDE + 2)
@@ -291,11 +291,11 @@ static __global__ void join_parts(const struct key_parts parts, int width, T *ou
 }
 
 bool key_parts_divide(struct attention_shape shape) {
-    return shape.query_count <= QUERIES_MAX && shape.key_count >= KEYS_MIN && shape.key_count > shape.query_count;
+    return shape.query_count <= QUERIES_MAX && shape.key_count >= KEYS_MIN && shape.batch * shape.kv_head_count < BLOCKS;
 }
 
 struct key_parts key_parts_take(struct attention_shape shape) {
-    int64_t turns = ceil_div(shape.key_count, TURN_KEYS), wanted = ceil_div(BLOCKS, shape.kv_head_count);
+    int64_t turns = ceil_div(shape.key_count, TURN_KEYS), wanted = ceil_div(BLOCKS, shape.batch * shape.kv_head_count);
     int64_t keys = ceil_div(turns, turns < wanted ? turns : wanted) * TURN_KEYS, count = ceil_div(shape.key_count, keys);
     int64_t states = shape.batch * shape.query_count * shape.head_count * count;
     struct key_parts parts = {(int)count, (int)keys, NULL, NULL};
