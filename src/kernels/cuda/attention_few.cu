@@ -228,7 +228,7 @@ static __global__ void __launch_bounds__(WARPS *WARP, 3) attend_part(const tile_
     }
     UNROLL
     for (int h = 0; h < 2; h++)
-        last[h] = min(job.key_count - job.query_count + (b.first_row + 2 * c + h) / job.group, b.end - 1);
+        last[h] = job.key_count - job.query_count + (b.first_row + 2 * c + h) / job.group; /* parts end with a turn, or all keys */
     for (int key = b.begin + warp * WARP_KEYS; key < b.end; key += TURN_KEYS) {
         struct few_keys keys;
         load_keys(job, b, key, &keys);
