@@ -12,7 +12,7 @@ link_open() {
     for tool in ip tc mpirun python3; do
         command -v $tool >/dev/null || { echo "$1: $tool is missing" >&2; exit 1; }
     done
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_WAIT_POLICY=passive
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     trap link_close EXIT
     trap 'exit 130' INT TERM
     link_close

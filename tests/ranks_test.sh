@@ -14,7 +14,7 @@ short="$tiny --train.micro_batch_sequences 4 --train.steps 12 --train.eval_every
 long="$tiny --train.steps 60 --train.batch_sequences 16 --train.sequence_length 128"
 
 # More ranks than processors, as root in a container, without MPI's remarks; leaks of MPI's own are not ours.
-export OMP_WAIT_POLICY=passive OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_btl_base_warn_component_unused=0
 export ASAN_OPTIONS="${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0"
 open_mpi=$("$mpiexec" --version 2>&1 | grep -c 'Open MPI\|OpenRTE')
