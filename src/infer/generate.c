@@ -103,10 +103,15 @@ enum status generator_read(struct generator *g, const int32_t *tokens, int64_t c
 }
 
 /* Ids that are no token of the tokenizer are never written. */
-static void mask_unknown(const struct generator *g, const struct tokenizer *tokenizer) {
+static void find_unknown(const struct generator *g, const struct tokenizer *tokenizer, struct token_list *unknown) {
     for (int64_t id = 0; id < g->model->config.vocab_size; id++)
         if (tokenizer_token(tokenizer, (int32_t)id).size == 0)
-            g->host_logits[id] = -INFINITY;
+            token_list_add(unknown, (int32_t)id);
+}
+
+static void mask_unknown(const struct generator *g, const struct token_list *unknown) {
+    for (size_t i = 0; i < unknown->count; i++)
+        g->host_logits[unknown->ids[i]] = -INFINITY;
 }
 
 static void hand_over(const struct generation *generation, struct text *text) {
@@ -119,10 +124,12 @@ static enum status continue_text(struct generator *g, const struct generation *g
                                  struct generation_result *result) {
     const struct tokenizer *tokenizer = generation->tokenizer;
     struct token_decoder decoder = {0};
+    struct token_list unknown = {0};
     struct text text = {0};
     enum status status = STATUS_OK;
+    find_unknown(g, tokenizer, &unknown);
     while (status == STATUS_OK && result->new_tokens < generation->max_tokens) {
-        mask_unknown(g, tokenizer);
+        mask_unknown(g, &unknown);
         int32_t id = sample_token(&generation->sample, logits, (int)g->model->config.vocab_size,
                                   (uint64_t)generator_length(g));
         result->reached_end = id == tokenizer_end_of_text(tokenizer);
@@ -139,6 +146,7 @@ static enum status continue_text(struct generator *g, const struct generation *g
     token_decoder_finish(&decoder, &text);
     hand_over(generation, &text);
     text_release(&text);
+    token_list_release(&unknown);
     return status;
 }
 

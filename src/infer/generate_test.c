@@ -172,10 +172,41 @@ static void test_same_seed_same_text(void **state) {
     tokenizer_destroy(tokenizer);
 }
 
+/* A model with more ids than its tokenizer has tokens: two that are none, one of which is always the likeliest by far. */
+static void test_what_is_no_token_is_never_written(void **state) {
+    (void)state;
+    struct text_view corpus = {"the cat and the dog and the bird and the fish", 45};
+    struct tokenizer *tokenizer;
+    struct generation_result result;
+    assert_int_equal(tokenizer_train(&corpus, 1, VOCAB - 20, &tokenizer), STATUS_OK);
+    assert_true(tokenizer_vocab_size(tokenizer) <= VOCAB - 2);
+    struct model *model = make_model(6, DTYPE_F32);
+    struct tensor head = model_tensor(model, model->own_weight, PARAMETER_HEAD, -1);
+    int64_t width = head.shape[1];
+    for (int64_t i = 0; i < width; i++) {
+        ((float *)head.data)[(VOCAB - 2) * width + i] = 100;
+        ((float *)head.data)[(VOCAB - 1) * width + i] = -100;
+    }
+    model_repack(model);
+    struct generator *g;
+    assert_int_equal(generator_create(&g, model, CAPACITY), STATUS_OK);
+    for (int temperature = 0; temperature < 2; temperature++) {
+        struct text text = {0};
+        struct generation generation = {tokenizer, "the cat", 20, {temperature, 0, 1, 4}, collect, &text};
+        assert_int_equal(generator_run(g, &generation, &result), STATUS_OK);
+        assert_true(result.reached_end || text.size > 0);
+        text_release(&text);
+    }
+    generator_destroy(g);
+    model_destroy(model);
+    tokenizer_destroy(tokenizer);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_cache_equals_recomputing),
                                        cmocka_unit_test(test_rewound_equals_never_read),
                                        cmocka_unit_test(test_bf16_is_close), cmocka_unit_test(test_sampler),
-                                       cmocka_unit_test(test_same_seed_same_text)};
+                                       cmocka_unit_test(test_same_seed_same_text),
+                                       cmocka_unit_test(test_what_is_no_token_is_never_written)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
