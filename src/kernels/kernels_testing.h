@@ -62,7 +62,7 @@ static inline const struct kernel_ops *const *test_backends(void) {
     for (const char *const *name = kernels_available(); *name; name++)
         if (test_wants(*name) && count < MOST && kernels_choose(*name, &list[count]) == STATUS_OK)
             count++;
-    const char *of_device = getenv("CADRE_TEST_KERNELS") ? getenv("CADRE_TEST_KERNELS") : "cuda"; /* or sm80 */
+    const char *of_device = getenv("CADRE_TEST_KERNELS") ? getenv("CADRE_TEST_KERNELS") : "cuda"; /* or another */
     if (test_cuda() && test_wants("cuda") && count < MOST && kernels_choose_for(test_cuda(), of_device, &list[count]) == STATUS_OK)
         count++;
     list[count] = NULL;

@@ -149,13 +149,20 @@ bool kernels_prefer_bf16(void) {
 enum status kernels_choose_for(const struct device *device, const char *name, const struct kernel_ops **out) {
     if (device == device_cpu())
         return kernels_choose(name, out);
-    bool is_general = strcmp(name, "sm80") == 0;
-    if (!is_general && strcmp(name, "auto") != 0 && strcmp(name, "cuda") != 0)
-        return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda, sm80", name, device->name);
-    if (is_general)
-        kernels_cuda_general();
-    *out = kernels_cuda();
-    return STATUS_OK;
+    static const struct {
+        const char *name;
+        bool leaves_out_hopper, leaves_out_few;
+    } known[] = {{"auto", false, false}, {"cuda", false, false}, {"sm80", true, false}, {"tiles", false, true},
+                 {"sm80-tiles", true, true}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        if (strcmp(name, known[i].name) != 0)
+            continue;
+        kernels_cuda_leave_out(known[i].leaves_out_hopper, known[i].leaves_out_few);
+        *out = kernels_cuda();
+        return STATUS_OK;
+    }
+    return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda, sm80, tiles, sm80-tiles", name,
+                       device->name);
 }
 
 bool kernels_device_prefers_bf16(const struct device *device) {

@@ -291,7 +291,8 @@ static __global__ void join_parts(const struct key_parts parts, int width, T *ou
 }
 
 bool key_parts_divide(struct attention_shape shape) {
-    return shape.query_count <= QUERIES_MAX && shape.key_count >= KEYS_MIN && shape.batch * shape.kv_head_count < BLOCKS;
+    return cuda_has_few() && shape.query_count <= QUERIES_MAX && shape.key_count >= KEYS_MIN &&
+           shape.batch * shape.kv_head_count < BLOCKS;
 }
 
 struct key_parts key_parts_take(struct attention_shape shape) {

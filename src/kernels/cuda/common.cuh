@@ -161,6 +161,7 @@ extern "C" void *cuda_scratch(size_t bytes);
 extern "C" {
 const struct kernel_ops *kernels_cuda(void);
 bool cuda_is_general(void); /* nothing that only Hopper has */
+bool cuda_has_few(void);    /* few rows and few queries have kernels of their own */
 void product_fill_cuda(struct kernel_ops *ops);
 void attention_fill_cuda(struct kernel_ops *ops);
 void norm_fill_cuda(struct kernel_ops *ops);

@@ -47,14 +47,19 @@ const struct kernel_ops *kernels_cuda(void) {
     return &table;
 }
 
-static bool general_only;
+static bool leaves_out_hopper, leaves_out_few;
 
-void kernels_cuda_general(void) {
-    general_only = true;
+void kernels_cuda_leave_out(bool hopper, bool few) {
+    leaves_out_hopper = hopper;
+    leaves_out_few = few;
 }
 
 bool cuda_is_general(void) {
-    return general_only;
+    return leaves_out_hopper;
+}
+
+bool cuda_has_few(void) {
+    return !leaves_out_few;
 }
 
 size_t cuda_scratch_bytes(void) {

@@ -227,7 +227,7 @@ static __global__ void __launch_bounds__(WARPS_MAX *WARP, 2) multiply_few(const 
 
 static bool fits(struct tensor x, struct tensor offsets, struct packed w, int64_t rows) {
     int64_t most = (w.dtype == DTYPE_BF16 ? MANY_ROWS : ROWS) * (tensor_exists(offsets) ? GROUPED : 1);
-    return rows <= most && w.in > 0 && w.in % EIGHT == 0 && is_aligned(x.data, 16) && is_aligned(w.data, 16) &&
+    return cuda_has_few() && rows <= most && w.in > 0 && w.in % EIGHT == 0 && is_aligned(x.data, 16) && is_aligned(w.data, 16) &&
            (x.dtype == w.dtype || w.dtype == DTYPE_F32);
 }
 
