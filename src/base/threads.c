@@ -1,5 +1,6 @@
 #include "base/threads.h"
 
+#include "base/memory.h"
 #include "base/status.h"
 #include "base/thread_pool.h"
 #include <pthread.h>
@@ -27,29 +28,47 @@ int threads_count(void) {
     return chosen_count;
 }
 
-/* Threads that run loops have a pool each: a save is hashed by one while another trains. It ends with its thread. */
-static pthread_key_t pool_of_thread;
+/* Threads that run loops have pools of their own, which end with them: a save is hashed by one while another trains. A pool has no
+ * more threads than its loops: one that sleeps would be woken by each loop, only to find that it is not wanted. */
+enum loop_kind { LOOPS_THAT_COMPUTE, LOOPS_THAT_WAIT, LOOP_KINDS };
+struct pools {
+    struct thread_pool *pool[LOOP_KINDS];
+    int thread_count[LOOP_KINDS];
+};
+static pthread_key_t pools_of_thread;
 static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 
-static void release_pool(void *pool) {
-    thread_pool_destroy(pool);
+static void release_pools(void *context) {
+    struct pools *pools = context;
+    for (int kind = 0; kind < LOOP_KINDS; kind++)
+        thread_pool_destroy(pools->pool[kind]);
+    free(pools);
 }
 
 static void make_key(void) {
-    CHECK(pthread_key_create(&pool_of_thread, release_pool) == 0);
+    CHECK(pthread_key_create(&pools_of_thread, release_pools) == 0);
 }
 
-static struct thread_pool *my_pool(void) {
+static struct thread_pool *my_pool(enum loop_kind kind, int thread_count) {
     pthread_once(&key_once, make_key);
-    struct thread_pool *pool = pthread_getspecific(pool_of_thread);
-    if (!pool) {
-        pool = thread_pool_create();
-        CHECK(pthread_setspecific(pool_of_thread, pool) == 0);
+    struct pools *pools = pthread_getspecific(pools_of_thread);
+    if (!pools) {
+        pools = memory_must(1, sizeof *pools);
+        *pools = (struct pools){0};
+        CHECK(pthread_setspecific(pools_of_thread, pools) == 0);
     }
-    return pool;
+    if (pools->thread_count[kind] > thread_count) {
+        thread_pool_destroy(pools->pool[kind]);
+        pools->pool[kind] = NULL;
+    }
+    if (!pools->pool[kind])
+        pools->pool[kind] = thread_pool_create();
+    pools->thread_count[kind] = thread_count;
+    return pools->pool[kind];
 }
 
-static void run_loop(int64_t task_count, void (*task)(void *context, int64_t index), void *context, int thread_count) {
+static void run_loop(enum loop_kind kind, int64_t task_count, void (*task)(void *context, int64_t index), void *context,
+                     int thread_count) {
     static _Atomic int processors;
     if (task_count <= 1 || thread_count == 1 || thread_pool_in_loop()) {
         for (int64_t i = 0; i < task_count; i++)
@@ -58,11 +77,11 @@ static void run_loop(int64_t task_count, void (*task)(void *context, int64_t ind
     }
     if (!processors)
         processors = threads_available();
-    thread_pool_run(my_pool(), thread_count, thread_count <= processors, task_count, task, context);
+    thread_pool_run(my_pool(kind, thread_count), thread_count, thread_count <= processors, task_count, task, context);
 }
 
 void parallel_for(int64_t task_count, void (*task)(void *context, int64_t index), void *context) {
-    run_loop(task_count, task, context, threads_count());
+    run_loop(LOOPS_THAT_COMPUTE, task_count, task, context, threads_count());
 }
 
 int waiting_threads_count(void) {
@@ -73,7 +92,7 @@ int waiting_threads_count(void) {
 }
 
 void parallel_for_waiting(int64_t task_count, void (*task)(void *context, int64_t index), void *context) {
-    run_loop(task_count, task, context, waiting_threads_count());
+    run_loop(LOOPS_THAT_WAIT, task_count, task, context, waiting_threads_count());
 }
 
 int thread_index(void) {

@@ -118,6 +118,13 @@ static int threads_of_process(void) {
     return count;
 }
 
+/* One that was joined may stand in the list for a moment. */
+static bool has_threads(int count) {
+    for (int i = 0; i < 1000 && threads_of_process() != count; i++)
+        sleep_for(1000000);
+    return threads_of_process() == count;
+}
+
 /* Each thread that runs loops has threads of its own, which end with it. */
 static void test_several_owners(void **state) {
     (void)state;
@@ -131,9 +138,34 @@ static void test_several_owners(void **state) {
         assert_int_equal(pthread_join(owner[i], &good), 0);
         assert_non_null(good);
     }
-    for (int i = 0; i < 1000 && threads_of_process() > before; i++)
-        sleep_for(1000000); /* a joined thread may stand in the list for a moment */
-    assert_int_equal(threads_of_process(), before);
+    assert_true(has_threads(before));
+}
+
+/* One that no loop wants would be woken by every loop. Kinds of loops do not share. */
+static void *shrink(void *context) {
+    struct loop *loop = calloc(1, sizeof *loop);
+    int before = threads_of_process();
+    bool good = true;
+    loop->thread_most = 8;
+    threads_set_count(6);
+    parallel_for(10, run_task, loop);
+    good = good && has_threads(before + 5);
+    threads_set_count(2);
+    parallel_for(10, run_task, loop);
+    good = good && has_threads(before + 1);
+    parallel_for_waiting(10, run_task, loop);
+    good = good && has_threads(before + 1 + waiting_threads_count() - 1);
+    free(loop);
+    return good ? context : NULL;
+}
+
+static void test_no_threads_that_no_loop_wants(void **state) {
+    (void)state;
+    pthread_t owner;
+    void *good;
+    assert_int_equal(pthread_create(&owner, NULL, shrink, &some_owner), 0);
+    assert_int_equal(pthread_join(owner, &good), 0);
+    assert_non_null(good);
 }
 
 struct held {
@@ -208,8 +240,9 @@ static void test_short_and_long_loops(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_task_runs_once), cmocka_unit_test(test_many_loops),
-        cmocka_unit_test(test_several_owners),       cmocka_unit_test(test_a_slow_thread),
-        cmocka_unit_test(test_results_are_there),    cmocka_unit_test(test_short_and_long_loops),
+        cmocka_unit_test(test_several_owners),       cmocka_unit_test(test_no_threads_that_no_loop_wants),
+        cmocka_unit_test(test_a_slow_thread),        cmocka_unit_test(test_results_are_there),
+        cmocka_unit_test(test_short_and_long_loops),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
