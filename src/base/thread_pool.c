@@ -157,18 +157,20 @@ static void *work(void *context) {
     return NULL;
 }
 
-/* Signals are for the threads that the program has without it. */
-static void start_thread(struct thread_pool *pool) {
+/* False where the system has no thread left. Signals are for the threads that the program has without it. */
+static bool start_thread(struct thread_pool *pool) {
     struct beginning *beginning = memory_must(1, sizeof *beginning);
     sigset_t all, before;
     *beginning = (struct beginning){pool, pool->thread_count + 1};
     sigfillset(&all);
     CHECK(pthread_sigmask(SIG_SETMASK, &all, &before) == 0);
-    if (pthread_create(&pool->threads[pool->thread_count], NULL, work, beginning) == 0)
+    bool is_started = pthread_create(&pool->threads[pool->thread_count], NULL, work, beginning) == 0;
+    if (is_started)
         pool->thread_count++;
     else
         free(beginning);
     CHECK(pthread_sigmask(SIG_SETMASK, &before, NULL) == 0);
+    return is_started;
 }
 
 struct thread_pool *thread_pool_create(void) {
@@ -198,10 +200,8 @@ void thread_pool_destroy(struct thread_pool *pool) {
 void thread_pool_run(struct thread_pool *pool, int thread_count, bool is_patient, int64_t task_count,
                      void (*task)(void *context, int64_t index), void *context) {
     CHECK(task_count < (int64_t)CLOSED && thread_count <= THREADS_MOST && !is_in_loop);
-    for (int wanted = thread_count - 1, before = -1; pool->thread_count < wanted && pool->thread_count != before;) {
-        before = pool->thread_count;
-        start_thread(pool);
-    }
+    while (pool->thread_count < thread_count - 1 && start_thread(pool))
+        ;
     uint64_t loop = newest_loop(pool);
     atomic_store(&pool->claim, loop << 32 | CLOSED);
     atomic_store(&pool->done, 0);
