@@ -9,7 +9,9 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 enum { TASKS_MOST = 1000, OWNERS = 4 };
@@ -237,8 +239,35 @@ static void test_short_and_long_loops(void **state) {
     }
 }
 
+/* Run at the end of the program below, after what the loops themselves leave to be done then. */
+static void end_by_threads_left(void) {
+    _exit(has_threads(1) ? 0 : 3);
+}
+
+/* The first test: a child has none of the threads that its parent has started. */
+static void test_threads_end_with_the_program(void **state) {
+    (void)state;
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int64_t results[100];
+        atexit(end_by_threads_left);
+        threads_set_count(4);
+        parallel_for(100, square, results);
+        parallel_for_waiting(100, square, results);
+        if (!has_threads(1 + 3 + waiting_threads_count() - 1))
+            _exit(2);
+        exit(1);
+    }
+    int ended;
+    assert_int_equal(waitpid(child, &ended, 0), child);
+    assert_true(WIFEXITED(ended));
+    assert_int_equal(WEXITSTATUS(ended), 0);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_threads_end_with_the_program),
         cmocka_unit_test(test_every_task_runs_once), cmocka_unit_test(test_many_loops),
         cmocka_unit_test(test_several_owners),       cmocka_unit_test(test_no_threads_that_no_loop_wants),
         cmocka_unit_test(test_a_slow_thread),        cmocka_unit_test(test_results_are_there),
