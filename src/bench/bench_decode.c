@@ -15,6 +15,7 @@ static const int64_t PROMPT_TOKENS = 512, CONTEXT_TOKENS[CONTEXTS] = {128, 1024}
 
 struct decoding {
     struct model_config config;
+    bool repeats; /* see generator_set_repeats */
     int64_t prompt, contexts[CONTEXTS], capacity; /* tokens */
     int context_count;
     struct model *model;
@@ -50,6 +51,7 @@ static enum status choose_contexts(const struct bench *bench, struct decoding *d
     struct run_config config;
     TRY(bench_read_config(bench, &config));
     d->config = config.model;
+    d->repeats = config.run.graph;
     int64_t longest = d->config.max_position_embeddings - 1, asked = bench->sequence_length;
     if (asked > longest)
         return status_fail(STATUS_USAGE, "--sequence-length %lld leaves no position for a token after it: %s has %lld",
@@ -83,6 +85,7 @@ static enum status decoding_open(struct decoding *d, const struct bench *bench, 
     TRY(model_create(&d->config, options, &d->model));
     TRY(model_initialize(d->model, 1));
     TRY(generator_create(&d->generator, d->model, d->capacity));
+    generator_set_repeats(d->generator, d->repeats);
     TRY(memory_alloc(&d->ids, (size_t)d->capacity, sizeof *d->ids));
     for (int64_t i = 0; i < d->capacity; i++)
         d->ids[i] = (int32_t)(random_bits(5, 0, (uint64_t)i) % (uint64_t)d->config.vocab_size);

@@ -154,8 +154,8 @@ enum status cmd_bench(int argc, char **argv) {
     TRY(find_verb(f.what, &verb));
     TRY(check_flags(&f));
     bool together = verb->run == bench_comm || verb->run == bench_train || verb->run == bench_checkpoint;
-    if (pair_count > 0 && !together)
-        return status_fail(STATUS_USAGE, "--%s is for cadre bench train, checkpoint and comm", pairs[0]);
+    if (pair_count > 0 && !together && verb->run != bench_decode)
+        return status_fail(STATUS_USAGE, "--%s is for cadre bench train, decode, checkpoint and comm", pairs[0]);
     struct bench bench = {.rounds = (int)f.rounds,
                           .json = f.json,
                           .preset = f.preset,

@@ -27,6 +27,20 @@ struct device_recorder {
     void (*release)(struct recording *recording); /* waits until it is not under way; NULL: nothing */
 };
 
+/* Work that is asked for again and again, and what became of it; all zero in the beginning. */
+struct repeated {
+    struct recording *recording; /* NULL: none yet */
+    bool is_warm;                /* it was done once: kernels are loaded, scratch has its size */
+    bool is_refused;             /* the device cannot record it */
+};
+
+/* Do what `ask` asks the device for, or repeat what it asked for in a former call: the first call runs it, the second records it
+ * and later ones repeat that. A recording that is out of date is made anew; what a device cannot record is asked for each time. */
+enum status device_repeat(const struct device_recorder *recorder, struct repeated *work, enum status (*ask)(void *context),
+                          void *context) MUST_USE;
+/* Gives back the recording; it is made again when it is wanted. */
+void device_forget(const struct device_recorder *recorder, struct repeated *work);
+
 /* A kind of memory and how to reach it. Plain functions; one constant struct a device. */
 struct device {
     const char *name;

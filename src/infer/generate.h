@@ -11,6 +11,9 @@ struct generator;
 enum status generator_create(struct generator **out, const struct model *model, int64_t capacity) MUST_USE;
 void generator_destroy(struct generator *generator);
 
+/* Whether single tokens are asked for once and repeated, on a device that can (device/device.h): true until it is told. */
+void generator_set_repeats(struct generator *generator, bool repeats);
+
 /* Forget all but the first `length` tokens of the sequence, of which there are as many at least. */
 void generator_rewind(struct generator *generator, int64_t length);
 

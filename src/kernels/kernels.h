@@ -222,6 +222,14 @@ struct kernel_ops {
      * of one dtype; logsumexp [B*query_count, H] real: of the scaled scores, kept for backward. */
     void (*attention_forward)(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
                               struct tensor out, struct tensor logsumexp);
+    /* The same of one sequence (B = 1) that grows, of which only the operation finds out how long it is: kept, i32 [1], of its keys
+     * are there before those of the queries. shape.key_count is how many there may be, kept + query_count at least; what lies
+     * behind those is not read. */
+    void (*attention_kept)(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v, struct tensor kept,
+                           struct tensor out, struct tensor logsumexp);
+    /* Keys and values that join those that are kept: keys[kept + i,:] = key[i,:], values likewise. key, value [M,G*P]; keys, values
+     * [capacity,G*P], kept + M <= capacity; float of one dtype. */
+    void (*attention_keep)(struct tensor key, struct tensor value, struct tensor kept, struct tensor keys, struct tensor values);
     /* dq, dk, dv = (not +=), dtype of q. Requires query_count == key_count. */
     void (*attention_backward)(struct attention_shape shape, struct tensor dout, struct tensor q, struct tensor k,
                                struct tensor v, struct tensor out, struct tensor logsumexp, struct tensor dq,

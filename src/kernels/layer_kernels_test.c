@@ -337,6 +337,83 @@ static void cases_attention_few(enum dtype dtype) {
     test_aligned = false;
 }
 
+static void make_attention_kept(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    ops->attention_kept(call->attention, t[0], t[1], t[2], t[3], t[4], t[5]);
+}
+
+static void make_attention_keep(const struct kernel_ops *ops, const struct call *call, const struct tensor *t) {
+    (void)call;
+    ops->attention_keep(t[0], t[1], t[2], t[3], t[4]);
+}
+
+/* Of s.key_count keys `kept` and those of the queries are there; behind them are no numbers. */
+static void case_attention_kept(struct attention_shape s, int64_t kept, enum dtype dtype, double scale) {
+    struct call call = {.operation = "attention_kept",
+                        .label = "random",
+                        .make = make_attention_kept,
+                        .attention = s,
+                        .magnitude = 1,
+                        .slack = 2 + 2 * scale * scale};
+    struct tensor q, k, v;
+    attention_operands(s, dtype, scale, 0, &q, &k, &v);
+    for (int64_t i = (kept + s.query_count) * k.shape[1]; i < tensor_elements(k); i++) {
+        test_set(k, i, NAN);
+        test_set(v, i, NAN);
+    }
+    add_in(&call, "q", q);
+    add_in(&call, "k", k);
+    add_in(&call, "v", v);
+    add_in(&call, "kept", test_filled(make_1d(DTYPE_I32, 1), (double)kept));
+    add_out(&call, "out", q);
+    add_out(&call, "logsumexp", make_2d(real_of[dtype], s.query_count, s.head_count));
+    run(&call);
+}
+
+/* A sequence's first key, parts of it full and not, whole parts and warps without a key; one token after the other, and several. */
+static void cases_attention_kept(enum dtype dtype) {
+    static const struct {
+        int64_t kept, queries, bound;
+        int heads, kv_heads, head_dim;
+    } cases[] = {
+        {0, 1, 1, 2, 1, 16},      {0, 1, 512, 4, 1, 128},   {0, 3, 512, 8, 2, 64},   {63, 1, 64, 4, 2, 128},
+        {63, 1, 512, 4, 2, 128},  {64, 1, 512, 7, 1, 128},  {129, 2, 600, 8, 2, 72}, {511, 1, 512, 4, 4, 16},
+        {300, 17, 1024, 4, 1, 40}, {200, 5, 300, 14, 2, 12}, {65, 1, 4096, 2, 1, 136}, {900, 1, 1000, 132, 132, 8},
+        {5, 2, 40, 3, 1, 67},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct attention_shape s =
+            self_attention(1, cases[i].bound, cases[i].heads, cases[i].kv_heads, cases[i].head_dim);
+        s.query_count = cases[i].queries;
+        test_aligned = i % 3 != 2;
+        case_attention_kept(s, cases[i].kept, dtype, 1);
+        case_attention_kept(s, cases[i].kept, dtype, 100);
+    }
+    test_aligned = false;
+}
+
+static void test_attention_kept(void **state) {
+    (void)state;
+    static const int64_t sizes[][4] = {/* rows, columns, kept, capacity */
+                                       {1, 128, 0, 1}, {1, 128, 7, 9},      {1, 33, 4, 5}, {3, 24, 5, 8},
+                                       {2, 5, 0, 40},  {70, 256, 30, 101}, {0, 16, 3, 3}};
+    for (int d = 0; d < FLOAT_DTYPES; d++) {
+        cases_attention_kept(float_dtypes[d]);
+        for (int i = 0; i < 2 * 7; i++) {
+            const int64_t *n = sizes[i / 2];
+            struct call call = {.operation = "attention_keep", .label = "random", .make = make_attention_keep};
+            test_aligned = i % 2;
+            add_in(&call, "key", test_random(make_2d(float_dtypes[d], n[0], n[1]), 1));
+            add_in(&call, "value", test_random(make_2d(float_dtypes[d], n[0], n[1]), 1));
+            add_in(&call, "kept", test_filled(make_1d(DTYPE_I32, 1), (double)n[2]));
+            add_sum(&call, "keys", test_random(make_2d(float_dtypes[d], n[3], n[1]), 1));
+            add_sum(&call, "values", test_random(make_2d(float_dtypes[d], n[3], n[1]), 1));
+            run(&call);
+        }
+    }
+    test_aligned = false;
+    expect_no_failures();
+}
+
 static void test_attention(void **state) {
     (void)state;
     static const int heads[][2] = {{1, 1}, {2, 2}, {4, 2}, {4, 1}, {3, 1}};
@@ -1024,6 +1101,7 @@ int main(void) {
         cmocka_unit_test(test_rmsnorm),
         cmocka_unit_test(test_qknorm_rope),
         cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_attention_kept),
         cmocka_unit_test(test_router),
         cmocka_unit_test(test_router_special_numbers),
         cmocka_unit_test(test_route_and_combine),

@@ -116,6 +116,11 @@ static void check_attention(const struct fixture *f) {
         f->ops->attention_backward(shape, q, q, k, k, q, lse, rows(f->compute, H * P), rows(f->compute, G * P),
                                    rows(f->compute, G * P));
     }
+    struct attention_shape none = {1, 0, 5, H, G, P, 0.4};
+    struct tensor length = test_filled(tensor_1d(NULL, DTYPE_I32, 1), 2), keys = kept(f->compute, 5, G * P);
+    f->ops->attention_kept(none, rows(f->compute, H * P), keys, keys, length, rows(f->compute, H * P), rows(f->real, H));
+    f->ops->attention_keep(rows(f->compute, G * P), rows(f->compute, G * P), length, keys, keys);
+    expect_all(keys, 3);
 }
 
 static void check_router(const struct fixture *f) {

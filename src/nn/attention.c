@@ -50,31 +50,48 @@ static struct attention_shape make_shape(const struct attention_dims *dims, int6
     };
 }
 
+/* Where keys and values go, and which there are then. */
+struct keys {
+    struct tensor key, value, all_keys, all_values, rope;
+    int64_t first, count; /* position of the first row; keys */
+};
+
+static struct keys keys_of(const struct attention_dims *dims, const struct attention_saved *saved, struct attention_cache *cache) {
+    int64_t rows = dims->batch * dims->sequence_length;
+    struct keys own = {saved->key, saved->value, saved->key, saved->value, dims->rope, 0, dims->sequence_length};
+    if (!cache)
+        return own;
+    CHECK_OP(dims->batch, ==, 1);
+    int64_t length = cache->length, count = cache->bound > 0 ? cache->bound : length + rows;
+    CHECK_OP(length + rows, <=, count);
+    struct tensor all_keys = tensor_rows(cache->key, 0, count), all_values = tensor_rows(cache->value, 0, count);
+    if (cache->bound > 0)
+        return (struct keys){saved->key, saved->value, all_keys, all_values, cache->rope, 0, count};
+    cache->length = count;
+    return (struct keys){tensor_rows(cache->key, length, rows), tensor_rows(cache->value, length, rows), all_keys, all_values,
+                         dims->rope, length, count};
+}
+
 void attention_forward(const struct layer_context *context, const struct attention_dims *dims,
                        const struct attention_weights *w, struct tensor x, struct attention_saved *saved,
                        struct attention_cache *cache, struct tensor x_out) {
     const struct kernel_ops *ops = context->ops;
-    int64_t rows = dims->batch * dims->sequence_length, first = 0;
-    struct tensor key = saved->key, value = saved->value, all_keys = key, all_values = value;
-    if (cache) {
-        CHECK_OP(dims->batch, ==, 1);
-        first = cache->length;
-        key = tensor_rows(cache->key, first, rows);
-        value = tensor_rows(cache->value, first, rows);
-        cache->length += rows;
-        all_keys = tensor_rows(cache->key, 0, cache->length);
-        all_values = tensor_rows(cache->value, 0, cache->length);
-    }
+    struct keys keys = keys_of(dims, saved, cache);
     ops->rmsnorm_forward(x, w->norm, dims->epsilon, saved->normed, saved->norm_rstd);
     layer_product(context, saved->normed, w->query, saved->query_raw, false);
     layer_product(context, saved->normed, w->key, saved->key_raw, false);
-    layer_product(context, saved->normed, w->value, value, false);
-    ops->qknorm_rope_forward(saved->query_raw, w->query_norm, dims->epsilon, dims->rope, dims->sequence_length, first,
+    layer_product(context, saved->normed, w->value, keys.value, false);
+    ops->qknorm_rope_forward(saved->query_raw, w->query_norm, dims->epsilon, keys.rope, dims->sequence_length, keys.first,
                              saved->query, saved->query_rstd);
-    ops->qknorm_rope_forward(saved->key_raw, w->key_norm, dims->epsilon, dims->rope, dims->sequence_length, first, key,
+    ops->qknorm_rope_forward(saved->key_raw, w->key_norm, dims->epsilon, keys.rope, dims->sequence_length, keys.first, keys.key,
                              saved->key_rstd);
-    struct attention_shape shape = make_shape(dims, cache ? cache->length : dims->sequence_length);
-    ops->attention_forward(shape, saved->query, all_keys, all_values, saved->mixed, saved->logsumexp);
+    struct attention_shape shape = make_shape(dims, keys.count);
+    if (cache && cache->bound > 0) {
+        ops->attention_keep(keys.key, keys.value, cache->kept, keys.all_keys, keys.all_values);
+        ops->attention_kept(shape, saved->query, keys.all_keys, keys.all_values, cache->kept, saved->mixed, saved->logsumexp);
+    } else {
+        ops->attention_forward(shape, saved->query, keys.all_keys, keys.all_values, saved->mixed, saved->logsumexp);
+    }
     layer_product_onto(context, saved->mixed, w->output, x, x_out);
 }
 

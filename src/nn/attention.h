@@ -41,6 +41,11 @@ struct attention_scratch {
 struct attention_cache {
     struct tensor key, value; /* compute [capacity, G*P] */
     int64_t length;
+    /* Where rows are asked for once and repeated for other ones, the length is read from the device's memory, and is the caller's
+     * to change. */
+    int64_t bound;      /* of the keys then, length + S <= bound <= capacity; 0: what is asked for is done once */
+    struct tensor kept; /* i32 [1]: length */
+    struct tensor rope; /* real [S, P]: of the positions of the rows that come */
 };
 
 void attention_saved_take(struct attention_saved *saved, const struct layer_context *context,
@@ -50,7 +55,7 @@ void attention_scratch_take(struct attention_scratch *scratch, const struct laye
 
 /* x_out [S,D] = x [S,D] + attention(x); both real; x_out may not be x.
  * With a cache (batch 1): the S rows follow cache->length earlier ones; their keys and values are added to it, and
- * backward is not possible. */
+ * backward is not possible. cache->length grows by S, but with cache->bound. */
 void attention_forward(const struct layer_context *context, const struct attention_dims *dims,
                        const struct attention_weights *weights, struct tensor x, struct attention_saved *saved,
                        struct attention_cache *cache, struct tensor x_out);

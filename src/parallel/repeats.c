@@ -24,18 +24,13 @@ void repeats_init(struct repeats *repeats, const struct schedule *schedule, cons
         while (i < schedule->count && is_repeated(schedule->events[i].kind))
             i++;
         if (i > begin)
-            repeats->stretches[repeats->count++] = (struct stretch){begin, i, NULL};
+            repeats->stretches[repeats->count++] = (struct stretch){.begin = begin, .end = i};
     }
-}
-
-static void forget(struct repeats *repeats, struct stretch *stretch) {
-    repeats->recorder->release(stretch->recording);
-    stretch->recording = NULL;
 }
 
 void repeats_release(struct repeats *repeats) {
     for (int i = 0; i < repeats->count; i++)
-        forget(repeats, &repeats->stretches[i]);
+        device_forget(repeats->recorder, &repeats->stretches[i].work);
     *repeats = (struct repeats){0};
 }
 
@@ -46,21 +41,24 @@ struct stretch *repeats_at(struct repeats *repeats, int event) {
     return NULL;
 }
 
+struct asking {
+    const struct stretch *stretch;
+    enum status (*ask)(void *context, const struct stretch *stretch);
+    void *context;
+};
+
+static enum status ask_for(void *context) {
+    const struct asking *asking = context;
+    return asking->ask(asking->context, asking->stretch);
+}
+
 enum status repeats_run(struct repeats *repeats, struct stretch *stretch,
                         enum status (*ask)(void *context, const struct stretch *stretch), void *context) {
-    const struct device_recorder *recorder = repeats->recorder;
-    if (stretch->recording && recorder->repeat(stretch->recording))
-        return STATUS_OK;
-    forget(repeats, stretch);
-    if (!repeats->is_warm)
-        return ask(context, stretch);
-    recorder->begin();
-    enum status status = ask(context, stretch);
-    stretch->recording = recorder->end();
-    if (status != STATUS_OK || (stretch->recording && recorder->repeat(stretch->recording)))
-        return status;
-    struct stretch plain = *stretch;
-    log_verbose("the device records no graph of events %d to %d: they run one by one", plain.begin, plain.end - 1);
-    repeats_release(repeats);
-    return ask(context, &plain);
+    struct asking asking = {stretch, ask, context};
+    enum status status = device_repeat(repeats->recorder, &stretch->work, ask_for, &asking);
+    if (stretch->work.is_refused) {
+        log_verbose("the device records no graph of events %d to %d: they run one by one", stretch->begin, stretch->end - 1);
+        repeats_release(repeats);
+    }
+    return status;
 }

@@ -12,7 +12,7 @@
 /* Events begin .. end - 1 of the schedule. */
 struct stretch {
     int begin, end;
-    struct recording *recording; /* NULL: not yet */
+    struct repeated work;
 };
 
 /* More micro-batches than that run as they are asked for. */
@@ -22,7 +22,6 @@ struct repeats {
     const struct device_recorder *recorder;
     struct stretch stretches[REPEATS_MAX];
     int count;
-    bool is_warm; /* a step was run: scratch has its size, kernels are loaded */
 };
 
 /* Of a step of one rank. None where the device has no recorder. */
@@ -32,7 +31,6 @@ void repeats_release(struct repeats *repeats);
 /* The stretch that begins at an event, or NULL. */
 struct stretch *repeats_at(struct repeats *repeats, int event);
 
-/* Do what `ask` asks the device for, which is what the stretch's events ask, or repeat what it asked in a former step. Whatever a
- * device cannot record is done without. */
+/* device_repeat of what the stretch's events ask for. When a device cannot record one, none is any more. */
 enum status repeats_run(struct repeats *repeats, struct stretch *stretch,
                         enum status (*ask)(void *context, const struct stretch *stretch), void *context) MUST_USE;

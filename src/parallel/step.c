@@ -466,7 +466,6 @@ enum status step_run(struct step_runner *runner, struct step_input input, struct
         else
             TRY(run_event_at(runner, &state, i));
     }
-    runner->repeats.is_warm = true;
     runner->tail_bytes = ranks_sent_bytes(runner->ranks) - runner->norm_bytes;
     *result = state.result;
     return STATUS_OK;

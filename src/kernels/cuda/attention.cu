@@ -18,6 +18,7 @@ template <typename T> struct plain_job {
     T *to, *dq, *dk, *dv;
     float *logsumexp;
     float *delta; /* [B*query_count, H]: sum of dout * out */
+    const int32_t *earlier; /* as a tile_job's */
 };
 
 static __device__ __forceinline__ void load_four(const float *from, bool is_whole, float x[4]) {
@@ -114,7 +115,7 @@ static __device__ float *plain_keys(const plain_job<T> &job, plain_warp warp, in
 }
 
 template <typename T> static __device__ int64_t keys_seen(const plain_job<T> &job, int64_t query) {
-    return job.key_count - job.query_count + query / job.heads % job.query_count + 1;
+    return keys_there(job) - job.query_count + query / job.heads % job.query_count + 1;
 }
 
 template <typename T> static __global__ void plain_forward(plain_job<T> job) {
@@ -416,18 +417,21 @@ static size_t plain_forward_bytes(struct attention_shape shape) {
     return (size_t)forward_floats(shape.head_dim) * PLAIN_WARPS * sizeof(float);
 }
 
-static void forward_in_parts(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v, struct tensor out,
-                             struct tensor logsumexp) {
+static void forward_in_parts(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
+                             const int32_t *kept, struct tensor out, struct tensor logsumexp) {
     struct key_parts parts = key_parts_take(shape);
     if (fits_tiles(shape, q.dtype) && is_aligned(q.data, 16) && is_aligned(k.data, 16) && is_aligned(v.data, 16)) {
         tile_job job = tile_job_of(shape, logsumexp);
-        job.q = (const bf16 *)q.data, job.k = (const bf16 *)k.data, job.v = (const bf16 *)v.data;
+        job.q = (const bf16 *)q.data, job.k = (const bf16 *)k.data, job.v = (const bf16 *)v.data, job.earlier = kept;
         key_parts_fill_bf16(job, parts);
     } else {
         int64_t warps = shape.batch * shape.query_count * shape.head_count * parts.count;
-        WITH_FLOAT(q.dtype, T,
-                   CUDA_LAUNCH((plain_part<T>), block_count(ceil_div(warps, PLAIN_WARPS)), PLAIN_WARPS * WARP,
-                               plain_forward_bytes(shape), plain_job_of<T>(shape, q, k, v, logsumexp), parts));
+        WITH_FLOAT(q.dtype, T, {
+            plain_job<T> job = plain_job_of<T>(shape, q, k, v, logsumexp);
+            job.earlier = kept;
+            CUDA_LAUNCH((plain_part<T>), block_count(ceil_div(warps, PLAIN_WARPS)), PLAIN_WARPS * WARP, plain_forward_bytes(shape),
+                        job, parts);
+        });
     }
     key_parts_join(shape, parts, out, logsumexp);
 }
@@ -439,7 +443,7 @@ static void attention_forward(struct attention_shape shape, struct tensor q, str
     if (queries == 0)
         return;
     if (key_parts_divide(shape)) {
-        forward_in_parts(shape, q, k, v, out, logsumexp);
+        forward_in_parts(shape, q, k, v, NULL, out, logsumexp);
         return;
     }
     if (fits_tiles(shape, q.dtype)) {
@@ -452,6 +456,52 @@ static void attention_forward(struct attention_shape shape, struct tensor q, str
         CUDA_LAUNCH((plain_forward<T>), block_count(ceil_div(queries, PLAIN_WARPS)), PLAIN_WARPS * WARP,
                     plain_forward_bytes(shape), job);
     });
+}
+
+static void attention_kept(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v, struct tensor kept,
+                           struct tensor out, struct tensor logsumexp) {
+    check_attention(shape, q, k, v, out, logsumexp);
+    CHECK(shape.batch == 1 && kept.dtype == DTYPE_I32 && tensor_elements(kept) == 1);
+    if (shape.query_count > 0)
+        forward_in_parts(shape, q, k, v, (const int32_t *)kept.data, out, logsumexp);
+}
+
+enum { KEEP_THREADS = 256 };
+
+template <typename W>
+static __global__ void keep_kernel(const W *key, const W *value, const int32_t *kept, W *keys, W *values, int64_t row_words,
+                                   int64_t words) {
+    int64_t first = *kept * row_words, step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < words; i += step) {
+        keys[first + i] = key[i];
+        values[first + i] = value[i];
+    }
+}
+
+template <typename W>
+static void launch_keep(struct tensor key, struct tensor value, struct tensor kept, struct tensor keys, struct tensor values) {
+    int64_t row_words = key.shape[1] * (int64_t)dtype_size(key.dtype) / (int64_t)sizeof(W), words = key.shape[0] * row_words;
+    CUDA_LAUNCH((keep_kernel<W>), grid_for(words, KEEP_THREADS), KEEP_THREADS, 0, (const W *)key.data, (const W *)value.data,
+                (const int32_t *)kept.data, (W *)keys.data, (W *)values.data, row_words, words);
+}
+
+static void attention_keep(struct tensor key, struct tensor value, struct tensor kept, struct tensor keys, struct tensor values) {
+    int64_t width = key.shape[1], row_bytes = width * (int64_t)dtype_size(key.dtype);
+    CHECK((key.dtype == DTYPE_F32 || key.dtype == DTYPE_BF16) && tensor_same_shape(key, value) && value.dtype == key.dtype);
+    CHECK(keys.dtype == key.dtype && values.dtype == key.dtype && tensor_same_shape(keys, values) && keys.shape[1] == width);
+    CHECK(kept.dtype == DTYPE_I32 && tensor_elements(kept) == 1 && key.shape[0] <= keys.shape[0]);
+    const void *all[] = {key.data, value.data, keys.data, values.data};
+    bool is_wide = row_bytes % 16 == 0;
+    for (const void *data : all)
+        is_wide = is_wide && is_aligned(data, 16);
+    if (tensor_elements(key) == 0)
+        return;
+    if (is_wide)
+        launch_keep<uint4>(key, value, kept, keys, values);
+    else if (key.dtype == DTYPE_F32)
+        launch_keep<uint32_t>(key, value, kept, keys, values);
+    else
+        launch_keep<uint16_t>(key, value, kept, keys, values);
 }
 
 template <typename T> static void launch_plain_backward(plain_job<T> job) {
@@ -489,5 +539,7 @@ static void attention_backward(struct attention_shape shape, struct tensor dout,
 
 void attention_fill_cuda(struct kernel_ops *ops) {
     ops->attention_forward = attention_forward;
+    ops->attention_kept = attention_kept;
+    ops->attention_keep = attention_keep;
     ops->attention_backward = attention_backward;
 }

@@ -10,6 +10,7 @@
 struct tile_job {
     int query_count, key_count, head_dim, heads, kv_heads, group;
     int64_t batch;
+    const int32_t *earlier; /* how many keys are before those of the queries, or NULL: all but those (attention_kept) */
     int64_t row_sum_stride; /* of row_lse and row_delta, [B*H, row_sum_stride], a multiple of 64 */
     float scale, scale_log2;
     const bf16 *q, *k, *v, *out, *dout;
@@ -18,6 +19,11 @@ struct tile_job {
     float *row_lse, *row_delta; /* logsumexp to base 2, infinite where no query is; sum of dout * out, 0 there */
     bf16 *kept;                 /* memory for gradients of scores, or NULL */
 };
+
+/* The keys that are there: of a plain_job, too. */
+template <typename J> static __device__ __forceinline__ int keys_there(const J &job) {
+    return job.earlier ? *job.earlier + (int)job.query_count : (int)job.key_count;
+}
 
 static __device__ __forceinline__ float power_of_2(float x) {
 #if defined(__CUDA_ARCH__)

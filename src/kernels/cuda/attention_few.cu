@@ -51,7 +51,7 @@ static __device__ __forceinline__ struct few_block this_block(const tile_job &jo
     b.part = rest % parts.count, rest /= parts.count;
     b.kv_head = rest % job.kv_heads, b.batch = rest / job.kv_heads;
     b.begin = b.part * parts.keys;
-    b.end = min(b.begin + parts.keys, job.key_count);
+    b.end = min(b.begin + parts.keys, keys_there(job));
     return b;
 }
 
@@ -228,7 +228,8 @@ static __global__ void __launch_bounds__(WARPS *WARP, 3) attend_part(const tile_
     }
     UNROLL
     for (int h = 0; h < 2; h++)
-        last[h] = job.key_count - job.query_count + (b.first_row + 2 * c + h) / job.group; /* parts end with a turn, or all keys */
+        /* Parts end with a turn, or all keys. */
+        last[h] = keys_there(job) - job.query_count + (b.first_row + 2 * c + h) / job.group;
     for (int key = b.begin + warp * WARP_KEYS; key < b.end; key += TURN_KEYS) {
         struct few_keys keys;
         load_keys(job, b, key, &keys);

@@ -2,6 +2,8 @@
  * then add to the same dk and dv. */
 #include "kernels/ref/ref.h"
 
+#include <string.h>
+
 struct attention_job {
     struct attention_shape shape;
     const double *q, *k, *v, *out, *dout, *logsumexp;
@@ -103,6 +105,28 @@ void ref_attention_forward(struct attention_shape shape, struct tensor q, struct
     free(qs);
     free(ks);
     free(vs);
+}
+
+void ref_attention_kept(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v, struct tensor kept,
+                        struct tensor out, struct tensor logsumexp) {
+    check_attention(shape, q, k, v, out, logsumexp);
+    CHECK_OP(shape.batch, ==, 1);
+    CHECK(kept.dtype == DTYPE_I32 && ref_is_1d(kept, 1));
+    int64_t count = ref_index(kept, 0) + shape.query_count;
+    CHECK(count >= shape.query_count && count <= shape.key_count);
+    shape.key_count = count;
+    ref_attention_forward(shape, q, tensor_rows(k, 0, count), tensor_rows(v, 0, count), out, logsumexp);
+}
+
+void ref_attention_keep(struct tensor key, struct tensor value, struct tensor kept, struct tensor keys, struct tensor values) {
+    int64_t rows = key.shape[0], width = key.shape[1], capacity = keys.shape[0];
+    CHECK(ref_is_float(key) && ref_is_2d(key, rows, width) && tensor_same_shape(key, value) && value.dtype == key.dtype);
+    CHECK(ref_is_2d(keys, capacity, width) && tensor_same_shape(keys, values));
+    CHECK(keys.dtype == key.dtype && values.dtype == key.dtype && kept.dtype == DTYPE_I32 && ref_is_1d(kept, 1));
+    int64_t first = ref_index(kept, 0);
+    CHECK(first >= 0 && first + rows <= capacity);
+    memcpy(tensor_rows(keys, first, rows).data, key.data, tensor_bytes(key));
+    memcpy(tensor_rows(values, first, rows).data, value.data, tensor_bytes(value));
 }
 
 void ref_attention_backward(struct attention_shape shape, struct tensor dout, struct tensor q,

@@ -120,6 +120,8 @@ const struct kernel_ops *kernels_ref(void) {
         .qknorm_rope_forward = ref_qknorm_rope_forward,
         .qknorm_rope_backward = ref_qknorm_rope_backward,
         .attention_forward = ref_attention_forward,
+        .attention_kept = ref_attention_kept,
+        .attention_keep = ref_attention_keep,
         .attention_backward = ref_attention_backward,
         .router_topk_forward = ref_router_topk_forward,
         .router_topk_backward = ref_router_topk_backward,

@@ -81,6 +81,9 @@ void ref_qknorm_rope_backward(struct tensor dy, struct tensor x, struct tensor w
 
 void ref_attention_forward(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
                            struct tensor out, struct tensor logsumexp);
+void ref_attention_kept(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v, struct tensor kept,
+                        struct tensor out, struct tensor logsumexp);
+void ref_attention_keep(struct tensor key, struct tensor value, struct tensor kept, struct tensor keys, struct tensor values);
 void ref_attention_backward(struct attention_shape shape, struct tensor dout, struct tensor q,
                             struct tensor k, struct tensor v, struct tensor out, struct tensor logsumexp,
                             struct tensor dq, struct tensor dk, struct tensor dv);
