@@ -20,6 +20,7 @@ struct product {
     const struct kernel_ops *ops;
     struct tensor x, dy, y, dx, dw, rows, offsets, w, m, v;
     struct packed packed;
+    bool has_dense; /* the library did what it was asked for */
 };
 
 static void run_pack(void *context) {
@@ -73,6 +74,23 @@ static void run_update_and_pack(void *context) {
     update(p, p->packed);
 }
 
+/* What the library that the roof is measured by makes of the same numbers without experts. */
+static void run_dense(struct product *p, enum dense_form form) {
+    p->has_dense &= p->ops->multiply_dense(p->packed.dtype, form, p->dy.shape[0], p->packed.out, p->packed.in);
+}
+
+static void run_dense_forward(void *context) {
+    run_dense(context, DENSE_FORWARD);
+}
+
+static void run_dense_input(void *context) {
+    run_dense(context, DENSE_INPUT);
+}
+
+static void run_dense_weight(void *context) {
+    run_dense(context, DENSE_WEIGHT);
+}
+
 /* Rows per expert: even but for the first one, with some unevenness as a router has it. */
 static void make_offsets(const struct shape *s, int32_t *offset) {
     double share[GROUPS_MAX], sum = 0;
@@ -121,21 +139,28 @@ static const struct part {
              {"weight gradient, added", run_adding_weight, 1},
              {"packing and all three", run_pack_and_products, 3},
              /* What a training step does with these weights: the optimizer's pass writes them packed, too. */
-             {"all three, packed by the update", run_products, 3}};
-enum { PACKED_BY_UPDATE = 5 };
+             {"all three, packed by the update", run_products, 3},
+             {"dense, by the roof's library, forward", run_dense_forward, 1},
+             {"dense, by the roof's library, input gradient", run_dense_input, 1},
+             {"dense, by the roof's library, weight gradient", run_dense_weight, 1}};
+enum { PACKED_BY_UPDATE = 5, DENSE_PARTS = 6 };
 enum { PARTS = sizeof parts / sizeof *parts, LABEL_BYTES = 96 };
 
 static void print_label(const struct shape *s, int part, char label[LABEL_BYTES]) {
     snprintf(label, LABEL_BYTES, "%s, %s", s->label, parts[part].label);
 }
 
-static bool wants_shape(const struct bench *bench, const struct shape *s) {
+/* A dense product of as many rows is the same for even and for uneven routing. */
+static bool wants_part(const struct bench *bench, const struct shape *s, int part) {
     char label[LABEL_BYTES];
+    print_label(s, part, label);
+    return bench_wants(bench, label) && (part < DENSE_PARTS || (bench->ops->multiply_dense && s->skew == 1));
+}
+
+static bool wants_shape(const struct bench *bench, const struct shape *s) {
     bool wants = false;
-    for (int i = 0; i < PARTS && !wants; i++) {
-        print_label(s, i, label);
-        wants = bench_wants(bench, label);
-    }
+    for (int i = 0; i < PARTS && !wants; i++)
+        wants = wants_part(bench, s, i);
     return wants;
 }
 
@@ -156,12 +181,14 @@ static void measure(const struct bench *bench, const char *name, const struct sh
     run_pack(p);
     for (int i = 0; i < PARTS; i++) {
         char label[LABEL_BYTES];
-        print_label(s, i, label);
-        if (!bench_wants(bench, label))
+        if (!wants_part(bench, s, i))
             continue;
+        print_label(s, i, label);
         struct bench_figure figure = {.name = name, .label = label, .precision = p->packed.dtype,
                                       .operations = parts[i].products * operations};
         figure.time = bench_call_and_roof(bench, parts[i].run, p, p->packed.dtype, &figure.roof);
+        if (i >= DENSE_PARTS && !p->has_dense)
+            continue;
         double packing = i == PACKED_BY_UPDATE ? packing_in_update(bench, p) : 0;
         figure.time = (struct bench_time){figure.time.median + packing, figure.time.least + packing, figure.time.most + packing};
         bench_print(bench, &figure);
@@ -175,6 +202,7 @@ static enum status measure_shape(const struct bench *bench, const char *name, co
     take(bench, s, dtype, &arena, &p);
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, s, dtype, &arena, &p);
+    p.has_dense = true;
     measure(bench, name, s, &p);
     arena_release(&arena);
     return STATUS_OK;

@@ -31,6 +31,9 @@ struct attention_shape {
     double scale; /* of the scores, 1/sqrt(P) */
 };
 
+/* y [rows,out] = x w^T; dx [rows,in] = dy w; dw [out,in], f32, = dy^T x. */
+enum dense_form { DENSE_FORWARD, DENSE_INPUT, DENSE_WEIGHT };
+
 /* Weights as the products of one backend read them: a matrix [out,in], or `groups` of them. What lies at `data` is known
  * to the backend that packed it only; the memory is the caller's. */
 struct packed {
@@ -331,6 +334,9 @@ struct kernel_ops {
      * thread. Returns the operations done, two a multiply-add. */
     double (*multiply_registers)(enum dtype dtype, int64_t rounds);
     const char *(*multiply_unit)(enum dtype dtype); /* what that unit is called */
+    /* A whole dense product of this form by a library that only measures, of operands and into a result of its own. False: there
+     * is none, or it does not do this one. NULL where products are not measured by a library. */
+    bool (*multiply_dense)(enum dtype dtype, enum dense_form form, int64_t rows, int64_t out, int64_t in);
 };
 
 /* The specification: plain C, runs anywhere, slow. */

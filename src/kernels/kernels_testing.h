@@ -21,6 +21,13 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+/* Numbers of threads, 1 and on. The sanitizers look for what no number of them should do: fewer are enough. */
+#ifdef __SANITIZE_ADDRESS__
+enum { TEST_THREADS_STEP = 2 };
+#else
+enum { TEST_THREADS_STEP = 1 };
+#endif
+
 enum { TEST_GUARD_BYTES = 64, TEST_POISON = 0xFF }; /* 0xFF.. is NaN in every float dtype */
 
 /* ---- backends ---- */

@@ -63,7 +63,7 @@ static void run_backend(const struct kernel_ops *ops, const struct product *prod
     struct tensor first = make_product(ops, product, 1);
     check_close(first, expected, first.dtype == DTYPE_BF16 ? 4e-3 : 2e-6);
     size_t scratch_bytes = kernels_scratch_bytes();
-    for (int threads = 1; threads <= test_repetitions(ops, THREADS_MAX); threads++) {
+    for (int threads = 1; threads <= test_repetitions(ops, THREADS_MAX); threads += TEST_THREADS_STEP) {
         struct tensor again = make_product(ops, product, threads);
         assert_memory_equal(first.data, again.data, tensor_bytes(first));
         if (threads == 1) /* less, where threads of an earlier pool have ended meanwhile */

@@ -1,5 +1,7 @@
 /* What the device can multiply at best: dense products of two matrices of 8192 x 8192 by cuBLASLt, the fastest of the
- * algorithms that it proposes, loaded at run time; without it our own product. */
+ * algorithms that it proposes, loaded at run time; without it our own product. And such products of other shapes, for benchmarks.
+ *
+ * cuBLASLt's matrices lie by columns: what is [rows,columns] here is [columns,rows] there, and C = A B is C' = B' A'. */
 #include "kernels/cuda/common.cuh"
 
 #ifndef CADRE_CUDA_MODEL
@@ -13,10 +15,13 @@ static struct {
     void *library;
     cublasStatus_t (*create)(cublasLtHandle_t *);
     cublasStatus_t (*desc_create)(cublasLtMatmulDesc_t *, cublasComputeType_t, cudaDataType_t);
+    cublasStatus_t (*desc_destroy)(cublasLtMatmulDesc_t);
     cublasStatus_t (*desc_set)(cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t, const void *, size_t);
     cublasStatus_t (*layout_create)(cublasLtMatrixLayout_t *, cudaDataType, uint64_t, uint64_t, int64_t);
+    cublasStatus_t (*layout_destroy)(cublasLtMatrixLayout_t);
     cublasStatus_t (*preference_create)(cublasLtMatmulPreference_t *);
     cublasStatus_t (*preference_set)(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, const void *, size_t);
+    cublasStatus_t (*preference_destroy)(cublasLtMatmulPreference_t);
     cublasStatus_t (*heuristic)(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                 cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
                                 cublasLtMatmulHeuristicResult_t *, int *);
@@ -26,12 +31,14 @@ static struct {
 } blas;
 
 struct dense {
-    bool is_ready;
+    bool is_ready; /* the algorithm is chosen */
     enum dtype dtype;
-    void *a, *b, *c, *workspace;
+    enum dense_form form;
+    int64_t rows, out, in;
+    void *a, *b, *c, *workspace; /* as cuBLASLt names them */
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t desc;
-    cublasLtMatrixLayout_t layout;
+    cublasLtMatrixLayout_t layout_a, layout_b, layout_c;
     cublasLtMatmulAlgo_t algorithm;
 };
 
@@ -63,18 +70,25 @@ static bool load_library(void) {
     for (size_t i = 0; i < sizeof names / sizeof *names && !blas.library; i++)
         blas.library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
     is_there = blas.library && find(&blas.create, "cublasLtCreate") && find(&blas.desc_create, "cublasLtMatmulDescCreate") &&
+               find(&blas.desc_destroy, "cublasLtMatmulDescDestroy") &&
                find(&blas.desc_set, "cublasLtMatmulDescSetAttribute") &&
                find(&blas.layout_create, "cublasLtMatrixLayoutCreate") &&
+               find(&blas.layout_destroy, "cublasLtMatrixLayoutDestroy") &&
                find(&blas.preference_create, "cublasLtMatmulPreferenceCreate") &&
+               find(&blas.preference_destroy, "cublasLtMatmulPreferenceDestroy") &&
                find(&blas.preference_set, "cublasLtMatmulPreferenceSetAttribute") &&
                find(&blas.heuristic, "cublasLtMatmulAlgoGetHeuristic") && find(&blas.multiply, "cublasLtMatmul");
     return is_there;
 }
 
-static bool multiply_dense(const struct dense *d, const cublasLtMatmulAlgo_t *algorithm) {
+static bool good(cublasStatus_t status) {
+    return status == CUBLAS_STATUS_SUCCESS;
+}
+
+static bool multiply(const struct dense *d, const cublasLtMatmulAlgo_t *algorithm) {
     const float one = 1, zero = 0;
-    return blas.multiply(d->handle, d->desc, &one, d->a, d->layout, d->b, d->layout, &zero, d->c, d->layout, d->c, d->layout,
-                         algorithm, d->workspace, WORKSPACE_BYTES, (cudaStream_t)cuda_stream()) == CUBLAS_STATUS_SUCCESS;
+    return good(blas.multiply(d->handle, d->desc, &one, d->a, d->layout_a, d->b, d->layout_b, &zero, d->c, d->layout_c, d->c,
+                              d->layout_c, algorithm, d->workspace, WORKSPACE_BYTES, (cudaStream_t)cuda_stream()));
 }
 
 /* Milliseconds of the best of a few. */
@@ -86,7 +100,7 @@ static float time_of(const struct dense *d, const cublasLtMatmulAlgo_t *algorith
     cuda_check(cudaEventCreate(&end), "event");
     for (int i = 0; i < TRIES; i++) {
         cuda_check(cudaEventRecord(begin, stream), "event");
-        if (!multiply_dense(d, algorithm))
+        if (!multiply(d, algorithm))
             break;
         cuda_check(cudaEventRecord(end, stream), "event");
         cuda_check(cudaEventSynchronize(end), "product");
@@ -103,12 +117,14 @@ static bool choose_algorithm(struct dense *d) {
     cublasLtMatmulHeuristicResult_t proposals[PROPOSALS];
     int count = 0;
     float best = INFINITY;
-    if (blas.preference_create(&preference) != CUBLAS_STATUS_SUCCESS ||
-        blas.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES, sizeof WORKSPACE_BYTES) !=
-            CUBLAS_STATUS_SUCCESS ||
-        blas.heuristic(d->handle, d->desc, d->layout, d->layout, d->layout, d->layout, preference, PROPOSALS, proposals, &count) !=
-            CUBLAS_STATUS_SUCCESS)
+    if (!good(blas.preference_create(&preference)))
         return false;
+    if (!good(blas.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES,
+                                  sizeof WORKSPACE_BYTES)) ||
+        !good(blas.heuristic(d->handle, d->desc, d->layout_a, d->layout_b, d->layout_c, d->layout_c, preference, PROPOSALS,
+                             proposals, &count)))
+        count = 0;
+    blas.preference_destroy(preference);
     for (int i = 0; i < count; i++) {
         float ms = time_of(d, &proposals[i].algo);
         if (ms < best) {
@@ -119,45 +135,90 @@ static bool choose_algorithm(struct dense *d) {
     return best < INFINITY;
 }
 
-static void take_matrices(struct dense *d) {
-    int64_t count = (int64_t)SIDE * SIDE;
-    size_t bytes = (size_t)count * dtype_size(d->dtype);
-    cuda_check(cudaMalloc(&d->a, bytes), "memory for the roof");
-    cuda_check(cudaMalloc(&d->b, bytes), "memory for the roof");
-    cuda_check(cudaMalloc(&d->c, bytes), "memory for the roof");
-    cuda_check(cudaMalloc(&d->workspace, WORKSPACE_BYTES), "memory for the roof");
-    CUDA_LAUNCH(fill_random, grid_for(count, THREADS), THREADS, 0, (uint16_t *)d->a, count, 1u, d->dtype == DTYPE_F32);
-    CUDA_LAUNCH(fill_random, grid_for(count, THREADS), THREADS, 0, (uint16_t *)d->b, count, 2u, d->dtype == DTYPE_F32);
+static void *take(int64_t count, enum dtype dtype) {
+    void *data;
+    cuda_check(cudaMalloc(&data, (size_t)count * dtype_size(dtype)), "memory for the roof");
+    return data;
 }
 
-/* The form of a forward pass, both operands along the inner dimension. */
-static bool prepare(struct dense *d, enum dtype dtype) {
+static enum dtype result_dtype(const struct dense *d) {
+    return d->form == DENSE_WEIGHT ? DTYPE_F32 : d->dtype;
+}
+
+static void take_operands(struct dense *d, int64_t a_count, int64_t b_count, int64_t c_count) {
+    bool f32 = d->dtype == DTYPE_F32;
+    d->a = take(a_count, d->dtype), d->b = take(b_count, d->dtype);
+    d->c = take(c_count, result_dtype(d));
+    cuda_check(cudaMalloc(&d->workspace, WORKSPACE_BYTES), "memory for the roof");
+    CUDA_LAUNCH(fill_random, grid_for(a_count, THREADS), THREADS, 0, (uint16_t *)d->a, a_count, 1u, f32);
+    CUDA_LAUNCH(fill_random, grid_for(b_count, THREADS), THREADS, 0, (uint16_t *)d->b, b_count, 2u, f32);
+}
+
+/* A matrix [rows,columns], which is not transposed here. */
+static bool lay_out(cublasLtMatrixLayout_t *layout, enum dtype dtype, int64_t rows, int64_t columns) {
     cudaDataType_t type = dtype == DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
-    cublasOperation_t transpose = CUBLAS_OP_T;
-    d->dtype = dtype;
-    take_matrices(d);
-    return load_library() && blas.create(&d->handle) == CUBLAS_STATUS_SUCCESS &&
-           blas.desc_create(&d->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
-           blas.desc_set(d->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose) == CUBLAS_STATUS_SUCCESS &&
-           blas.layout_create(&d->layout, type, SIDE, SIDE, SIDE) == CUBLAS_STATUS_SUCCESS && choose_algorithm(d);
+    return good(blas.layout_create(layout, type, (uint64_t)columns, (uint64_t)rows, columns));
+}
+
+static bool describe(struct dense *d) {
+    cublasOperation_t transpose_a = d->form == DENSE_FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t transpose_b = d->form == DENSE_WEIGHT ? CUBLAS_OP_T : CUBLAS_OP_N;
+    return load_library() && (d->handle || good(blas.create(&d->handle))) &&
+           good(blas.desc_create(&d->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
+           good(blas.desc_set(d->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose_a, sizeof transpose_a)) &&
+           good(blas.desc_set(d->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transpose_b, sizeof transpose_b));
+}
+
+/* FORWARD y' = (w')^T x', INPUT dx' = w' dy', WEIGHT dw' = x' (dy')^T: what stands first is cuBLASLt's A. */
+static void prepare(struct dense *d, enum dtype dtype, enum dense_form form, int64_t rows, int64_t out, int64_t in) {
+    int64_t w = out * in, x = rows * in, y = rows * out;
+    d->dtype = dtype, d->form = form, d->rows = rows, d->out = out, d->in = in;
+    take_operands(d, form == DENSE_WEIGHT ? x : w, form == DENSE_FORWARD ? x : y,
+                  form == DENSE_FORWARD ? y : form == DENSE_INPUT ? x : w);
+    d->is_ready = describe(d) &&
+                  lay_out(&d->layout_a, dtype, form == DENSE_WEIGHT ? rows : out, in) &&
+                  lay_out(&d->layout_b, dtype, rows, form == DENSE_FORWARD ? in : out) &&
+                  lay_out(&d->layout_c, result_dtype(d), form == DENSE_WEIGHT ? out : rows, form == DENSE_FORWARD ? out : in) &&
+                  choose_algorithm(d);
+}
+
+/* All but the handle. */
+static void release(struct dense *d) {
+    void *const data[] = {d->a, d->b, d->c, d->workspace};
+    cublasLtMatrixLayout_t layouts[] = {d->layout_a, d->layout_b, d->layout_c};
+    for (void *each : data)
+        cuda_check(cudaFree(each), "memory for the roof");
+    for (cublasLtMatrixLayout_t each : layouts)
+        if (each)
+            blas.layout_destroy(each);
+    if (d->desc)
+        blas.desc_destroy(d->desc);
+    *d = {.handle = d->handle};
+}
+
+/* Memory is taken for one shape at a time. */
+static bool multiply_dense(enum dtype dtype, enum dense_form form, int64_t rows, int64_t out, int64_t in) {
+    static struct dense last;
+    bool is_last = last.a && last.dtype == dtype && last.form == form && last.rows == rows && last.out == out && last.in == in;
+    if (!is_last) {
+        release(&last);
+        prepare(&last, dtype, form, rows, out, in);
+    }
+    return last.is_ready && multiply(&last, &last.algorithm);
 }
 
 static double multiply_registers(enum dtype dtype, int64_t rounds) {
     static struct dense ready[2];
-    static bool has_library[2];
-    int which = dtype == DTYPE_BF16;
-    struct dense *d = &ready[which];
-    if (!d->is_ready) {
-        has_library[which] = prepare(d, dtype);
-        d->is_ready = true;
-    }
-    struct tensor a = tensor_2d(d->a, dtype, SIDE, SIDE), c = tensor_2d(d->c, dtype, SIDE, SIDE);
-    struct packed b = {d->b, dtype, 1, SIDE, SIDE, false};
+    struct dense *d = &ready[dtype == DTYPE_BF16];
+    if (!d->a)
+        prepare(d, dtype, DENSE_FORWARD, SIDE, SIDE, SIDE);
+    struct tensor x = tensor_2d(d->b, dtype, SIDE, SIDE), y = tensor_2d(d->c, dtype, SIDE, SIDE);
+    struct packed w = {d->a, dtype, 1, SIDE, SIDE, false};
     for (int64_t i = 0; i < rounds; i++) {
-        if (has_library[which])
-            CHECK(multiply_dense(d, &d->algorithm));
+        if (d->is_ready)
+            CHECK(multiply(d, &d->algorithm));
         else
-            kernels_cuda()->product_forward(a, tensor_none(), tensor_none(), b, c, false);
+            kernels_cuda()->product_forward(x, tensor_none(), tensor_none(), w, y, false);
     }
     cuda_check(cudaStreamSynchronize((cudaStream_t)cuda_stream()), "the roof");
     return 2.0 * SIDE * SIDE * SIDE * (double)rounds;
@@ -177,9 +238,14 @@ static const char *multiply_unit(enum dtype) {
     return "the model";
 }
 
+static bool multiply_dense(enum dtype, enum dense_form, int64_t, int64_t, int64_t) {
+    return false;
+}
+
 #endif
 
 void roof_fill_cuda(struct kernel_ops *ops) {
     ops->multiply_registers = multiply_registers;
     ops->multiply_unit = multiply_unit;
+    ops->multiply_dense = multiply_dense;
 }
