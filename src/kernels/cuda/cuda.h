@@ -10,3 +10,9 @@ const struct kernel_ops *kernels_cuda(void);
 void kernels_cuda_leave_out(bool hopper, bool few);
 
 size_t cuda_scratch_bytes(void);
+
+/* For tests: of a weight gradient of `groups` results with m rows and column_tiles * 256 columns, which of so many clusters takes
+ * which tile. All in the device's memory: offsets [groups + 1]; times [tiles] += 1 for each block that takes it; owner
+ * [2, tiles] = the cluster, by either block of it; group [tiles] = whose tile it is. */
+void cuda_tell_tiles(const int32_t *offsets, int groups, int m, int column_tiles, int clusters, int32_t *times, int32_t *owner,
+                     int32_t *group);

@@ -2,6 +2,7 @@
  * around and beyond their tiles, every routing, rows gathered and not, several terms, SwiGLU at once. In the device's own
  * memory; results and what lies behind them are copied back and compared with the reference; twice the same bits.
  * The cases of kernels_test.c are mostly too odd for those units. */
+#include "kernels/cuda/cuda.h"
 #include "kernels/cuda/cuda_testing.h"
 
 static double weight_bound; /* in the place of f32's usual one */
@@ -256,9 +257,93 @@ static void test_products(void **state) {
     assert_int_equal(failures, 0);
 }
 
+/* ---- the schedule of weight gradients ---- */
+
+#if defined(CADRE_CUDA) || defined(CADRE_CUDA_MODEL)
+
+enum { GROUPS_MOST = 256 };
+
+struct routing {
+    int groups, clusters, m, column_tiles;
+    int64_t rows;
+    double skew;      /* the rows of the first group beside another's */
+    bool has_empty;   /* every third group has none */
+    double share_min; /* that all clusters are busy of the time that the last one takes */
+};
+
+/* Of 64 rows; the end of a tile takes as long as five. */
+static double blocks_of(const int32_t *offset, int group) {
+    return (offset[group + 1] - offset[group] + 63) / 64 + 5;
+}
+
+static void route(const struct routing *r, int32_t *offset) {
+    double share[GROUPS_MOST], sum = 0, before = 0;
+    for (int g = 0; g < r->groups; g++)
+        sum += share[g] = r->has_empty && g % 3 == 1 ? 0 : (g == 0 ? r->skew : 1) * (0.8 + 0.4 * random_uniform(8, 0, (uint64_t)g));
+    offset[0] = 0;
+    for (int g = 0; g < r->groups; g++) {
+        before += share[g];
+        offset[g + 1] = (int32_t)lround((double)r->rows * before / sum);
+    }
+}
+
+/* Every tile is taken once, by both blocks of one cluster, and nobody is left to work long alone. */
+static void check_schedule(const struct routing *r) {
+    enum { CLUSTERS = 96 };
+    int of_group = (r->m + 255) / 256 * r->column_tiles, tiles = of_group * r->groups;
+    int32_t offset[GROUPS_MOST + 1];
+    double load[CLUSTERS] = {0}, all = 0, most = 0;
+    route(r, offset);
+    struct tensor offsets = test_tensor(tensor_1d(NULL, DTYPE_I32, r->groups + 1));
+    memcpy(offsets.data, offset, tensor_bytes(offsets));
+    struct tensor told = test_filled(tensor_2d(NULL, DTYPE_I32, 4, tiles), 0), made = output_on_device(told);
+    int32_t *times = made.data;
+    cuda_tell_tiles(on_device(offsets).data, r->groups, r->m, r->column_tiles, r->clusters, times, times + tiles,
+                    times + 3 * tiles);
+    device->copy_to_host(told.data, made.data, tensor_bytes(told));
+    assert_true(output_guard_holds(made));
+    const int32_t *t = told.data, *owner = t + tiles, *group = t + 3 * tiles;
+    for (int i = 0; i < tiles; i++) {
+        assert_int_equal(t[i], 2);
+        assert_int_equal(owner[i], owner[tiles + i]);
+        assert_in_range(owner[i], 0, r->clusters - 1);
+        assert_in_range(group[i], 0, r->groups - 1);
+        load[owner[i]] += blocks_of(offset, group[i]);
+        all += blocks_of(offset, group[i]);
+    }
+    for (int c = 0; c < r->clusters; c++)
+        most = fmax(most, load[c]);
+    if (all / r->clusters / most < r->share_min)
+        fail_msg("%d groups, skew %g: clusters are busy for %.3f of the time", r->groups, r->skew, all / r->clusters / most);
+    arena_rewind(&arena, 0);
+    test_release();
+}
+
+static void test_schedule(void **state) {
+    (void)state;
+    static const struct routing routings[] = {
+        {64, 66, 2048, 4, 262144, 10, false, 0.99}, {64, 66, 2048, 4, 262144, 1, false, 0.97},
+        {8, 66, 4096, 8, 65536, 10, false, 0.95},   {128, 66, 1024, 6, 262144, 3, true, 0.98},
+        {256, 72, 300, 1, 70000, 30, true, 0.37},   {1, 66, 700, 3, 5000, 1, false, 0},
+        {5, 7, 256, 1, 100, 2, false, 0},           {3, 96, 512, 30, 6000, 4, true, 0.65},
+    };
+    for (size_t i = 0; i < sizeof routings / sizeof *routings; i++)
+        check_schedule(&routings[i]);
+}
+
+#else
+
+static void test_schedule(void **state) {
+    (void)state;
+}
+
+#endif
+
 static void test_if_there_is_one(void **state) {
-    if (device)
-        test_products(state);
+    if (!device)
+        return;
+    test_schedule(state);
+    test_products(state);
 }
 
 int main(void) {

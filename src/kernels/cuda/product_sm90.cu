@@ -6,7 +6,7 @@
  * gives it to both. Operand A comes in boxes, or, where it is gathered, in boxes of one row each.
  *
  * How many rows a group has is read from `offsets` on the device: every cluster counts the tiles of all groups when it
- * begins, and takes every so many-th. The sums of an element are always added in the same order.
+ * begins, and knows which are its own (product_schedule.cuh). The sums of an element are always added in the same order.
  *
  *   form      C                     A (rows of tile)       B (columns of tile)
  *   FORWARD   y [N,O]               x, inner I             w_e [O,I], inner I
@@ -17,75 +17,6 @@
 #include "kernels/cuda/product_results_sm90.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/* Groups in the order in which their tiles are worked on. The tiles of a WEIGHT product take as long as their group has rows: long
- * ones first, so that what is left at the end is short. */
-template <typename S> static __device__ void order_groups(const struct problem &p, enum form form, S *s) {
-    for (int g = (int)threadIdx.x; g <= p.groups; g += THREADS)
-        s->first_row[g] = p.offsets ? p.offsets[g] : g < p.groups ? g * p.group_rows : p.rows;
-    __syncthreads();
-    for (int g = (int)threadIdx.x; g < p.groups; g += THREADS) {
-        int rows = s->first_row[g + 1] - s->first_row[g], place = form == WEIGHT ? 0 : g;
-        for (int other = 0; form == WEIGHT && other < p.groups; other++) {
-            int others = s->first_row[other + 1] - s->first_row[other];
-            place += others > rows || (others == rows && other < g);
-        }
-        s->order[place] = (uint8_t)g;
-    }
-    __syncthreads();
-}
-
-/* has_empty: groups without rows have a result. */
-template <typename S>
-static __device__ void count_tiles(const struct problem &p, enum form form, bool has_empty, int column_tiles, S *s) {
-    order_groups(p, form, s);
-    if (threadIdx.x < WARP) {
-        int before = 0;
-        for (int base = 0; base < p.groups; base += WARP) {
-            int i = base + (int)threadIdx.x, tiles = 0;
-            if (i < p.groups) {
-                int group = s->order[i], rows = s->first_row[group + 1] - s->first_row[group];
-                int extent = form != WEIGHT ? rows : rows > 0 || has_empty ? p.m : 0;
-                tiles = (extent + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M) * column_tiles;
-            }
-            int sum = tiles;
-            for (int distance = 1; distance < WARP; distance *= 2) {
-                int other = __shfl_up_sync(FULL_WARP, sum, distance);
-                sum += (int)threadIdx.x >= distance ? other : 0;
-            }
-            if (i < p.groups)
-                s->first_tile[i] = before + sum - tiles;
-            before += __shfl_sync(FULL_WARP, sum, WARP - 1);
-        }
-        if (threadIdx.x == 0)
-            s->first_tile[p.groups] = before;
-    }
-    __syncthreads();
-}
-
-/* The tile that this cluster works on in a round. Tiles that get shorter and shorter are dealt out to and fro. */
-static __device__ __forceinline__ int tile_of_round(enum form form, int round) {
-    int clusters = (int)gridDim.x / CLUSTER, cluster = (int)blockIdx.x / CLUSTER;
-    return round * clusters + (form == WEIGHT && round % 2 ? clusters - 1 - cluster : cluster);
-}
-
-/* Tile number t; `place` is one at or before that of its group. */
-template <typename S>
-static __device__ __forceinline__ struct tile find_tile(const struct problem &p, enum form form, int column_tiles, int columns,
-                                                        const S *s, int t, int place, int rank) {
-    while (t >= s->first_tile[place + 1])
-        place++;
-    int group = s->order[place], within = t - s->first_tile[place];
-    int row_begin = s->first_row[group], row_end = s->first_row[group + 1];
-    int extent = form == WEIGHT ? p.m : row_end - row_begin;
-    int pairs = (extent + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
-    int band = within / (BAND * column_tiles), in_band = within - band * BAND * column_tiles;
-    int height = pairs - band * BAND < BAND ? pairs - band * BAND : BAND;
-    int m = ((band * BAND + in_band % height) * CLUSTER + rank) * TILE_M, n = in_band / height * columns;
-    if (form == WEIGHT)
-        return {place, group, row_begin, row_end, m, n};
-    return {place, group, row_begin + m, row_end, m, n};
-}
 
 static __device__ __forceinline__ void bringers_sync(void) {
     asm volatile("bar.sync 1, %0;" : : "n"((int)GROUP_THREADS) : "memory");
@@ -223,7 +154,7 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
     int place = 0, total = s->first_tile[p.groups], thread = (int)threadIdx.x;
     if (form != WEIGHT && thread > 0)
         return;
-    for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
+    for (int t = first_turn(); t < total; t = next_turn<form>(p, s, place, t)) {
         struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
         struct walk walk = first_block<form>(p, tile);
         place = tile.place;
@@ -292,7 +223,7 @@ static __device__ __forceinline__ void bring_gathered(const struct maps &maps, c
                                                       int columns, S *s, int rank) {
     struct ring ring = {0, 1};
     int place = 0, total = uniform(s->first_tile[p.groups]), thread = (int)threadIdx.x, warp = uniform(thread / WARP);
-    for (int round = 0, t; (t = tile_of_round((enum form)form, round)) < total; round++) {
+    for (int t = first_turn(); t < total; t = next_turn<form>(p, s, place, t)) {
         struct tile tile = uniform_tile(find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank));
         struct walk walk = first_block<form>(p, tile);
         int rows[BOXES_A_WARP], mine = 0, next = 0;
@@ -408,7 +339,7 @@ template <int form, int result, typename S>
 static __device__ __forceinline__ void multiply_all(const struct maps &maps, const struct problem &p, int column_tiles, int columns,
                                                     S *s, int rank, int multiplier) {
     struct ring ring = {0, 0};
-    int round = 0, t = tile_of_round((enum form)form, 0), total = s->first_tile[p.groups];
+    int t = first_turn(), total = s->first_tile[p.groups];
     int warp = (int)threadIdx.x % GROUP_THREADS / WARP;
     uint32_t parity[2] = {0, 0};
     struct tile tile, following;
@@ -421,7 +352,7 @@ static __device__ __forceinline__ void multiply_all(const struct maps &maps, con
         if (form == WEIGHT && blocks == 0)
             clear_sums(d);
         int last = multiply_tile<form>(d, blocks, s, multiplier, &ring);
-        t = tile_of_round((enum form)form, ++round);
+        t = next_turn<form>(p, s, tile.place, t);
         if (t < total) /* while the last block is multiplied */
             following = find_tile(p, (enum form)form, column_tiles, columns, s, t, tile.place, rank);
         matrices_wait<0>();
@@ -455,6 +386,8 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
     if (threadIdx.x == 0)
         init_barriers(s, gathers ? WARPS : 1);
     count_tiles(p, (enum form)form, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
+    if (form == WEIGHT)
+        deal_tiles(p, s, (int *)s->strip);
     cluster_sync();
     if (role == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(gathers ? 56 : 40));
@@ -553,7 +486,8 @@ static unsigned cluster_grid(void) {
         cuda_check(cudaGetDevice(&device), "device");
         cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
     }
-    return (unsigned)(processors / CLUSTER * CLUSTER);
+    int clusters = processors / CLUSTER;
+    return (unsigned)(CLUSTER * (clusters < CLUSTERS_MAX ? clusters : CLUSTERS_MAX));
 }
 
 #define START(form, gathers, result)                                                                     \

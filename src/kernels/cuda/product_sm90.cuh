@@ -5,19 +5,11 @@
 #include "kernels/cuda/product.cuh"
 
 #include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/product_schedule.cuh"
 #include "kernels/cuda/tensor_map.cuh"
 
 enum {
-    TILE_M = 128,
-    TILE_N = 256,
-    TILE_K = 64,
-    CLUSTER = 2,
-    GROUP_THREADS = 128,
-    MULTIPLIERS = 2,
     WARPS = GROUP_THREADS / WARP, /* of a group */
-    THREADS = (1 + MULTIPLIERS) * GROUP_THREADS,
-    GROUPS_MAX = 256,
-    BAND = 8, /* tiles of rows that are worked on together, for the second-level cache */
     BOX_BYTES = 64 * 128, /* 64 rows of 64 numbers */
     A_BYTES = TILE_M * TILE_K * 2,
     B_BYTES = TILE_N * TILE_K * 2,
@@ -27,8 +19,6 @@ enum {
     THROUGH_INPUTS = 2,
 };
 
-
-enum form { FORWARD, INPUT, WEIGHT };
 /* Sums written or added as rows, as columns; SwiGLU of them; backward through SwiGLU; their sum with a base. */
 enum result { TO_BF16, TO_F32, ADD_F32, TO_F32_TRANSPOSED, ADD_F32_TRANSPOSED, TO_SWIGLU, THROUGH_SWIGLU, ONTO_F32 };
 
@@ -78,11 +68,5 @@ template <int stages, int strips> struct shared_memory {
     uint64_t loaded[MULTIPLIERS][WARPS][2]; /* THROUGH_SWIGLU: gate and up of 64 columns are in two strips */
     int first_row[GROUPS_MAX + 1];
     int first_tile[GROUPS_MAX + 1]; /* of the group that is the i-th in order */
-    uint8_t order[GROUPS_MAX];
-};
-
-struct tile {
-    int place;                     /* of its group in the order */
-    int group, row_begin, row_end; /* FORWARD, INPUT: rows of A and C. WEIGHT: of the group */
-    int m, n;                      /* first row (WEIGHT: of C) and column of this block */
+    uint8_t order[GROUPS_MAX], turn[GROUPS_MAX];
 };
