@@ -92,6 +92,11 @@ cp "$work/out" "$work/first"
 grep -q '^The keeper' "$work/first" || complain "generate did not begin with its prompt"
 expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3
 cmp -s "$work/out" "$work/first" || complain "the same seed wrote another text"
+expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3 --kernels portable --json
+grep -q '"precision":"fp32"' "$work/out" || complain "named kernels wrote $(cat "$work/out")"
+expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3 --precision bf16 --json
+grep -q '"precision":"bf16"' "$work/out" || complain "generate in bf16 wrote $(cat "$work/out")"
+expect 2 'auto, fp32 or bf16' -- "$cadre" generate --model "$run" --prompt x --precision fp8
 expect 0 '' -- "$cadre" eval --model "$run" --json
 grep -q '"bits_per_byte":' "$work/out" || complain "eval --json printed $(cat "$work/out")"
 expect 0 '' -- "$cadre" eval --model "$run" --data "$work/text.txt" --experts

@@ -220,7 +220,7 @@ enum status cmd_eval(int argc, char **argv) {
         {"data", ARGUMENT_STRING, &f.data, "UTF-8 text files, shell patterns; none: the run's held-out text"},
         {"sequence-length", ARGUMENT_INTEGER, &f.sequence_length, "tokens of a window (as trained, else 512)"},
         {"experts", ARGUMENT_SWITCH, &f.experts, "a table of where each block sends each text"},
-        {"precision", ARGUMENT_STRING, &f.model.precision, "fp32 or bf16 (fp32)"},
+        {"precision", ARGUMENT_STRING, &f.model.precision, "auto: bf16 where that is faster; fp32, bf16 (fp32)"},
         {"device", ARGUMENT_STRING, &f.model.device, "what computes: cpu or cuda (cpu)"},
         {"kernels", ARGUMENT_STRING, &f.model.kernels, "instruction set (auto)"},
         {"threads", ARGUMENT_INTEGER, &f.model.threads, "0: one for each processor (0)"},

@@ -35,11 +35,16 @@ static enum status read_stdin(struct text *out) {
     return ferror(stdin) ? status_fail(STATUS_IO, "cannot read the prompt from standard input") : STATUS_OK;
 }
 
-static void print_json(const char *prompt, const struct text *text, const struct generation_result *result) {
-    json_t *object = json_pack("{s:s,s:s%,s:I,s:I,s:b,s:f}", "prompt", prompt, "text", text_string(text), text->size,
+static const char *precision_name(const struct loaded_model *loaded) {
+    return loaded->model->context.compute == DTYPE_BF16 ? "bf16" : "fp32";
+}
+
+static void print_json(const char *prompt, const struct text *text, const struct generation_result *result,
+                       const char *precision) {
+    json_t *object = json_pack("{s:s,s:s%,s:I,s:I,s:b,s:f,s:s}", "prompt", prompt, "text", text_string(text), text->size,
                                "prompt_tokens", (json_int_t)result->prompt_tokens, "new_tokens",
                                (json_int_t)result->new_tokens, "end_of_text", result->reached_end, "tokens_per_s",
-                               (double)result->new_tokens / result->new_seconds);
+                               (double)result->new_tokens / result->new_seconds, "precision", precision);
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);
     putchar('\n');
     json_decref(object);
@@ -64,13 +69,13 @@ static enum status run(const struct generate_flags *flags, const char *prompt, c
     if (!flags->json)
         putchar('\n');
     if (status == STATUS_OK && flags->json)
-        print_json(prompt, &text, &result);
+        print_json(prompt, &text, &result, precision_name(loaded));
     text_release(&text);
     TRY(status);
     if (result.reached_capacity)
         log_warn("the model reads at most %lld tokens: the text ends here", (long long)capacity);
-    log_info("%lld tokens at %.0f tokens/s after %lld of prompt", (long long)result.new_tokens,
-             (double)result.new_tokens / result.new_seconds, (long long)result.prompt_tokens);
+    log_info("%lld tokens at %.0f tokens/s in %s after %lld of prompt", (long long)result.new_tokens,
+             (double)result.new_tokens / result.new_seconds, precision_name(loaded), (long long)result.prompt_tokens);
     return STATUS_OK;
 }
 
@@ -98,7 +103,7 @@ static enum status load_and_run(const struct generate_flags *flags) {
 }
 
 enum status cmd_generate(int argc, char **argv) {
-    struct generate_flags f = {.model = {.precision = "fp32", .device = "cpu", .kernels = "auto"}, .max_tokens = 200, .top_p = 0.95,
+    struct generate_flags f = {.model = {.precision = "auto", .device = "cpu", .kernels = "auto"}, .max_tokens = 200, .top_p = 0.95,
                                .temperature = 0.8, .context_length = 4096};
     bool help;
     const struct argument known[] = {
@@ -108,9 +113,9 @@ enum status cmd_generate(int argc, char **argv) {
         {"temperature", ARGUMENT_NUMBER, &f.temperature, "0: the most likely token; higher: more varied (0.8)"},
         {"top-k", ARGUMENT_INTEGER, &f.top_k, "choose among the k most likely; 0: all (0)"},
         {"top-p", ARGUMENT_NUMBER, &f.top_p, "choose among those that make up p of the probability (0.95)"},
-        {"seed", ARGUMENT_INTEGER, &f.seed, "the same seed writes the same text (0)"},
+        {"seed", ARGUMENT_INTEGER, &f.seed, "the same seed writes the same text, in the same precision (0)"},
         {"context-length", ARGUMENT_INTEGER, &f.context_length, "tokens that prompt and text may have (4096, or the model's)"},
-        {"precision", ARGUMENT_STRING, &f.model.precision, "fp32 or bf16 (fp32)"},
+        {"precision", ARGUMENT_STRING, &f.model.precision, "auto: bf16 where that is faster; fp32, bf16 (auto)"},
         {"device", ARGUMENT_STRING, &f.model.device, "what computes: cpu or cuda (cpu)"},
         {"kernels", ARGUMENT_STRING, &f.model.kernels, "instruction set (auto)"},
         {"threads", ARGUMENT_INTEGER, &f.model.threads, "0: one for each processor (0)"},

@@ -3,13 +3,17 @@
 #include "base/threads.h"
 #include <string.h>
 
-static enum status parse_precision(const char *precision, enum dtype *compute) {
-    if (strcmp(precision, "fp32") == 0)
+/* auto, as in training: what multiplies faster. */
+static enum status parse_precision(const struct model_flags *flags, const struct device *device, enum dtype *compute) {
+    bool prefers_bf16 = strcmp(flags->kernels, "auto") == 0 && kernels_device_prefers_bf16(device);
+    if (strcmp(flags->precision, "auto") == 0)
+        *compute = prefers_bf16 ? DTYPE_BF16 : DTYPE_F32;
+    else if (strcmp(flags->precision, "fp32") == 0)
         *compute = DTYPE_F32;
-    else if (strcmp(precision, "bf16") == 0)
+    else if (strcmp(flags->precision, "bf16") == 0)
         *compute = DTYPE_BF16;
     else
-        return status_fail(STATUS_USAGE, "--precision is fp32 or bf16, not \"%s\"", precision);
+        return status_fail(STATUS_USAGE, "--precision is auto, fp32 or bf16, not \"%s\"", flags->precision);
     return STATUS_OK;
 }
 
@@ -17,8 +21,8 @@ enum status common_load(const struct model_flags *flags, int64_t position_count,
     struct load_options options = {.position_count = position_count};
     if (!flags->model)
         return status_fail(STATUS_USAGE, "--model DIR is missing");
-    TRY(parse_precision(flags->precision, &options.compute));
     TRY(device_choose(flags->device, &options.device));
+    TRY(parse_precision(flags, options.device, &options.compute));
     TRY(kernels_choose_for(options.device, flags->kernels, &options.ops));
     threads_set_count((int)flags->threads);
     return model_load(flags->model, options, out);

@@ -8,5 +8,6 @@ struct model_flags {
     int64_t threads;
 };
 
-/* Fails with STATUS_USAGE where --model is missing or a flag makes no sense. */
+/* --precision auto is bf16 where the device multiplies it faster and no kernels were named. Fails with STATUS_USAGE where --model
+ * is missing or a flag makes no sense. */
 enum status common_load(const struct model_flags *flags, int64_t position_count, struct loaded_model *out) MUST_USE;
