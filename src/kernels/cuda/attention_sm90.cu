@@ -97,8 +97,8 @@ template <int dim, int rows_a, int rows_b, int numbers>
 static __device__ __forceinline__ void multiply_rows(float (&s)[numbers], uint32_t a, uint32_t b) {
 #pragma unroll
     for (int k = 0; k < dim / 16; k++)
-        multiply_shared(s, matrix_at(a + k / 4 * rows_a * 128 + k % 4 * 32, 16, 1024),
-                        matrix_at(b + k / 4 * rows_b * 128 + k % 4 * 32, 16, 1024), k > 0);
+        multiply_shared(s, matrix_at(a, k / 4 * rows_a * 128 + k % 4 * 32, 16, 1024),
+                        matrix_at(b, k / 4 * rows_b * 128 + k % 4 * 32, 16, 1024), k > 0);
 }
 
 /* sum [64, dim] += weights [64, rows] times a tile of so many rows. */
@@ -106,7 +106,7 @@ template <int rows, int numbers>
 static __device__ __forceinline__ void multiply_weights(float (&sum)[numbers], const uint32_t (&w)[rows / 4], uint32_t b) {
 #pragma unroll
     for (int k = 0; k < rows / 16; k++)
-        multiply_registers(sum, w + 4 * k, matrix_at(b + k * 16 * 128, rows * 128, 1024));
+        multiply_registers(sum, w + 4 * k, matrix_at(b, k * 16 * 128, rows * 128, 1024));
 }
 
 template <int numbers> static __device__ __forceinline__ void round_weights(uint32_t (&w)[numbers / 2], const float (&s)[numbers]) {
@@ -299,6 +299,7 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
     hide_columns(scores, group * GROUP_ROWS);
     soften(scores, job.scale_log2, &rows, fall);
     round_weights(weights, scores);
+    await(&s->v_full[step % STAGES], step / STAGES & 1);
     for (; step < end; step++) { /* weights are of this step, scores of the next */
         int stage = step % STAGES, next = (step + 1) % STAGES;
         await(&s->k_full[next], (step + 1) / STAGES & 1);
@@ -308,7 +309,6 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
         matrices_begin();
         multiply_rows<dim, ROWS, ROWS>(scores, q, shared_address(s->k[next]));
         matrices_commit();
-        await(&s->v_full[stage], step / STAGES & 1);
         matrices_begin();
         multiply_weights<ROWS>(sum, weights, shared_address(s->v[stage]));
         matrices_commit();
@@ -317,6 +317,7 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
         pin<64>(scores);
         release(&s->k_empty[next]);
         soften(scores, job.scale_log2, &rows, fall);
+        await(&s->v_full[next], (step + 1) / STAGES & 1);
         matrices_wait<0>();
         pin<dim / 2>(sum);
         release(&s->v_empty[stage]);
@@ -326,7 +327,6 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
         round_weights(weights, scores);
     }
     release(q_empty);
-    await(&s->v_full[step % STAGES], step / STAGES & 1);
     pin<dim / 2>(sum);
     matrices_begin();
     multiply_weights<ROWS>(sum, weights, shared_address(s->v[step % STAGES]));
@@ -851,8 +851,8 @@ static __device__ __forceinline__ void sum_multiply(const tile_job &job, const s
                 matrices_begin();
 #pragma unroll
                 for (int i = 0; i < STEP / 16; i++)
-                    multiply_turned(sum, matrix_at(kept + i * 16 * 128, STEP * 128, 1024),
-                                    matrix_at(k + i * 16 * 128, STEP * 128, 1024));
+                    multiply_turned(sum, matrix_at(kept, i * 16 * 128, STEP * 128, 1024),
+                                    matrix_at(k, i * 16 * 128, STEP * 128, 1024));
                 matrices_commit();
                 matrices_wait<1>();
                 if (step > begin)

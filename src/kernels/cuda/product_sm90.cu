@@ -273,8 +273,8 @@ static __device__ __forceinline__ void multiply_stage(float d[128], uint32_t a, 
     matrices_begin();
 #pragma unroll
     for (int k = 0; k < TILE_K / 16; k++) {
-        uint64_t left = form == WEIGHT ? matrix_at(a + k * 16 * 128, BOX_BYTES, 1024) : matrix_at(a + k * 32, 16, 1024);
-        uint64_t right = form == FORWARD ? matrix_at(b + k * 32, 16, 1024) : matrix_at(b + k * 16 * 128, BOX_BYTES, 1024);
+        uint64_t left = form == WEIGHT ? matrix_at(a, k * 16 * 128, BOX_BYTES, 1024) : matrix_at(a, k * 32, 16, 1024);
+        uint64_t right = form == FORWARD ? matrix_at(b, k * 32, 16, 1024) : matrix_at(b, k * 16 * 128, BOX_BYTES, 1024);
         multiply_64x256<form == WEIGHT, form != FORWARD>(d, left, right, k > 0 || !is_first);
     }
     matrices_commit();
