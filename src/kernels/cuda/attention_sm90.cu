@@ -255,6 +255,12 @@ struct softmax {
     float most[2], weight[2];
 };
 
+/* What stands behind this stays behind: the translator moves a wait for products up over all that does not need them, which they
+ * were to hide, but not over a loop. The barrier's phase is one that was waited for, of a stage that is still held. */
+static __device__ __forceinline__ void stay_behind(uint64_t *barrier, uint32_t parity) {
+    await(barrier, parity);
+}
+
 /* Scores, as they came, to weights; fall: what sums so far are worth now. */
 static __device__ __forceinline__ void soften(float (&s)[64], float scale, struct softmax *rows, float fall[2]) {
 #pragma unroll
@@ -299,7 +305,6 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
     hide_columns(scores, group * GROUP_ROWS);
     soften(scores, job.scale_log2, &rows, fall);
     round_weights(weights, scores);
-    await(&s->v_full[step % STAGES], step / STAGES & 1);
     for (; step < end; step++) { /* weights are of this step, scores of the next */
         int stage = step % STAGES, next = (step + 1) % STAGES;
         await(&s->k_full[next], (step + 1) / STAGES & 1);
@@ -309,6 +314,7 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
         matrices_begin();
         multiply_rows<dim, ROWS, ROWS>(scores, q, shared_address(s->k[next]));
         matrices_commit();
+        await(&s->v_full[stage], step / STAGES & 1);
         matrices_begin();
         multiply_weights<ROWS>(sum, weights, shared_address(s->v[stage]));
         matrices_commit();
@@ -317,7 +323,7 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
         pin<64>(scores);
         release(&s->k_empty[next]);
         soften(scores, job.scale_log2, &rows, fall);
-        await(&s->v_full[next], (step + 1) / STAGES & 1);
+        stay_behind(&s->v_full[stage], step / STAGES & 1);
         matrices_wait<0>();
         pin<dim / 2>(sum);
         release(&s->v_empty[stage]);
@@ -327,6 +333,7 @@ static __device__ __forceinline__ void forward_item(const tile_job &job, const s
         round_weights(weights, scores);
     }
     release(q_empty);
+    await(&s->v_full[step % STAGES], step / STAGES & 1);
     pin<dim / 2>(sum);
     matrices_begin();
     multiply_weights<ROWS>(sum, weights, shared_address(s->v[step % STAGES]));
@@ -704,6 +711,7 @@ static __device__ __forceinline__ void dq_item(const tile_job &job, const struct
 #pragma unroll
         for (int i = 0; i < 64; i++)
             scores[i] = power_of_2(fmaf(scores[i], job.scale_log2, -lse[i / 2 % 2]));
+        stay_behind(&s->v_full[stage], parity);
         matrices_wait<0>();
         pin<64>(d);
         release(&s->v_empty[stage]);
