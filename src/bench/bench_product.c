@@ -184,6 +184,7 @@ static void measure(const struct bench *bench, const char *name, const struct sh
         if (!wants_part(bench, s, i))
             continue;
         print_label(s, i, label);
+        p->has_dense = true;
         struct bench_figure figure = {.name = name, .label = label, .precision = p->packed.dtype,
                                       .operations = parts[i].products * operations};
         figure.time = bench_call_and_roof(bench, parts[i].run, p, p->packed.dtype, &figure.roof);
@@ -202,7 +203,6 @@ static enum status measure_shape(const struct bench *bench, const char *name, co
     take(bench, s, dtype, &arena, &p);
     TRY(arena_init(&arena, bench->device, arena.used));
     take(bench, s, dtype, &arena, &p);
-    p.has_dense = true;
     measure(bench, name, s, &p);
     arena_release(&arena);
     return STATUS_OK;

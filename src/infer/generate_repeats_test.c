@@ -3,14 +3,14 @@
 #include "infer/generate.h"
 
 #include "base/random.h"
-#include "device/recorder_testing.h"
+#include "parallel/repeats_testing.h"
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <cmocka.h>
 
-enum { VOCAB = 67, CAPACITY = 530, PROMPT = 500, ALL_FAIL = 1 << 30 };
+enum { CAPACITY = 530, PROMPT = 500, ALL_FAIL = 1 << 30 };
 
 struct text_reader {
     struct model *model;
@@ -24,26 +24,8 @@ static int32_t token_at(int64_t position) {
 }
 
 static void open_reader(struct text_reader *t, const struct device *device, enum dtype compute, int64_t experts) {
-    struct model_config c;
-    const struct device *real;
-    const struct kernel_ops *ops;
-    model_config_init(&c);
-    c.vocab_size = VOCAB;
-    c.hidden_size = 32;
-    c.num_hidden_layers = 2;
-    c.num_attention_heads = 4;
-    c.num_key_value_heads = 2;
-    c.num_experts = experts;
-    c.intermediate_size = 48;
-    c.moe_intermediate_size = 24;
-    c.initializer_range = 0.2;
-    assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    assert_int_equal(device_choose(device->name, &real), STATUS_OK);
-    assert_int_equal(kernels_choose_for(real, "auto", &ops), STATUS_OK);
-    struct model_options options = {ops, device, compute, DTYPE_F32, CAPACITY, false, sharding_single()};
     *t = (struct text_reader){.logits = malloc(sizeof *t->logits * VOCAB * 4 * CAPACITY)};
-    assert_int_equal(model_create(&c, options, &t->model), STATUS_OK);
-    assert_int_equal(model_initialize(t->model, 5), STATUS_OK);
+    t->model = small_model(device, compute, experts, CAPACITY, false, 5);
     assert_int_equal(generator_create(&t->generator, t->model, CAPACITY), STATUS_OK);
 }
 

@@ -2,7 +2,7 @@
 #include "parallel/step.h"
 
 #include "base/random.h"
-#include "device/recorder_testing.h"
+#include "parallel/repeats_testing.h"
 #include <math.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -11,7 +11,7 @@
 #include <string.h>
 #include <cmocka.h>
 
-enum { LENGTH = 16, VOCAB = 67, STEPS = 4, MICRO_BATCHES_MAX = 32 };
+enum { LENGTH = 16, STEPS = 4, MICRO_BATCHES_MAX = 32 };
 
 struct run {
     enum dtype compute;
@@ -34,25 +34,7 @@ struct trainee {
 };
 
 static void open_trainee(struct trainee *t, const struct run *run, const struct device *device) {
-    struct model_config c;
-    const struct device *real;
-    const struct kernel_ops *ops;
-    model_config_init(&c);
-    c.vocab_size = VOCAB;
-    c.hidden_size = 32;
-    c.num_hidden_layers = 2;
-    c.num_attention_heads = 4;
-    c.num_key_value_heads = 2;
-    c.num_experts = run->experts;
-    c.intermediate_size = 48;
-    c.moe_intermediate_size = 24;
-    c.initializer_range = 0.2;
-    assert_int_equal(model_config_check(&c, "test"), STATUS_OK);
-    assert_int_equal(device_choose(device->name, &real), STATUS_OK);
-    assert_int_equal(kernels_choose_for(real, "auto", &ops), STATUS_OK);
-    struct model_options options = {ops, device, run->compute, DTYPE_F32, LENGTH, true, sharding_single()};
-    assert_int_equal(model_create(&c, options, &t->model), STATUS_OK);
-    assert_int_equal(model_initialize(t->model, 11), STATUS_OK);
+    t->model = small_model(device, run->compute, run->experts, LENGTH, true, 11);
     struct workspace_options training = {1, LENGTH, true, run->recompute}, evaluation = {1, LENGTH, false, false};
     assert_int_equal(workspace_create(t->model, training, &t->workspace), STATUS_OK);
     assert_int_equal(workspace_create(t->model, evaluation, &t->evaluation), STATUS_OK);

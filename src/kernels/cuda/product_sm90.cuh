@@ -70,3 +70,5 @@ template <int stages, int strips> struct shared_memory {
     int first_tile[GROUPS_MAX + 1]; /* of the group that is the i-th in order */
     uint8_t order[GROUPS_MAX], turn[GROUPS_MAX];
 };
+static_assert(sizeof(struct shared_memory<4, 2>) <= 227 << 10 && sizeof(struct shared_memory<3, 4>) <= 227 << 10,
+              "more than a block of a Hopper can have");
