@@ -21,10 +21,10 @@ elseif(NOT CADRE_CUDA STREQUAL OFF)
   endif()
   if(CMAKE_CUDA_COMPILER OR NOT CADRE_CUDA STREQUAL AUTO)
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0) # the first that knows sm_90a
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.1) # the first that knows all of sm_90a that is used
       set(cuda DEVICE)
     elseif(NOT CADRE_CUDA STREQUAL AUTO)
-      message(FATAL_ERROR "CUDA needs nvcc 12.0 or newer; ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}")
+      message(FATAL_ERROR "CUDA needs nvcc 12.1 or newer; ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}")
     endif()
   endif()
   if(cuda)

@@ -331,7 +331,8 @@ struct kernel_ops {
     /* ---- roof ---------------------------------------------------------------------------------------------------- */
 
     /* Multiply-adds of operands of a dtype on registers only, by the fastest unit that the products use, on the calling
-     * thread. Returns the operations done, two a multiply-add. */
+     * thread; on a device products of large matrices, whose memory is held until it is asked for 0 rounds. Returns the operations
+     * done, two a multiply-add. */
     double (*multiply_registers)(enum dtype dtype, int64_t rounds);
     const char *(*multiply_unit)(enum dtype dtype); /* what that unit is called */
     /* A whole dense product of this form by a library that only measures, of operands and into a result of its own. False: there

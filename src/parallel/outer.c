@@ -11,6 +11,7 @@
 
 #include "base/clock.h"
 #include "base/hash.h"
+#include "base/log.h"
 #include "base/memory.h"
 #include "base/threads.h"
 #include "device/fingerprint.h"
@@ -169,6 +170,8 @@ enum status outer_create(struct model *model, struct ranks *ranks, struct traffi
 void outer_destroy(struct outer *outer) {
     if (!outer)
         return;
+    if (outer->travels && outer->ranks->islands.ops->wait(&outer->ranks->islands, &outer->request) != STATUS_OK)
+        log_verbose("a fragment was on its way when a rank was lost"); /* what failed first has been told */
     arena_release(&outer->arena);
     free(outer->global);
     free(outer->momentum);

@@ -13,6 +13,11 @@ static enum status run(const char *directory, const char *out, const int32_t *id
     struct load_options options = {.compute = DTYPE_F32, .position_count = count};
     TRY(kernels_choose("auto", &options.ops));
     TRY(model_load(directory, options, &loaded));
+    int64_t positions = loaded.model->config.max_position_embeddings;
+    if (count > positions) {
+        loaded_model_release(&loaded);
+        return status_fail(STATUS_USAGE, "%s takes at most %lld ids, not %lld", directory, (long long)positions, (long long)count);
+    }
     TRY(workspace_create(loaded.model, (struct workspace_options){1, count, false, false}, &w));
     device_cpu()->copy_from_host(w->ids.data, ids, (size_t)count * sizeof *ids);
     model_embed_forward(loaded.model, w);

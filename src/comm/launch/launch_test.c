@@ -96,6 +96,16 @@ static enum status part_death_computing(struct comm_launch *launch) {
     return case_helpers(comm);
 }
 
+/* It dies while all others wait for something that never comes, as a device does for one that is gone. */
+static enum status part_death_waiting(struct comm_launch *launch) {
+    comm_launch_set_timeout(launch, 2);
+    TRY(case_helpers(&launch->world));
+    if (launch->world.rank == launch->world.size - 1)
+        kill(getpid(), SIGKILL);
+    for (;;)
+        sleep(100);
+}
+
 /* The last rank is stopped in the midst of it. */
 static enum status part_stopped(struct comm_launch *launch) {
     struct comm *comm = &launch->world;
@@ -212,6 +222,7 @@ static const struct {
 } parts[] = {{"cases", part_cases},     {"place", part_place},
              {"progress", part_progress}, {"death", part_death},
              {"death-computing", part_death_computing}, {"failure", part_failure},
+             {"death-waiting", part_death_waiting},
              {"stopped", part_stopped}, {"stopped-computing", part_stopped_computing},
              {"slow", part_slow}, {"suspended", part_suspended}, {"hanging", part_hanging},
              {"accord", part_accord},
@@ -263,10 +274,14 @@ static int run(const char *command) {
 }
 
 #ifdef CADRE_MPI
-static int run_ranks(int size, const char *part) {
+static int run_ranks_with(const char *words, int size, const char *part) {
     char command[1024];
-    snprintf(command, sizeof command, "exec timeout -k 5 120 %s -n %d '%s' %s 2>&1", CADRE_MPIEXEC, size, program, part);
+    snprintf(command, sizeof command, "exec timeout -k 5 120 %s %s -n %d '%s' %s 2>&1", CADRE_MPIEXEC, words, size, program, part);
     return run(command);
+}
+
+static int run_ranks(int size, const char *part) {
+    return run_ranks_with("", size, part);
 }
 
 static void expect_well(int size, const char *part) {
@@ -342,6 +357,17 @@ static void test_death(void **state) {
     assert_int_equal(count_in_output("failed: "), 0);
     for (int i = 0; i < 3; i++)
         expect_told("death-computing", 3);
+}
+
+/* Where the starter lets the others live, they end by themselves. It may call that a success. */
+static void test_death_waiting(void **state) {
+    (void)state;
+    if (is_mpich())
+        skip();
+    double begin = clock_seconds();
+    int status = run_ranks_with("--enable-recovery", 4, "death-waiting");
+    if (clock_seconds() - begin > 15 || count_in_output("told: rank 3 (pid ") != 1)
+        fail_msg("exit status %d after %.1f s: %s", status, clock_seconds() - begin, output);
 }
 
 /* One line, from the lowest rank, and an end three seconds later at most; the stopped one does not stay. */
@@ -454,6 +480,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_place),
         cmocka_unit_test(test_progress),
         cmocka_unit_test(test_death),
+        cmocka_unit_test(test_death_waiting),
         cmocka_unit_test(test_silence),
         cmocka_unit_test(test_no_false_alarm),
         cmocka_unit_test(test_failure),

@@ -230,6 +230,11 @@ static void note_gone(void *context) {
     ((struct site *)context)->watch.told = true;
 }
 
+static void note_broken(void *context) {
+    (void)context;
+    watch_note_broken();
+}
+
 /* ---- where nobody watches: while the ranks find each other, and while they leave ---------------------------------------- */
 
 static const char *alarm_line; /* NULL: another rank says it */
@@ -250,7 +255,7 @@ static void set_alarm(double seconds, const char *line) {
 }
 
 static void set_limit(struct site *site, double limit_s) {
-    site->limit_s = limit_s;
+    site->limit_s = site->watch.limit_s = limit_s;
     engine_set_limit(&site->engine, limit_s);
 }
 
@@ -301,6 +306,7 @@ static enum status join(struct site *site, int expected_size, const char *starte
     engine->describe = describe_peer;
     engine->silent = give_up_silent;
     engine->gone = note_gone;
+    engine->broke = note_broken;
     engine->context = site;
     set_alarm(START_S, "cadre: the ranks did not all find each other within 600 s\n");
     TRY(open_mpi(expected_size, starter, engine));

@@ -471,12 +471,15 @@ void engine_set_limit(struct engine *engine, double limit_s) {
 
 void engine_break(struct engine *engine, const char *line) {
     pthread_mutex_lock(&engine->lock);
-    if (!engine->broken) {
+    bool is_first = !engine->broken;
+    if (is_first) {
         snprintf(engine->failure, sizeof engine->failure, "%s", line);
         engine->broken = true;
     }
     pthread_cond_broadcast(&engine->done);
     pthread_mutex_unlock(&engine->lock);
+    if (is_first)
+        engine->broke(engine->context);
 }
 
 enum status engine_open(struct engine *engine, MPI_Comm world) {

@@ -45,6 +45,7 @@ struct engine {
     void (*describe)(void *context, int world_rank, char *text, size_t bytes); /* a rank, for a message */
     void (*silent)(void *context, const bool *ranks, const char *line); /* some do not answer: once, before the engine breaks */
     void (*gone)(void *context); /* another rank has told that one is gone: before the engine breaks */
+    void (*broke)(void *context); /* all is lost: once, when the engine is broken; from any thread */
     void *context;
 
     pthread_mutex_t lock; /* everything below up to `drive` */

@@ -9,6 +9,7 @@
 #include "base/memory.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -237,14 +238,39 @@ static void end_by_termination(void) {
     kill(getpid(), SIGTERM);
 }
 
+/* All was lost at that time (0: it is not), and what this process still does takes too long: a device that waits for one that is
+ * gone waits for ever. */
+static bool is_overdue(const struct watch *watch, double lost_s) {
+    double limit_s = watch->limit_s;
+    return lost_s > 0 && limit_s > 0 && clock_seconds() > lost_s + fmax(limit_s, WATCH_SILENCE_S);
+}
+
+/* One is gone, and that was told. */
+static void end_in_time(const struct watch *watch) {
+    struct pollfd wake = watch->polled[watch->engine->size];
+    double lost_s = clock_seconds();
+    while (!watch->over && !is_overdue(watch, lost_s)) {
+        char byte;
+        if (poll(&wake, 1, ASK_MS) > 0 && read(wake.fd, &byte, 1) < 0)
+            break;
+    }
+    if (!watch->over)
+        _exit(1);
+}
+
 static void *watch_main(void *context) {
     struct watch *watch = context;
     int size = watch->engine->size;
+    double lost_s = 0;
     bool all_have_handles = true;
     for (int r = 0; r < size; r++)
         all_have_handles = all_have_handles && (watch->polled[r].fd >= 0 || !can_watch(watch, r));
     while (!watch->over) {
-        int wait_ms = terminated ? TERMINATION_MS : all_have_handles ? -1 : ASK_MS;
+        if (lost_s == 0 && watch->engine->broken)
+            lost_s = clock_seconds();
+        if (is_overdue(watch, lost_s))
+            _exit(1);
+        int wait_ms = terminated ? TERMINATION_MS : all_have_handles && lost_s == 0 ? -1 : ASK_MS;
         int ready = poll(watch->polled, (nfds_t)size + 1, wait_ms);
         if (watch->polled[size].revents) {
             char byte;
@@ -267,8 +293,10 @@ static void *watch_main(void *context) {
             tell(watch, gone);
         if (terminated && (gone >= 0 || ready == 0))
             end_by_termination();
-        if (gone >= 0)
+        if (gone >= 0) {
+            end_in_time(watch);
             break;
+        }
     }
     return NULL;
 }
@@ -287,6 +315,13 @@ void watch_give_up(struct watch *watch, const bool *ranks, const char *line) {
     watch->silent = copy;
     if (write(wake_fd, "s", 1) < 0)
         _exit(1);
+}
+
+void watch_note_broken(void) {
+    int fd = wake_fd;
+    if (fd > 0 && write(fd, "b", 1) < 0) {
+        /* nothing can be done here */
+    }
 }
 
 void watch_note_termination(void) {
@@ -333,6 +368,6 @@ void watch_close(struct watch *watch) {
     for (int r = 0; r <= watch->engine->size; r++)
         if (watch->polled[r].fd >= 0)
             close(watch->polled[r].fd);
-    close(wake_fd);
+    close(atomic_exchange(&wake_fd, 0));
     free(watch->polled);
 }

@@ -20,6 +20,7 @@ struct watch {
     atomic_bool told;    /* a rank was lost, and one of the remaining ranks says so */
     atomic_bool leaving; /* the ranks take leave: one that is gone has perhaps but gone first */
     atomic_bool over;
+    _Atomic double limit_s; /* how long this process may still take when all is lost; 0: as long as it does */
     bool *_Atomic silent; /* [size] ranks that do not answer; NULL while all do */
     bool handles_termination;
     pthread_t thread;
@@ -35,6 +36,9 @@ void peer_print(const struct peer *peers, int rank, char *text, size_t bytes);
  * but a starter that ends the others because one is gone leaves them the time to say which. One watch a process. */
 enum status watch_open(struct watch *watch, struct engine *engine, struct peer *peers, void (*lost)(const char *line)) MUST_USE;
 void watch_close(struct watch *watch);
+
+/* All is lost, somebody has found: this process ends within the limit, whatever it is waiting for. */
+void watch_note_broken(void);
 
 /* SIGTERM came, and another handler than the watch's has it. Whoever is gone from now on was perhaps ended by the starter, which
  * knows the cause: this process does not tell of it. From a signal handler, too. */

@@ -2,6 +2,8 @@
  * model of a device that is memory of the processor, and all is done when it returns. */
 #include "device/cuda/recording.cuh"
 
+#include <map>
+#include <mutex>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -249,6 +251,21 @@ void *cuda_stream(void) {
         cuda_fail((int)begin_error, begin_failed_at);
     enter();
     return recording_is_on() ? recording_stream() : the_stream;
+}
+
+/* The most that a kernel was ever launched with: never less again, a recording may hold a launch with more. */
+void cuda_allow_shared(const void *kernel, size_t bytes, const char *what) {
+    static std::map<const void *, size_t> allowed;
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    size_t &most = allowed[kernel];
+    if (bytes <= most)
+        return;
+    cuda_stream();
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cuda_check(error, what);
+    if (error == cudaSuccess)
+        most = bytes;
 }
 
 static void cuda_finish(void) {

@@ -31,16 +31,18 @@
 /* Checks the launch itself; what a kernel does wrong later is found by the next call that waits. */
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, ...)                                             \
     do {                                                                                                \
-        if ((size_t)(shared_bytes) > 48 * 1024)                                                         \
-            cuda_check(cudaFuncSetAttribute((const void *)(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                            (int)(shared_bytes)),                                       \
-                       #kernel);                                                                        \
+        if ((size_t)(shared_bytes) > SHARED_UNASKED)                                                    \
+            cuda_allow_shared((const void *)(kernel), (size_t)(shared_bytes), #kernel);                 \
         kernel<<<grid, block, shared_bytes, (cudaStream_t)cuda_stream()>>>(__VA_ARGS__);                \
         cuda_check(cudaGetLastError(), #kernel);                                                        \
     } while (0)
 
 extern "C" void cuda_fail(int error, const char *what);
 extern "C" void *cuda_stream(void);
+
+/* A block has 48 KiB, static and dynamic together, unless the kernel was allowed more. */
+enum { SHARED_UNASKED = 32 << 10 };
+extern "C" void cuda_allow_shared(const void *kernel, size_t bytes, const char *what);
 
 static inline void cuda_check(cudaError_t error, const char *what) {
     if (error != cudaSuccess)

@@ -130,11 +130,14 @@ static struct recording *end(void) {
     CHECK(stream != NULL);
     present.stream = NULL;
     is_good = cudaStreamEndCapture(stream, &graph) == cudaSuccess && !present.is_spoilt &&
-              cudaGraphInstantiate(&runs, graph, 0) == cudaSuccess;
+              cudaGraphInstantiate(&runs, graph, 0) == cudaSuccess &&
+              cudaGraphUpload(runs, (cudaStream_t)cuda_stream()) == cudaSuccess; /* what it takes of the device, it takes now */
     if (graph)
         cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
     cuda_check(cudaStreamDestroy(stream), "cudaStreamDestroy");
     if (!is_good) {
+        if (runs)
+            cuda_check(cudaGraphExecDestroy(runs), "cudaGraphExecDestroy");
         cudaGetLastError(); /* what is said here is not for the next call */
         return NULL;
     }

@@ -381,7 +381,7 @@ template <int dim> struct dkv_tiles {
         KEYS = 128,
         TALL = dim == 64 ? 2 : 1, /* 16 keys each, of a warp */
         THREADS = KEYS / (16 * TALL) * WARP,
-        QUERIES = dim == 64 ? 32 : 64,
+        QUERIES = 32, /* twice as many are more shared memory than a block of compute capability 8.6, 8.9 or 12 has */
         WIDE = QUERIES / 8,
         TILE = QUERIES * dim,
         BYTES = (2 * KEYS + 4 * QUERIES) * dim * (int)sizeof(bf16) + 4 * QUERIES * (int)sizeof(float)

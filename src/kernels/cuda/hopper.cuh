@@ -137,11 +137,13 @@ static __device__ __forceinline__ void add_pair(float *to, float x, float y) {
 /* A matrix of bf16 in shared memory, `offset` bytes from an address on, in rows of 128 bytes, of which the 16-byte chunks of row r
  * are swapped by r % 8. `far`: bytes from 8 rows to the next 8; `wide`: from 64 columns to the next 64, where rows run along the
  * inner dimension. All but the address is known when this is compiled, so that of matrices beside each other each takes one
- * addition: sixteenths of shared memory have 14 bits, nothing is carried out of them. */
-static __device__ __forceinline__ uint64_t matrix_at(uint32_t address, uint32_t offset, uint32_t wide, uint32_t far) {
-    uint32_t low = (address >> 4) + ((offset >> 4) + (wide >> 4 << 16)), high = far >> 4 | 1u << 30;
+ * addition: sixteenths of shared memory have 14 bits, nothing is carried out of them. Of an address only its low 18 bits are
+ * where it lies in the block's own memory: from bit 24 on stands which block of the cluster that is. */
+static __device__ __forceinline__ constexpr uint64_t matrix_at(uint32_t address, uint32_t offset, uint32_t wide, uint32_t far) {
+    uint32_t low = ((address & 0x3FFFFu) >> 4) + ((offset >> 4) + (wide >> 4 << 16)), high = far >> 4 | 1u << 30;
     return (uint64_t)high << 32 | low;
 }
+static_assert(matrix_at(0x1000400, 0x4000, 8192, 1024) == 0x4000004002000440, "whichever block of the cluster");
 
 static __device__ __forceinline__ void matrices_begin(void) {
     asm volatile("wgmma.fence.sync.aligned;" : : : "memory");

@@ -21,7 +21,7 @@ enum {
     ROUTED_AHEAD = 2,       /* rows of experts on their way to a thread */
     ROUTED_EXPERTS = 2,     /* scores of them that are worked on at once */
     ROUTED_EXPERTS_MAX = 8, /* whose weights lie in shared memory, where these bytes hold them */
-    ROUTED_SHARED_MAX = 128 << 10,
+    ROUTED_SHARED_MAX = 96 << 10,
     HEAD_LANE_ELEMENTS = 16 /* of a head, by one lane: eight of the first half and their partners in the second */
 };
 

@@ -8,7 +8,7 @@
 #include <cublasLt.h>
 #include <dlfcn.h>
 
-enum { SIDE = 8192, PROPOSALS = 8, TRIES = 3, THREADS = 256 };
+enum { SIDE = 8192, SIDE_LEAST = 1024, PROPOSALS = 8, TRIES = 3, THREADS = 256 };
 static const size_t WORKSPACE_BYTES = (size_t)64 << 20;
 
 static struct {
@@ -135,9 +135,15 @@ static bool choose_algorithm(struct dense *d) {
     return best < INFINITY;
 }
 
-static void *take(int64_t count, enum dtype dtype) {
-    void *data;
-    cuda_check(cudaMalloc(&data, (size_t)count * dtype_size(dtype)), "memory for the roof");
+/* NULL: the device has not that much. */
+static void *take(size_t bytes) {
+    void *data = NULL;
+    cuda_stream(); /* this thread's device */
+    cudaError_t error = cudaMalloc(&data, bytes);
+    if (error == cudaErrorMemoryAllocation)
+        cudaGetLastError(); /* what is said here is not for the next call */
+    else
+        cuda_check(error, "memory for the roof");
     return data;
 }
 
@@ -145,13 +151,17 @@ static enum dtype result_dtype(const struct dense *d) {
     return d->form == DENSE_WEIGHT ? DTYPE_F32 : d->dtype;
 }
 
-static void take_operands(struct dense *d, int64_t a_count, int64_t b_count, int64_t c_count) {
+static bool take_operands(struct dense *d, int64_t a_count, int64_t b_count, int64_t c_count) {
     bool f32 = d->dtype == DTYPE_F32;
-    d->a = take(a_count, d->dtype), d->b = take(b_count, d->dtype);
-    d->c = take(c_count, result_dtype(d));
-    cuda_check(cudaMalloc(&d->workspace, WORKSPACE_BYTES), "memory for the roof");
+    size_t size = dtype_size(d->dtype);
+    d->a = take((size_t)a_count * size), d->b = take((size_t)b_count * size);
+    d->c = take((size_t)c_count * dtype_size(result_dtype(d)));
+    d->workspace = take(WORKSPACE_BYTES);
+    if (!d->a || !d->b || !d->c || !d->workspace)
+        return false;
     CUDA_LAUNCH(fill_random, grid_for(a_count, THREADS), THREADS, 0, (uint16_t *)d->a, a_count, 1u, f32);
     CUDA_LAUNCH(fill_random, grid_for(b_count, THREADS), THREADS, 0, (uint16_t *)d->b, b_count, 2u, f32);
+    return true;
 }
 
 /* A matrix [rows,columns], which is not transposed here. */
@@ -169,17 +179,19 @@ static bool describe(struct dense *d) {
            good(blas.desc_set(d->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transpose_b, sizeof transpose_b));
 }
 
-/* FORWARD y' = (w')^T x', INPUT dx' = w' dy', WEIGHT dw' = x' (dy')^T: what stands first is cuBLASLt's A. */
-static void prepare(struct dense *d, enum dtype dtype, enum dense_form form, int64_t rows, int64_t out, int64_t in) {
+/* FORWARD y' = (w')^T x', INPUT dx' = w' dy', WEIGHT dw' = x' (dy')^T: what stands first is cuBLASLt's A. False: no memory. */
+static bool prepare(struct dense *d, enum dtype dtype, enum dense_form form, int64_t rows, int64_t out, int64_t in) {
     int64_t w = out * in, x = rows * in, y = rows * out;
     d->dtype = dtype, d->form = form, d->rows = rows, d->out = out, d->in = in;
-    take_operands(d, form == DENSE_WEIGHT ? x : w, form == DENSE_FORWARD ? x : y,
-                  form == DENSE_FORWARD ? y : form == DENSE_INPUT ? x : w);
+    if (!take_operands(d, form == DENSE_WEIGHT ? x : w, form == DENSE_FORWARD ? x : y,
+                       form == DENSE_FORWARD ? y : form == DENSE_INPUT ? x : w))
+        return false;
     d->is_ready = describe(d) &&
                   lay_out(&d->layout_a, dtype, form == DENSE_WEIGHT ? rows : out, in) &&
                   lay_out(&d->layout_b, dtype, rows, form == DENSE_FORWARD ? in : out) &&
                   lay_out(&d->layout_c, result_dtype(d), form == DENSE_WEIGHT ? out : rows, form == DENSE_FORWARD ? out : in) &&
                   choose_algorithm(d);
+    return true;
 }
 
 /* All but the handle. */
@@ -202,18 +214,29 @@ static bool multiply_dense(enum dtype dtype, enum dense_form form, int64_t rows,
     bool is_last = last.a && last.dtype == dtype && last.form == form && last.rows == rows && last.out == out && last.in == in;
     if (!is_last) {
         release(&last);
-        prepare(&last, dtype, form, rows, out, in);
+        if (!prepare(&last, dtype, form, rows, out, in))
+            release(&last);
     }
     return last.is_ready && multiply(&last, &last.algorithm);
 }
 
+/* Smaller matrices where others leave no room for those of SIDE: less than the best, but a measure. */
 static double multiply_registers(enum dtype dtype, int64_t rounds) {
     static struct dense ready[2];
     struct dense *d = &ready[dtype == DTYPE_BF16];
-    if (!d->a)
-        prepare(d, dtype, DENSE_FORWARD, SIDE, SIDE, SIDE);
-    struct tensor x = tensor_2d(d->b, dtype, SIDE, SIDE), y = tensor_2d(d->c, dtype, SIDE, SIDE);
-    struct packed w = {d->a, dtype, 1, SIDE, SIDE, false};
+    if (rounds == 0) {
+        release(d);
+        return 0;
+    }
+    for (int64_t side = SIDE; !d->a; side /= 2)
+        if (!prepare(d, dtype, DENSE_FORWARD, side, side, side)) {
+            release(d);
+            if (side == SIDE_LEAST)
+                cuda_fail((int)cudaErrorMemoryAllocation, "memory for the roof");
+        }
+    int64_t side = d->rows;
+    struct tensor x = tensor_2d(d->b, dtype, side, side), y = tensor_2d(d->c, dtype, side, side);
+    struct packed w = {d->a, dtype, 1, side, side, false};
     for (int64_t i = 0; i < rounds; i++) {
         if (d->is_ready)
             CHECK(multiply(d, &d->algorithm));
@@ -221,7 +244,7 @@ static double multiply_registers(enum dtype dtype, int64_t rounds) {
             kernels_cuda()->product_forward(x, tensor_none(), tensor_none(), w, y, false);
     }
     cuda_check(cudaStreamSynchronize((cudaStream_t)cuda_stream()), "the roof");
-    return 2.0 * SIDE * SIDE * SIDE * (double)rounds;
+    return 2 * (double)side * (double)side * (double)side * (double)rounds;
 }
 
 static const char *multiply_unit(enum dtype) {
