@@ -43,8 +43,8 @@ cuda_model_switch:
 
 namespace {
 
-/* What a block has on every device from compute capability 8.0 on is 99 KiB, of which static arrays (a model's do not lie there) get
- * one. Only kernels of a device's own instructions, which are not of a model, have more. */
+/* What a block has on every device from compute capability 8.0 on is 99 KiB, of which static arrays (a model's do not lie there)
+ * get one. Only kernels of a device's own instructions, which are not of a model, have more. */
 enum { THREADS_MAX = 1024, WARPS_MAX = THREADS_MAX / WARP, PAGE = 4096, SHARED_MAX = 98 * 1024, SHARED_SPACE = 228 * 1024 };
 #ifdef __SANITIZE_ADDRESS__
 enum { STACK_BYTES = 256 * 1024 };
