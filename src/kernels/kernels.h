@@ -124,6 +124,7 @@ struct kernel_ops {
     const char *name;
     bool gemm_mixes_dtypes;  /* gemm takes operands of two dtypes */
     int64_t logits_elements; /* of a chunk of logits that keeps the backend busy; 0: as a processor's caches have it */
+    int64_t experts_most, head_dim_most; /* of a model that the backend can run; 0: whatever there is memory for */
 
     /* ---- products ---------------------------------------------------------------------------------------------- */
 

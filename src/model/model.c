@@ -188,12 +188,24 @@ static enum status take_views(struct tensor **views, int count) {
     return STATUS_OK;
 }
 
+static enum status check_limits(const struct model_config *config, const struct kernel_ops *ops) {
+    if (ops->experts_most && config->num_experts > ops->experts_most)
+        return status_fail(STATUS_USAGE, "the device takes models of at most %lld experts, not %lld", (long long)ops->experts_most,
+                           (long long)config->num_experts);
+    if (ops->head_dim_most && config->head_dim > ops->head_dim_most)
+        return status_fail(STATUS_USAGE, "the device takes heads of at most %lld numbers, not %lld", (long long)ops->head_dim_most,
+                           (long long)config->head_dim);
+    return STATUS_OK;
+}
+
 static enum status model_prepare(struct model *model, const struct model_config *config,
                                  const struct model_options *options) {
     model->config = *config;
     model->context = (struct layer_context){options->ops, options->compute, options->real};
     model->device = options->device;
     model->sharding = options->sharding.mesh.size[0] ? options->sharding : sharding_single();
+    if (options->ops)
+        TRY(check_limits(config, options->ops));
     TRY(parameter_table_init(&model->table, config));
     TRY(take_views(&model->weight, model->table.count));
     TRY(take_views(&model->own_weight, model->table.count));

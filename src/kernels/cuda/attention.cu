@@ -264,7 +264,7 @@ static void check_attention(struct attention_shape shape, struct tensor q, struc
                             struct tensor logsumexp) {
     CHECK(shape.batch >= 0 && shape.query_count >= 0 && shape.head_dim >= 1);
     CHECK_OP(shape.key_count, >=, shape.query_count);
-    CHECK(shape.key_count <= INT32_MAX / 2 && shape.head_dim <= 1536); /* shared memory of the plain kernels */
+    CHECK(shape.key_count <= INT32_MAX / 2 && shape.head_dim <= HEAD_DIM_MOST); /* shared memory of the plain kernels */
     CHECK(shape.kv_head_count >= 1 && shape.head_count % shape.kv_head_count == 0);
     CHECK(q.dtype == DTYPE_F32 || q.dtype == DTYPE_BF16);
     CHECK(is_query(shape, q, q.dtype) && is_query(shape, out, q.dtype));

@@ -21,6 +21,9 @@ extern "C" {
 #define UNROLL_2 _Pragma("unroll 2")
 #endif
 
+/* Of a model: what shared memory bears on every device (counting.cuh, attention.cu). */
+enum { EXPERTS_MOST = 2560, HEAD_DIM_MOST = 1536 };
+
 typedef struct {
     uint16_t bits;
 } bf16;

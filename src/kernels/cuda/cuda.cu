@@ -21,6 +21,8 @@ static std::atomic<size_t> held_bytes;
 static void build(void) {
     struct kernel_ops ops = {};
     ops.logits_elements = (int64_t)1 << 28;
+    ops.experts_most = EXPERTS_MOST;
+    ops.head_dim_most = HEAD_DIM_MOST;
 #ifdef CADRE_CUDA_MODEL
     ops.name = "cudamodel";
 #else
