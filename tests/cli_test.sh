@@ -50,7 +50,7 @@ if "$cadre" inspect --preset tiny --device cuda >"$work/plan" 2>&1; then # with 
     "$cadre" train --model.preset tiny --device cuda --dry-run --ranks 2 --layout.expert 2 >"$work/plan" 2>&1 &&
         grep -q 'mesh: 2 ranks' "$work/plan" && grep -q 'memory of rank 0, on its device' "$work/plan" ||
         complain "a dry run for two devices: $(cat "$work/plan")"
-    expect 2 'the device takes models of at most 2560 experts, not 3000' -- "$cadre" inspect --preset tiny --model.num_experts 3000 --device cuda
+    expect 2 'the device takes models of at most 1024 experts, not 3000' -- "$cadre" inspect --preset tiny --model.num_experts 3000 --device cuda
     expect 2 'the device takes heads of at most 1536 numbers, not 2048' -- "$cadre" inspect --preset tiny --model.head_dim 2048 --device cuda
 else
     grep -q 'built without CUDA' "$work/plan" || complain "inspect --device cuda: $(cat "$work/plan")"

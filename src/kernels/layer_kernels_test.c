@@ -1097,6 +1097,37 @@ static void test_adamw_hashes(void **state) {
     test_release();
 }
 
+/* A logit that is no number comes out of the loss of its row, wherever it stands, and of no other row. */
+static void case_special_logit(int64_t vocabulary, int64_t column, double value, bool is_number) {
+    struct tensor logits = test_random(make_2d(DTYPE_F32, 3, vocabulary), 1), target = test_tensor(make_1d(DTYPE_I32, 3));
+    struct tensor row_loss = test_tensor(make_1d(DTYPE_F32, 3)), dlogits = test_tensor(logits);
+    test_set(logits, vocabulary + column, value);
+    for (int64_t r = 0; r < 3; r++)
+        test_set(target, r, (double)((column + 1) % vocabulary));
+    for (int b = 0; b < backend_count; b++) {
+        struct tensor sum = test_filled(make_1d(DTYPE_F64, 1), 0);
+        backends[b]->cross_entropy(logits, target, 1, sum, row_loss, dlogits);
+        for (int64_t r = 0; r < 3; r++)
+            if (isfinite(test_get(row_loss, r)) != (r != 1 || is_number))
+                fail_msg("%s: logit %lld of %lld is %g, the loss of row %lld %g", backend_names[b], (long long)column,
+                         (long long)vocabulary, value, (long long)r, test_get(row_loss, r));
+        assert_true(isfinite(test_get(sum, 0)) == is_number);
+    }
+    test_release();
+}
+
+static void test_cross_entropy_special_numbers(void **state) {
+    (void)state;
+    static const int64_t vocabularies[] = {2, 33, 1000, 1001, 8192, 20011};
+    for (size_t i = 0; i < sizeof vocabularies / sizeof *vocabularies; i++)
+        for (int64_t at = 0; at < 5; at++) {
+            int64_t last = vocabularies[i] - 1, column = (int64_t[]){0, last / 300, last / 16, last / 2, last}[at];
+            case_special_logit(vocabularies[i], column, NAN, false);
+            case_special_logit(vocabularies[i], column, -INFINITY, true);
+            case_special_logit(vocabularies[i], column, INFINITY, false);
+        }
+}
+
 int main(void) {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rmsnorm),
@@ -1109,6 +1140,7 @@ int main(void) {
         cmocka_unit_test(test_swiglu),
         cmocka_unit_test(test_embedding),
         cmocka_unit_test(test_cross_entropy),
+        cmocka_unit_test(test_cross_entropy_special_numbers),
         cmocka_unit_test(test_adamw),
         cmocka_unit_test(test_adamw_hashes),
         cmocka_unit_test(test_combine_rows_onto),

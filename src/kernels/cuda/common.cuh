@@ -21,8 +21,8 @@ extern "C" {
 #define UNROLL_2 _Pragma("unroll 2")
 #endif
 
-/* Of a model: what shared memory bears on every device (counting.cuh, attention.cu). */
-enum { EXPERTS_MOST = 2560, HEAD_DIM_MOST = 1536 };
+/* Of a model: what the registers of a lane bear (router.cu), and shared memory on every device (attention.cu). */
+enum { EXPERTS_MOST = 1024, HEAD_DIM_MOST = 1536 };
 
 typedef struct {
     uint16_t bits;

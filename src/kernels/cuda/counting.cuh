@@ -11,7 +11,7 @@
 
 #include "kernels/cuda/vectors.cuh"
 
-enum { COUNT_WARPS = THREADS / WARP, KINDS_MAX = EXPERTS_MOST }; /* 36 bytes of shared memory each */
+enum { COUNT_WARPS = THREADS / WARP, KINDS_MAX = 2560 }; /* 36 bytes of shared memory each */
 
 struct counting {
     int32_t *count, *total; /* in scratch */

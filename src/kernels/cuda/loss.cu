@@ -13,11 +13,10 @@ static __device__ __forceinline__ void softmax_add(struct softmax_sum *s, const 
     float most = s->most;
     for (int e = 0; e < count; e++)
         most = fmaxf(most, x[e]);
-    if (most == -INFINITY)
-        return;
-    float sum = s->sum * expf(s->most - most);
+    float base = most == -INFINITY ? 0 : most; /* of nothing but -INFINITY and NaN, which comes out of the sum */
+    float sum = s->sum * expf(s->most - base);
     for (int e = 0; e < count; e++)
-        sum += expf(x[e] - most);
+        sum += expf(x[e] - base);
     s->most = most;
     s->sum = sum;
 }

@@ -2,7 +2,7 @@
  * token are a warp's: lane l has those of experts l, l + 32, ... in registers. */
 #include "kernels/cuda/counting.cuh"
 
-enum { ROUTER_WARPS = THREADS / WARP, EXPERTS_MAX = 1024 };
+enum { ROUTER_WARPS = THREADS / WARP, EXPERTS_MAX = EXPERTS_MOST };
 
 struct router {
     const float *logits, *dweight;
