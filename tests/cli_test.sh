@@ -43,6 +43,8 @@ expect 2 'not a multiple of num_key_value_heads' -- "$cadre" train --model.num_k
 expect 2 'not a multiple of num_attention_heads' -- "$cadre" train --model.hidden_size 100
 expect 2 'data.train is not set' -- "$cadre" train --run.directory "$work/none"
 expect 2 'must be a whole number' -- "$cadre" train --train.steps 1.5
+expect 2 'optim.epsilon' -- "$cadre" train --optim.epsilon 0
+expect 2 '--threads is 0 to 4096, not 5000' -- "$cadre" generate --model "$work/absent" --prompt x --threads 5000
 expect 2 'wants a value' -- "$cadre" train --train.steps
 expect 2 'it is cpu or cuda' -- "$cadre" train --device gpu --data.train "$work/text.txt" --run.directory "$work/none"
 expect 2 'it is cpu or cuda' -- "$cadre" eval --device gpu --model "$work/none"

@@ -7,15 +7,14 @@
 #include <sched.h>
 #include <stdlib.h>
 
-enum { WAITING_THREADS_MOST = 8 };
+enum { WAITING_THREADS_MOST = 8, PROCESSORS_MOST = 8192 };
 
 static int chosen_count;
 
 int threads_available(void) {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
-        return CPU_COUNT(&set);
-    return 1;
+    cpu_set_t set[PROCESSORS_MOST / CPU_SETSIZE]; /* a system that knows more processors than a set has does not fill it */
+    int count = sched_getaffinity(0, sizeof set, set) == 0 ? CPU_COUNT_S(sizeof set, set) : 0;
+    return count > 0 ? count : 1;
 }
 
 void threads_set_count(int count) {

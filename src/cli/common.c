@@ -24,6 +24,8 @@ enum status common_load(const struct model_flags *flags, int64_t position_count,
     TRY(device_choose(flags->device, &options.device));
     TRY(parse_precision(flags, options.device, &options.compute));
     TRY(kernels_choose_for(options.device, flags->kernels, &options.ops));
+    if (flags->threads < 0 || flags->threads > 4096)
+        return status_fail(STATUS_USAGE, "--threads is 0 to 4096, not %lld", (long long)flags->threads);
     threads_set_count((int)flags->threads);
     return model_load(flags->model, options, out);
 }

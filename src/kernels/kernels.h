@@ -223,7 +223,8 @@ struct kernel_ops {
     /* ---- attention ----------------------------------------------------------------------------------------------- */
 
     /* Causal softmax attention without the T x T matrix. q, out [B*query_count, H*P]; k, v [B*key_count, G*P]; float
-     * of one dtype; logsumexp [B*query_count, H] real: of the scaled scores, kept for backward. */
+     * of one dtype; logsumexp [B*query_count, H] real: of the scaled scores, kept for backward. A key or value that is not
+     * finite may reach all queries of its sequence. */
     void (*attention_forward)(struct attention_shape shape, struct tensor q, struct tensor k, struct tensor v,
                               struct tensor out, struct tensor logsumexp);
     /* The same of one sequence (B = 1) that grows, of which only the operation finds out how long it is: kept, i32 [1], of its keys

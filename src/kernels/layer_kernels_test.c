@@ -1044,6 +1044,32 @@ static void test_adamw(void **state) {
     expect_no_failures();
 }
 
+/* The first step moves by lr whatever beta2 is, and what underflows, or is 0, moves nothing much. */
+static void test_adamw_settings(void **state) {
+    (void)state;
+    static const double beta2[] = {0.95, 0.999, 0.99999, 0.999999}, gradients[] = {1, -1, 1e-3, 0, 1e-24, 1e-30, -1e-30, 1};
+    enum { COUNT = 40 };
+    for (int b = 0; b < backend_count; b++)
+        for (size_t i = 0; i < 2 * sizeof beta2 / sizeof *beta2; i++) {
+            bool is_small = i % 2;
+            struct tensor t[4]; /* param, grad, m, v */
+            for (int k = 0; k < 4; k++)
+                t[k] = test_filled(make_1d(DTYPE_F32, COUNT), 0);
+            for (int64_t k = 0; k < COUNT; k++)
+                test_set(t[1], k, gradients[k % 8]);
+            struct adamw_settings settings = {1, 0.9, beta2[i / 2], is_small ? 1e-18 : 1e-10, 0, 1, 1};
+            backends[b]->adamw(t[0], t[1], t[2], t[3], settings, (struct packed){0}, no_hashes);
+            for (int64_t k = 0; k < COUNT; k++) {
+                double g = gradients[k % 8], moved = test_get(t[0], k), expected = g == 0 ? 0 : g > 0 ? -1 : 1;
+                bool is_underflow = fabs(g) < 1e-20;
+                if (is_underflow ? !(fabs(moved) < (is_small ? 0.05 : 1e-8)) : !(fabs(moved - expected) < 1e-6))
+                    fail_msg("%s: beta2 %g, epsilon %g: a gradient of %g moves by %g", backend_names[b], settings.beta2,
+                             settings.epsilon, g, moved);
+            }
+        }
+    test_release();
+}
+
 /* Of the blocks of what was updated: how many hashes were noted, all of which must be right; where no block ends none may be. */
 static int check_hashes(struct tensor t, const uint64_t *hashes) {
     int64_t whole = (int64_t)tensor_bytes(t) / HASH_BLOCK_BYTES;
@@ -1142,6 +1168,7 @@ int main(void) {
         cmocka_unit_test(test_cross_entropy),
         cmocka_unit_test(test_cross_entropy_special_numbers),
         cmocka_unit_test(test_adamw),
+        cmocka_unit_test(test_adamw_settings),
         cmocka_unit_test(test_adamw_hashes),
         cmocka_unit_test(test_combine_rows_onto),
         cmocka_unit_test(test_routed_norm),

@@ -21,8 +21,8 @@ const struct setting optimizer_setting_list[] = {
      "decay of the gradient's mean"},
     {"optim", "beta2", SETTING_NUMBER, offsetof(struct optimizer_settings, beta2), 0, 0.999999, NULL,
      "decay of the gradient's mean square"},
-    {"optim", "epsilon", SETTING_NUMBER, offsetof(struct optimizer_settings, epsilon), 0, 1, NULL,
-     "added to the root of the mean square"},
+    {"optim", "epsilon", SETTING_NUMBER, offsetof(struct optimizer_settings, epsilon), 1e-18, 1, NULL,
+     "added to the root of the mean square; with less than 1e-18 squares that underflow would move weights"},
     {"optim", "clip", SETTING_NUMBER, offsetof(struct optimizer_settings, clip), 0, 1e9, NULL,
      "largest norm of the gradient; 0: not clipped"},
 };

@@ -268,10 +268,11 @@ static void count_processors(const struct peer *peers, int size, struct comm_lau
             out->local_rank += r < out->world.rank;
             out->local_size++;
         }
-    for (int p = 0; p < CPU_SETSIZE; p++) {
+    enum { BYTES = sizeof self->processors };
+    for (int p = 0; p < 8 * BYTES; p++) {
         int users = 0;
-        for (int r = 0; r < size && CPU_ISSET(p, &self->processors); r++)
-            users += peers[r].host_id == self->host_id && CPU_ISSET(p, &peers[r].processors);
+        for (int r = 0; r < size && CPU_ISSET_S(p, BYTES, self->processors); r++)
+            users += peers[r].host_id == self->host_id && CPU_ISSET_S(p, BYTES, peers[r].processors);
         share += users ? 1.0 / users : 0;
     }
     out->thread_count = share + 1e-6 >= 1 ? (int)(share + 1e-6) : 1;

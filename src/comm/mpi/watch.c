@@ -47,7 +47,7 @@ void peer_describe_self(struct peer *self) {
         snprintf(boot, sizeof boot, "%s", self->host);
     self->host_id = hash_bytes(boot, strlen(boot), 0);
     self->pid_space = stat("/proc/self/ns/pid", &space) == 0 ? (uint64_t)space.st_ino : 0;
-    sched_getaffinity(0, sizeof self->processors, &self->processors);
+    sched_getaffinity(0, sizeof self->processors, self->processors);
 }
 
 void peer_print(const struct peer *peers, int rank, char *text, size_t bytes) {

@@ -9,7 +9,7 @@ struct peer {
     int32_t pid;
     uint64_t host_id, pid_space; /* the running system, and the space in which its pid means something */
     char host[64];
-    cpu_set_t processors;
+    cpu_set_t processors[8]; /* 8,192 of them: a system that knows more than a set has does not fill it */
 };
 
 struct watch {

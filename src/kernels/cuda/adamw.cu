@@ -74,9 +74,9 @@ static void adamw(struct tensor param, struct tensor grad, struct tensor m, stru
     a.packed = packed.data;
     a.count = count;
     a.beta1 = (float)s.beta1, a.beta2 = (float)s.beta2, a.epsilon = (float)s.epsilon, a.grad_scale = (float)s.grad_scale;
-    a.step_size = (float)(s.lr / (1 - pow(s.beta1, (double)s.step)));
+    a.step_size = (float)(s.lr / (1 - pow((double)a.beta1, (double)s.step))); /* of the betas that the loop has */
     a.keep = (float)(1 - s.lr * s.weight_decay);
-    a.root_correction = (float)(1 / sqrt(1 - pow(s.beta2, (double)s.step)));
+    a.root_correction = (float)(1 / sqrt(1 - pow((double)a.beta2, (double)s.step)));
     bool is_wide = is_aligned(a.param, 16) && is_aligned(a.grad, 16) && is_aligned(a.m, 16) && is_aligned(a.v, 16) &&
                    is_aligned(a.packed, 16);
     a.fours = is_wide ? count / 4 : 0;

@@ -236,9 +236,16 @@ static const struct problem shapes[] = {
     {0, 4200, 72, 64, 0, false}, /* rows enough for a weight gradient in parts */
 };
 
+#ifdef __SANITIZE_ADDRESS__
+static const bool is_sanitized = true;
+#else
+static const bool is_sanitized = false;
+#endif
+
 /* On the model only the smaller ones, under a checker of memory (CADRE_TEST_FEW=1), which takes long over each, a few of those. */
 static bool is_for(const struct kernel_ops *the_ops, const struct problem *p, int number) {
-    bool takes_few = getenv("CADRE_TEST_FEW") != NULL, takes_small = takes_few || strcmp(the_ops->name, "cudamodel") == 0;
+    bool takes_few = is_sanitized || getenv("CADRE_TEST_FEW") != NULL;
+    bool takes_small = takes_few || strcmp(the_ops->name, "cudamodel") == 0;
     return (!takes_small || p->rows * p->out * p->in < 15 << 20) && number % (takes_few ? 5 : takes_small ? 2 : 1) == 0;
 }
 

@@ -72,9 +72,9 @@ static void adamw(struct tensor param, struct tensor grad, struct tensor m, stru
     struct adamw a = {.param = param.data, .grad = grad.data, .m = m.data, .v = v.data, .count = count,
                       .beta1 = (float)s.beta1, .beta2 = (float)s.beta2, .epsilon = (float)s.epsilon,
                       .grad_scale = (float)s.grad_scale,
-                      .step_size = (float)(s.lr / (1 - pow(s.beta1, (double)s.step))),
+                      .step_size = (float)(s.lr / (1 - pow((double)(float)s.beta1, (double)s.step))), /* of the betas above */
                       .keep = (float)(1 - s.lr * s.weight_decay),
-                      .root_correction = (float)(1 / sqrt(1 - pow(s.beta2, (double)s.step))), .hashes = hashes};
+                      .root_correction = (float)(1 / sqrt(1 - pow((double)(float)s.beta2, (double)s.step))), .hashes = hashes};
     if (packed.data) {
         a.pack = pack_job_of(param, packed);
         parallel_for(packed.groups * a.pack.row_tasks, rows_task, &a);
