@@ -70,6 +70,8 @@ echo "too short" >"$work/short.txt"
 expect 1 'one sequence needs' -- "$cadre" train --model.preset tiny --data.train "$work/short.txt" --run.directory "$work/none"
 printf '[train]\nstpes = 3\n' >"$work/bad.ini"
 expect 2 'unknown key train.stpes; the nearest known one is train.steps' -- "$cadre" train --config "$work/bad.ini"
+printf '[train]\nstpes = 3\nseed = 1\n' >"$work/bad.ini"
+expect 2 'unknown key train.stpes; the nearest known one is train.steps' -- "$cadre" train --config "$work/bad.ini"
 
 run="$work/run"
 expect 0 '' -- "$cadre" train --model.preset tiny --data.train "$work/text.txt" --run.directory "$run" \
@@ -90,6 +92,37 @@ grep -q '^optimizer  .* GB/s .*%$' "$work/err" || complain "train --profile prin
 [ "$(grep -c '"name":"step","ph":"X"' "$work/profiled/trace.json")" -eq 3 ] || complain "trace.json does not hold 3 steps"
 expect 0 'no step was left' -- "$cadre" train --config "$work/profiled/config.ini" --profile
 expect 2 'model.hidden_size' -- "$cadre" train --config "$run/config.ini" --model.hidden_size 128
+
+# What a run has learnt from stays what it goes on with; how it computes may change; a name may be long and odd.
+odd="$work/it's & odd ; text=a"
+mkdir "$odd"
+cp "$work/text.txt" "$odd/text.txt"
+long="$odd/text.txt,$odd/text.txt,$odd/text.txt,$odd/text.txt,$odd/text.txt,$odd/text.txt"
+set -- --model.preset tiny "--data.train=$long" --data.vocab_size 300 --train.precision=fp32 --run.directory "$odd/run"
+expect 1 'the same command goes on' -- "$cadre" train "$@" --train.steps=100000 --max-minutes 0.01
+sed -n 's/^  cadre //p' "$work/err" >"$work/command"
+sed 's/--train.steps=[0-9]*/--train.steps=3/; s/--max-minutes 0.01//' "$work/command" >"$work/shorter"
+grep -q -- '--train.steps=3' "$work/shorter" || complain "the command printed has no steps: $(cat "$work/command")"
+expect 0 'complete' -- sh -c "'$cadre' $(cat "$work/shorter")"
+saved=$(sed -n 's/^{"step":\([0-9]*\),"tokens".*/\1/p' "$odd/run/metrics.jsonl" | tail -n 1)
+expect 0 'resume ' -- "$cadre" train --config "$odd/run/config.ini" --train.steps $((saved + 2)) --run.kernels portable --run.graph no
+"$cadre" train "$@" --train.steps=$((saved + 4)) >"$work/out" 2>&- || complain "train without stderr ended with $?"
+[ "$(grep -vc '^{' "$odd/run/metrics.jsonl")" -eq 0 ] || complain "metrics.jsonl holds $(grep -v '^{' "$odd/run/metrics.jsonl")"
+echo "A line that was not there." >>"$odd/text.txt"
+expect 2 'was made of other text' -- "$cadre" train "$@" --train.steps=$((saved + 6))
+rm -rf "$odd/run/data"
+expect 2 'is of another text' -- "$cadre" train "$@" --train.steps=$((saved + 6))
+expect 0 '' -- "$cadre" tokenize --data "$work/text.txt" --vocab-size 400 --out "$work/other"
+cp -r "$run" "$work/mixed"
+cp "$work/other"/* "$work/mixed/data"
+expect 1 'the model knows' -- "$cadre" eval --model "$work/mixed"
+
+# Files so short that none of their text is held out.
+mkdir "$work/short"
+for i in 1 2 3 4 5 6; do head -c 3000 "$work/text.txt" >"$work/short/$i.txt"; done
+set -- --model.preset tiny --data.train "$work/short/*.txt" --data.vocab_size 300 --run.directory "$work/unheld"
+expect 0 '' -- "$cadre" train "$@" --train.steps 4
+expect 0 'resume ' -- "$cadre" train "$@" --train.steps 6
 
 expect 0 '' -- "$cadre" generate --model "$run" --prompt 'The keeper' --max-tokens 20 --seed 3
 cp "$work/out" "$work/first"

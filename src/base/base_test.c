@@ -131,6 +131,48 @@ static void test_settings_round_trip(void **state) {
     free(path);
 }
 
+/* Whatever a value is, it is read as it was written; blanks, semicolons and quotes at its edges, too. */
+static void test_values_round_trip(void **state) {
+    (void)state;
+    static const char letters[] = " \t;\"=[]#\\':ab";
+    char *path = path_join(directory, "values.ini");
+    for (uint64_t i = 0; i < 2000; i++) {
+        struct sample s = {.steps = 42, .lr = 0.1}, back = {0};
+        size_t size = random_bits(1, 0, i) % (i % 20 ? 6 : sizeof s.name);
+        for (size_t k = 0; k < size; k++)
+            s.name[k] = letters[random_bits(2, i, k) % (sizeof letters - 1)];
+        struct text ini = {0};
+        setting_write_ini(sample_group, &s, &ini);
+        assert_int_equal(file_write(path, ini.data, ini.size), STATUS_OK);
+        assert_int_equal(setting_read_ini(sample_group, &back, path), STATUS_OK);
+        assert_string_equal(back.name, s.name);
+        text_release(&ini);
+    }
+    free(path);
+}
+
+static void expect_ini(const char *text, enum status wanted, const char *said) {
+    struct sample s = {.steps = 42, .lr = 0.1};
+    char *path = path_join(directory, "lines.ini");
+    assert_int_equal(file_write(path, text, strlen(text)), STATUS_OK);
+    assert_int_equal(setting_read_ini(sample_group, &s, path), wanted);
+    if (wanted == STATUS_OK)
+        assert_string_equal(s.name, said);
+    else if (!strstr(status_text(), said))
+        fail_msg("%s", status_text());
+    free(path);
+}
+
+static void test_ini_lines(void **state) {
+    (void)state;
+    expect_ini("\xEF\xBB\xBF; remark\r\n[run]\r\n  name =  a b  ; remark\r\n# another\r\n", STATUS_OK, "a b");
+    expect_ini("[run]\nname = \" a;b \" ; remark\n", STATUS_OK, " a;b ");
+    expect_ini("[run] of it\nname=a;b", STATUS_OK, "a;b");
+    expect_ini("[train]\nstpes = 3\n\nsteps = 7\n", STATUS_USAGE, "train.stpes; the nearest known one is train.steps");
+    expect_ini("[run]\nname = a,\n   b\n", STATUS_FORMAT, "line 3 is not");
+    expect_ini("steps = 3\n", STATUS_USAGE, "");
+}
+
 static int fail_from(void *context, enum file_operation operation, const char *path) {
     (void)operation;
     (void)path;
@@ -362,6 +404,8 @@ int main(void) {
         cmocka_unit_test(test_permutation),
         cmocka_unit_test(test_settings),
         cmocka_unit_test(test_settings_round_trip),
+        cmocka_unit_test(test_values_round_trip),
+        cmocka_unit_test(test_ini_lines),
         cmocka_unit_test(test_file_write_survives_any_failure),
         cmocka_unit_test(test_files),
         cmocka_unit_test(test_parts),

@@ -33,7 +33,8 @@ static bool faulted(enum file_operation operation, const char *path) {
 
 static enum status fail_errno(const char *verb, const char *path) {
     int error = errno;
-    enum status code = error == ENOENT ? STATUS_NOT_FOUND : STATUS_IO;
+    bool none_left = error == EMFILE || error == ENFILE || error == ENOMEM; /* which says nothing about the file */
+    enum status code = error == ENOENT ? STATUS_NOT_FOUND : none_left ? STATUS_MEMORY : STATUS_IO;
     return status_fail(code, "%s: cannot %s: %s", path, verb, strerror(error));
 }
 

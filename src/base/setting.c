@@ -2,7 +2,6 @@
 
 #include "base/file.h"
 #include <errno.h>
-#include <ini.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -121,33 +120,81 @@ enum status setting_set(struct setting_group group, void *config, const char *na
     return STATUS_USAGE;
 }
 
-struct ini_reading {
-    struct setting_group group;
-    void *config;
-    const char *path;
-    enum status status;
-};
+/* Files of settings. They are read here and not by inih, which cuts lines at 200 bytes and has no way to write a value that begins or
+ * ends with a blank, or has a semicolon behind one: what was written would not be what is read. */
 
-/* inih calls this for every pair; 0 stops it. */
-static int take_pair(void *context, const char *section, const char *key, const char *value) {
-    struct ini_reading *reading = context;
-    char *name = text_format("%s.%s", section, key);
-    reading->status = setting_set(reading->group, reading->config, name, value, reading->path);
+/* The text between leading and trailing blanks, cut in place. */
+static char *trim(char *text) {
+    text += strspn(text, " \t\r");
+    size_t size = strlen(text);
+    while (size > 0 && strchr(" \t\r", text[size - 1]))
+        text[--size] = '\0';
+    return text;
+}
+
+static char *find_remark(char *text) {
+    for (char *c = text; *c; c++)
+        if (*c == ';' && (c == text || c[-1] == ' ' || c[-1] == '\t'))
+            return c;
+    return NULL;
+}
+
+/* What follows '='. What a blank or a semicolon would change stands in quotes, as write_string puts it. */
+static char *read_value(char *text) {
+    text = trim(text);
+    char *last = *text == '"' ? strrchr(text, '"') : text, *rest = last > text ? last + 1 + strspn(last + 1, " \t") : NULL;
+    if (rest && (*rest == '\0' || *rest == ';')) {
+        *last = '\0';
+        return text + 1;
+    }
+    char *remark = find_remark(text);
+    if (remark)
+        *remark = '\0';
+    return trim(text);
+}
+
+static enum status read_ini_line(struct setting_group group, void *config, const char *origin, char *line, char **section) {
+    line = trim(line);
+    if (*line == '\0' || *line == ';' || *line == '#')
+        return STATUS_OK;
+    char *end = *line == '[' ? strchr(line, ']') : strchr(line, '=');
+    if (!end)
+        return status_fail(STATUS_FORMAT, "%s is not \"[section]\" or \"key = value\"", origin);
+    *end = '\0';
+    if (*line == '[') {
+        *section = line + 1;
+        return STATUS_OK;
+    }
+    char *name = text_format("%s.%s", *section, trim(line));
+    enum status status = setting_set(group, config, name, read_value(end + 1), origin);
     free(name);
-    return reading->status == STATUS_OK;
+    return status;
 }
 
 enum status setting_read_ini(struct setting_group group, void *config, const char *path) {
-    char *data;
+    static char none[] = "";
+    char *data, *section = none;
     size_t size;
     TRY(file_read(path, INI_BYTES_MAX, &data, &size));
-    struct ini_reading reading = {group, config, path, STATUS_OK};
-    int line = memchr(data, '\0', size) ? 1 : ini_parse_string(data, take_pair, &reading);
+    enum status status = memchr(data, '\0', size) ? status_fail(STATUS_FORMAT, "%s: holds a zero byte", path) : STATUS_OK;
+    char *line = data + (strncmp(data, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0);
+    for (int number = 1; line && status == STATUS_OK; number++) {
+        char *next = strchr(line, '\n'), *origin = text_format("%s line %d", path, number);
+        if (next)
+            *next++ = '\0';
+        status = read_ini_line(group, config, origin, line, &section);
+        free(origin);
+        line = next;
+    }
     free(data);
-    TRY(reading.status);
-    if (line != 0)
-        return status_fail(STATUS_FORMAT, "%s: line %d is not \"[section]\" or \"key = value\"", path, line);
-    return STATUS_OK;
+    return status;
+}
+
+static void write_string(const char *value, struct text *out) {
+    size_t size = strlen(value);
+    bool quoted = size > 0 && (strchr(" \t\r\";", value[0]) || strchr(" \t\r\"", value[size - 1]) || strstr(value, " ;") ||
+                               strstr(value, "\t;"));
+    text_printf(out, quoted ? "\"%s\"" : "%s", value);
 }
 
 void setting_print(const struct setting *setting, const void *member, struct text *out) {
@@ -179,7 +226,11 @@ void setting_write_ini(struct setting_group group, const void *config, struct te
                 text_printf(out, "%s[%s]\n", *section ? "\n" : "", setting->section);
             section = setting->section;
             text_printf(out, "%s = ", setting->key);
-            setting_print(setting, (const char *)config + group.tables[t].base + setting->offset, out);
+            const char *member = (const char *)config + group.tables[t].base + setting->offset;
+            if (setting->kind == SETTING_STRING)
+                write_string(member, out);
+            else
+                setting_print(setting, member, out);
             text_add_string(out, "\n");
         }
 }

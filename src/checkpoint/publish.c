@@ -56,8 +56,11 @@ static enum status settle_leftover(const char *directory, const char *name) {
         return STATUS_OK;
     char *path = path_join(directory, name);
     char *plain = text_format("%s/%.*s", directory, (int)(suffix - name), name);
-    enum status status =
-        has_prefix(suffix, ASIDE) && !directory_exists(plain) ? file_rename(path, plain) : directory_remove(path);
+    enum status status = STATUS_OK;
+    if (has_prefix(suffix, ASIDE) && !directory_exists(plain))
+        status = file_rename(path, plain);
+    else if (directory_remove(path) != STATUS_OK)
+        log_warn("%s", status_text()); /* worth nothing, and tried again by the next save */
     free(plain);
     free(path);
     return status;
@@ -90,7 +93,9 @@ enum status checkpoint_begin(struct checkpoint_draft *draft, const char *directo
         text_format("%s/%s%06" PRId64, directory, STEP_PREFIX, step),
     };
     char *training = path_join(draft->path, "training");
-    enum status status = directory_make(training);
+    enum status status = directory_exists(draft->path)
+                             ? status_fail(STATUS_IO, "%s: stands in the way and cannot be removed", draft->path)
+                             : directory_make(training);
     free(training);
     if (status != STATUS_OK)
         checkpoint_abandon(draft);

@@ -190,21 +190,40 @@ static enum status read_entries(struct safetensors *file, json_t *header) {
     return STATUS_OK;
 }
 
-static enum status read_header(struct safetensors *file) {
-    uint64_t size = file->map.size, header_bytes = 0;
+/* Read, not looked at in the map: what a disk cannot read is an error there, and a signal here. */
+static enum status parse_header(const struct safetensors *file, const struct file_reader *reader, uint64_t *bytes, json_t **header) {
+    uint64_t size = file->map.size;
+    unsigned char length[LENGTH_BYTES];
+    char *text;
+    *bytes = 0;
     if (size < LENGTH_BYTES)
         return status_fail(STATUS_FORMAT, "%s: too short for a safetensors file (%llu bytes)", file->path,
                            (unsigned long long)size);
+    TRY(file_reader_at(reader, 0, length, sizeof length));
     for (int i = 0; i < LENGTH_BYTES; i++)
-        header_bytes |= (uint64_t)file->map.data[i] << 8 * i;
-    if (header_bytes > HEADER_BYTES_MAX || header_bytes > size - LENGTH_BYTES)
+        *bytes |= (uint64_t)length[i] << 8 * i;
+    if (*bytes > HEADER_BYTES_MAX || *bytes > size - LENGTH_BYTES)
         return status_fail(STATUS_FORMAT, "%s: not a safetensors file, or cut short: its header would have %llu bytes",
-                           file->path, (unsigned long long)header_bytes);
-    if (header_bytes == 0 || file->map.data[LENGTH_BYTES] != '{')
-        return status_fail(STATUS_FORMAT, "%s: not a safetensors file: its header does not begin with {", file->path);
+                           file->path, (unsigned long long)*bytes);
+    TRY(memory_alloc(&text, *bytes + 1, 1));
+    enum status status = file_reader_at(reader, LENGTH_BYTES, text, *bytes);
+    if (status == STATUS_OK && *text != '{')
+        status = status_fail(STATUS_FORMAT, "%s: not a safetensors file: its header does not begin with {", file->path);
+    if (status == STATUS_OK)
+        status = json_parse(file->path, text, *bytes, header);
+    free(text);
+    return status;
+}
+
+static enum status read_header(struct safetensors *file) {
+    uint64_t size = file->map.size, header_bytes;
+    struct file_reader reader;
     json_t *header;
-    TRY(json_parse(file->path, (const char *)file->map.data + LENGTH_BYTES, header_bytes, &header));
-    enum status status = read_entries(file, header);
+    TRY(file_reader_open(&reader, file->path));
+    enum status status = parse_header(file, &reader, &header_bytes, &header);
+    file_reader_close(&reader);
+    TRY(status);
+    status = read_entries(file, header);
     json_decref(header);
     TRY(status);
     file->data = file->map.data + LENGTH_BYTES + header_bytes;

@@ -7,6 +7,7 @@
 #include "cli/arguments.h"
 #include "cli/common.h"
 #include "data/corpus.h"
+#include "metrics/metrics_file.h"
 #include "train/evaluate.h"
 #include "train/run_config.h"
 #include <math.h>
@@ -103,6 +104,9 @@ static enum status evaluate_held_out(struct eval *e) {
     enum status status = corpus_open(&corpus, directory);
     free(directory);
     TRY(status);
+    if (corpus.vocab_size > e->loaded.model->config.vocab_size)
+        status = status_fail(STATUS_FORMAT, "%s: its text is of %d tokens, the model knows %lld", e->flags->model.model,
+                             corpus.vocab_size, (long long)e->loaded.model->config.vocab_size);
     for (int64_t i = 0; i < corpus.valid.document_count && status == STATUS_OK; i++)
         status = evaluate_document(e, &corpus, &corpus.valid.documents[i]);
     corpus_close(&corpus);
@@ -128,8 +132,8 @@ static void print_json(const struct eval *e, const struct domain *d, bool is_sum
         json_object_set_new(object, "domain", json_string(d->name));
     json_object_set_new(object, "tokens", json_integer(d->evaluation.token_count));
     json_object_set_new(object, "bytes", json_integer(d->byte_count));
-    json_object_set_new(object, "loss", json_real(evaluation_loss(&d->evaluation)));
-    json_object_set_new(object, "bits_per_byte", json_real(evaluation_bits_per_byte(&d->evaluation, d->byte_count)));
+    json_object_set_new(object, "loss", metrics_number(evaluation_loss(&d->evaluation)));
+    json_object_set_new(object, "bits_per_byte", metrics_number(evaluation_bits_per_byte(&d->evaluation, d->byte_count)));
     if (is_sum)
         json_object_set_new(object, "tokens_per_s", json_real((double)d->evaluation.token_count / e->seconds));
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);

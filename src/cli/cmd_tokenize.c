@@ -24,7 +24,7 @@ static void print_split(const char *name, const struct corpus_split *split) {
 
 /* Text files into a corpus directory. */
 static enum status prepare(const struct tokenize_flags *f) {
-    struct corpus_options options = {f->data, f->valid, f->tokenizer, (int)f->vocab_size, f->out, 0};
+    struct corpus_options options = {f->data, f->valid, f->tokenizer, (int)f->vocab_size, f->out, 0, false};
     struct corpus corpus;
     bool reused;
     if (!f->out)

@@ -1,6 +1,7 @@
 #include "cli/cli.h"
 
 #include "base/log.h"
+#include "base/text.h"
 #include "cli/arguments.h"
 #include "comm/launch/launch.h"
 #include "infer/generate.h"
@@ -11,6 +12,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { SAMPLE_TOKENS = 120 };
 enum { TASK_TRAIN, TASK_DRY_RUN, TASK_HELP };
@@ -18,7 +20,7 @@ enum { TASK_TRAIN, TASK_DRY_RUN, TASK_HELP };
 /* What was asked for. */
 struct train_call {
     int argc;
-    char **argv;
+    char **argv, *command; /* as it was given */
     int task;
     int64_t rank_count; /* of a dry run; 0: as many as were started */
     double max_minutes; /* 0: no limit */
@@ -63,16 +65,23 @@ static void tell_lost_rank(const char *line) {
     pthread_mutex_unlock(&good_checkpoint_lock);
 }
 
-static void print_command(int argc, char **argv) {
-    fprintf(stderr, "  cadre");
+/* The words as a shell reads them. */
+static char *command_text(int argc, char **argv) {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./:=,+@%^-";
+    struct text text = {0};
     for (int i = 0; i < argc; i++) {
         const char *word = argv[i];
-        bool plain = *word != '\0';
+        text_add_string(&text, " ");
+        if (*word != '\0' && word[strspn(word, plain)] == '\0') {
+            text_add_string(&text, word);
+            continue;
+        }
+        text_add_string(&text, "'");
         for (const char *c = word; *c; c++)
-            plain = plain && *c != ' ' && *c != '*' && *c != '?' && *c != '\'' && *c != '"' && *c != '$';
-        fprintf(stderr, plain ? " %s" : " '%s'", word);
+            text_add(&text, *c == '\'' ? "'\\''" : c, *c == '\'' ? 4 : 1);
+        text_add_string(&text, "'");
     }
-    fprintf(stderr, "\n");
+    return text.data;
 }
 
 static void print_summary(const struct train_summary *s) {
@@ -106,7 +115,7 @@ static enum status finish(const struct train_call *call, const struct comm *worl
     if (summary->interrupted) {
         log_info("stopped and saved at step %lld of %lld; the same command goes on%s:", (long long)summary->step,
                  (long long)summary->step_count, world->size == 1 ? "" : ", with as many ranks or any other number");
-        print_command(call->argc, call->argv);
+        fprintf(stderr, "  cadre%s\n", call->command);
         return status_fail(STATUS_INTERRUPTED, "interrupted");
     }
     if (summary->tokens_per_s > 0)
@@ -217,13 +226,16 @@ static void tell_failure(struct comm_launch *launch, enum status status) {
 }
 
 enum status cmd_train(int argc, char **argv) {
-    struct train_call call = {.argc = argc, .argv = argv};
+    struct train_call call = {.argc = argc, .argv = argv, .command = command_text(argc, argv)};
     struct comm_launch launch;
-    TRY(comm_launch_open(&launch, tell_lost_rank));
-    device_set_local_rank(launch.local_rank);
-    enum status status = run_call(&call, &launch, &launch.world);
-    if (status != STATUS_OK)
-        tell_failure(&launch, status);
-    comm_launch_close(&launch, status);
+    enum status status = comm_launch_open(&launch, tell_lost_rank);
+    if (status == STATUS_OK) {
+        device_set_local_rank(launch.local_rank);
+        status = run_call(&call, &launch, &launch.world);
+        if (status != STATUS_OK)
+            tell_failure(&launch, status);
+        comm_launch_close(&launch, status);
+    }
+    free(call.command);
     return status;
 }

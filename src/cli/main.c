@@ -2,10 +2,13 @@
 
 #include "base/text.h"
 #include "comm/launch/launch.h"
+#include <fcntl.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 struct verb {
     const char *name, *help;
@@ -71,7 +74,28 @@ static int run_verb(const struct verb *verb, int argc, char **argv) {
     return status == STATUS_USAGE ? 2 : 1;
 }
 
+/* What is opened later must not come to lie where progress or the product goes. */
+static void open_standard_files(void) {
+    int fd;
+    do
+        fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd > STDERR_FILENO)
+        close(fd);
+}
+
+/* A checkpoint of many files has them all open at once. */
+static void allow_files(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
 int main(int argc, char **argv) {
+    open_standard_files();
+    allow_files();
     signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is a write that fails, with the file's name */
     if (argc < 2)
         return print_help(stderr, 2);

@@ -164,25 +164,30 @@ static void count_pairs(struct trainer *t) {
         heap_add(t, (uint32_t)i);
 }
 
-/* Replace the pair in one word. Every pair of the word is taken back and counted anew: words are short. */
+static bool is_pair(const struct word *word, uint32_t k, int32_t left, int32_t right) {
+    return k + 1 < word->size && word->symbols[k] == left && word->symbols[k + 1] == right;
+}
+
+/* Replace the pair in one word. Only pairs that touch a place where it stands change. */
 static void merge_in_word(struct trainer *t, uint32_t index, int32_t left, int32_t right, int32_t merged) {
     struct word *word = &t->words[index];
-    bool holds = false;
-    for (uint32_t k = 0; k + 1 < word->size; k++)
-        holds = holds || (word->symbols[k] == left && word->symbols[k + 1] == right);
-    if (!holds)
-        return;
-    for (uint32_t k = 0; k + 1 < word->size; k++)
-        change_pair(t, word->symbols[k], word->symbols[k + 1], -word->count, index);
+    bool here, before = false; /* the pair begins at k; it ends there */
+    for (uint32_t k = 0; k < word->size; k += 1 + here, before = here) {
+        here = is_pair(word, k, left, right);
+        if (k > 0 && (here || before))
+            change_pair(t, word->symbols[k - 1], word->symbols[k], -word->count, index);
+        if (here)
+            change_pair(t, left, right, -word->count, index);
+    }
     uint32_t size = 0;
-    for (uint32_t k = 0; k < word->size; k++) {
-        bool here = k + 1 < word->size && word->symbols[k] == left && word->symbols[k + 1] == right;
+    before = false;
+    for (uint32_t k = 0; k < word->size; k += 1 + here, before = here) {
+        here = is_pair(word, k, left, right);
         word->symbols[size++] = here ? merged : word->symbols[k];
-        k += here;
+        if (size > 1 && (here || before))
+            heap_add(t, change_pair(t, word->symbols[size - 2], word->symbols[size - 1], word->count, index));
     }
     word->size = size;
-    for (uint32_t k = 0; k + 1 < size; k++)
-        heap_add(t, change_pair(t, word->symbols[k], word->symbols[k + 1], word->count, index));
 }
 
 /* Id of the merged symbol. Two pairs may spell the same bytes: then the token that is there serves both. */
@@ -225,8 +230,13 @@ static int32_t learn_merges(struct trainer *t, int32_t id_limit) {
     while (next_id < id_limit && t->heap_count > 0) {
         struct heap_entry top = heap_take(t);
         struct pair pair = t->pairs[top.pair];
-        if (top.count != pair.count || pair.count < PAIR_COUNT_MIN)
+        if (pair.count < PAIR_COUNT_MIN)
             continue;
+        if (top.count != pair.count) {
+            if (pair.count < top.count) /* other words lost it meanwhile: it comes again where it belongs now */
+                heap_add(t, top.pair);
+            continue;
+        }
         int32_t merged = merged_id(t, pair.left, pair.right, &next_id);
         record_merge(t, pair.left, pair.right, merged);
         /* The list is taken off first: merging may find the pair again and start a new one. */
@@ -259,8 +269,10 @@ enum status tokenizer_train(const struct text_view *texts, size_t text_count, in
     struct trainer t = {.tokenizer = tokenizer_new(vocab_size)};
     unsigned char order[256];
     byte_level_order(order);
-    for (int i = 0; i < 256; i++)
+    for (int i = 0; i < 256; i++) {
         tokenizer_set_token(t.tokenizer, i, (const char *)&order[i], 1);
+        t.tokenizer->byte_ids[order[i]] = i;
+    }
     t.tokenizer->normalize_nfc = true;
     idmap_init(&t.word_index);
     idmap_init(&t.pair_index);

@@ -236,15 +236,18 @@ static enum status write_all(const struct preparation *p) {
     return status;
 }
 
-static bool is_made(const struct preparation *p) {
+/* *other: there is one, of other text or options. */
+static bool is_made(const struct preparation *p, bool *other) {
     struct corpus corpus;
     json_t *root;
     char *path = path_join(p->options->directory, "corpus.json"), hash[17];
     snprintf(hash, sizeof hash, "%016" PRIx64, p->source_hash);
     bool same = file_exists(path) && json_read_file(path, CORPUS_JSON_BYTES_MAX, &root) == STATUS_OK;
+    *other = false;
     if (same) {
         const char *stored = json_string_value(json_object_get(root, "source"));
         same = stored && strcmp(stored, hash) == 0;
+        *other = stored && !same;
         json_decref(root);
     }
     free(path);
@@ -255,10 +258,14 @@ static bool is_made(const struct preparation *p) {
 }
 
 static enum status prepare(struct preparation *p, bool *reused) {
+    bool other;
     TRY(read_sources(p));
-    *reused = is_made(p);
+    *reused = is_made(p, &other);
     if (*reused)
         return STATUS_OK;
+    if (other && p->options->keep)
+        return status_fail(STATUS_USAGE, "%s was made of other text, or another tokenizer, than is named now, and the run has learnt "
+                           "from it: name that again, or choose another --run.directory", p->options->directory);
     TRY(get_tokenizer(p));
     TRY(encode_all(p));
     TRY(directory_make(p->options->directory));

@@ -15,6 +15,7 @@ struct corpus_options {
     int vocab_size;             /* of a tokenizer that is trained */
     const char *directory;
     uint64_t seed;              /* of nothing yet but the name of the result */
+    bool keep;                  /* what is there was learnt from: it is not made anew of other text */
 };
 
 /* Make the corpus. *reused: a former call made it from the same files and options, nothing was done. Refuses, naming the

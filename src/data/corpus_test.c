@@ -50,7 +50,7 @@ static int tear_down(void **state) {
 static enum status prepare(const char *patterns, const char *directory, bool *reused) {
     char *full = below(patterns), *target = below(directory);
     bool ignored;
-    struct corpus_options options = {full, NULL, NULL, 400, target, 1};
+    struct corpus_options options = {full, NULL, NULL, 400, target, 1, false};
     enum status status = corpus_prepare(&options, reused ? reused : &ignored);
     free(full);
     free(target);

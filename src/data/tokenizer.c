@@ -79,8 +79,6 @@ void tokenizer_set_token(struct tokenizer *t, int32_t id, const char *bytes, siz
     char *copy = memory_must(size + 1, 1);
     memcpy(copy, bytes, size);
     t->tokens[id] = (struct text_view){copy, size};
-    if (size == 1)
-        t->byte_ids[(unsigned char)bytes[0]] = id;
 }
 
 void tokenizer_add_special(struct tokenizer *t, const char *content, int32_t id, bool special) {
@@ -133,7 +131,7 @@ enum status tokenizer_normalize(const struct tokenizer *t, const char *text, siz
 static enum status cut_all(const struct tokenizer *t, const char *text, size_t size, pcre2_match_data *match,
                            pcre2_match_context *limits, void (*piece)(void *context, const char *data, size_t size),
                            void *context) {
-    size_t at = 0;
+    size_t at = 0, begin = 0; /* where to look on; where the text begins that is in no piece yet */
     while (at < size) {
         int found = pcre2_match(t->compiled, (PCRE2_SPTR)text, size, at, PCRE2_NO_UTF_CHECK, match, limits);
         if (found == PCRE2_ERROR_NOMATCH)
@@ -141,20 +139,17 @@ static enum status cut_all(const struct tokenizer *t, const char *text, size_t s
         if (found < 0)
             return status_fail(STATUS_FORMAT, "the tokenizer's pattern gave up at byte %zu (error %d)", at, found);
         const PCRE2_SIZE *bounds = pcre2_get_ovector_pointer(match);
-        if (bounds[0] > at) /* text between matches is a piece too */
-            piece(context, text + at, bounds[0] - at);
-        if (bounds[1] <= bounds[0] || bounds[1] <= at) { /* an empty match: pass over one character */
-            size_t step = (size_t)utf8_sequence_bytes((unsigned char)text[bounds[0]]);
-            size_t next = bounds[0] + step < size ? bounds[0] + step : size;
-            piece(context, text + bounds[0], next - bounds[0]);
-            at = next;
-            continue;
-        }
-        piece(context, text + bounds[0], bounds[1] - bounds[0]);
-        at = bounds[1];
+        bool empty = bounds[1] <= bounds[0]; /* which only cuts */
+        if (bounds[0] > begin) /* text between matches is a piece too */
+            piece(context, text + begin, bounds[0] - begin);
+        if (!empty)
+            piece(context, text + bounds[0], bounds[1] - bounds[0]);
+        begin = at = empty ? bounds[0] : bounds[1];
+        if (empty && at < size)
+            at += (size_t)utf8_sequence_bytes((unsigned char)text[at]);
     }
-    if (at < size)
-        piece(context, text + at, size - at);
+    if (begin < size)
+        piece(context, text + begin, size - begin);
     return STATUS_OK;
 }
 

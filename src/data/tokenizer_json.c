@@ -93,6 +93,22 @@ static enum status measure_vocabulary(const char *path, json_t *vocab, const jso
     return STATUS_OK;
 }
 
+/* The tokens of single bytes: those of the alphabet, not others that happen to have one byte. */
+static enum status read_bytes(struct tokenizer *t, const char *path, const json_t *vocab) {
+    for (int byte = 0; byte < 256; byte++) {
+        struct text character = {0};
+        char single = (char)byte;
+        byte_level_encode(&single, 1, &character);
+        const json_t *id = json_object_get(vocab, text_string(&character));
+        text_release(&character);
+        if (!id)
+            return status_fail(STATUS_FORMAT, "%s: the vocabulary has no token for byte %d; it is not byte level", path,
+                               byte);
+        t->byte_ids[byte] = (int32_t)json_integer_value(id);
+    }
+    return STATUS_OK;
+}
+
 static enum status read_vocabulary(struct tokenizer *t, const char *path, json_t *vocab) {
     const char *token;
     json_t *value;
@@ -110,11 +126,7 @@ static enum status read_vocabulary(struct tokenizer *t, const char *path, json_t
     }
     text_release(&bytes);
     TRY(status);
-    for (int byte = 0; byte < 256; byte++)
-        if (t->byte_ids[byte] < 0)
-            return status_fail(STATUS_FORMAT, "%s: the vocabulary has no token for byte %d; it is not byte level", path,
-                               byte);
-    return STATUS_OK;
+    return read_bytes(t, path, vocab);
 }
 
 static enum status find_in_vocabulary(const char *path, const json_t *vocab, const char *token, size_t size, int32_t *id) {

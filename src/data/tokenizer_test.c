@@ -57,6 +57,85 @@ static void test_merges_by_hand(void **state) {
     tokenizer_destroy(t);
 }
 
+/* Merging as it is defined: all pairs of all words counted anew for every merge. Words of a few letters, each behind a space. */
+enum { BRUTE_WORDS = 400, BRUTE_LETTERS = 12, BRUTE_TOKENS = 700 };
+struct brute {
+    int symbols[BRUTE_WORDS][BRUTE_LETTERS + 1], size[BRUTE_WORDS], count[BRUTE_WORDS];
+    char token[BRUTE_TOKENS][BRUTE_LETTERS + 2];
+    int token_count;
+};
+
+static bool brute_best(const struct brute *b, int best[2]) {
+    static int counts[BRUTE_TOKENS][BRUTE_TOKENS];
+    int most = 1;
+    memset(counts, 0, sizeof counts);
+    for (int w = 0; w < BRUTE_WORDS; w++)
+        for (int k = 0; k + 1 < b->size[w]; k++)
+            counts[b->symbols[w][k]][b->symbols[w][k + 1]] += b->count[w];
+    for (int left = 0; left < b->token_count; left++)
+        for (int right = 0; right < b->token_count; right++)
+            if (counts[left][right] > most) {
+                most = counts[left][right];
+                best[0] = left, best[1] = right;
+            }
+    return most > 1;
+}
+
+static bool brute_merge(struct brute *b) {
+    int best[2], merged = 0;
+    char text[2 * BRUTE_LETTERS + 4];
+    if (b->token_count == BRUTE_TOKENS || !brute_best(b, best))
+        return false;
+    snprintf(text, sizeof text, "%s%s", b->token[best[0]], b->token[best[1]]);
+    while (merged < b->token_count && strcmp(b->token[merged], text) != 0)
+        merged++;
+    if (merged == b->token_count)
+        strcpy(b->token[b->token_count++], text);
+    for (int w = 0; w < BRUTE_WORDS; w++) {
+        int size = 0;
+        for (int k = 0; k < b->size[w]; k++) {
+            bool here = k + 1 < b->size[w] && b->symbols[w][k] == best[0] && b->symbols[w][k + 1] == best[1];
+            b->symbols[w][size++] = here ? merged : b->symbols[w][k];
+            k += here;
+        }
+        b->size[w] = size;
+    }
+    return true;
+}
+
+static void test_merges_as_defined(void **state) {
+    (void)state;
+    static struct brute b;
+    struct tokenizer *bytes = train_on("x", 257);
+    struct text text = {0};
+    b.token_count = 256;
+    for (int id = 0; id < 256; id++)
+        snprintf(b.token[id], 2, "%c", *tokenizer_token(bytes, id).data);
+    for (int w = 0; w < BRUTE_WORDS; w++) {
+        char word[BRUTE_LETTERS + 2] = " ";
+        int length = 1 + (int)(random_bits(5, 1, (uint64_t)w) % (BRUTE_LETTERS - 1));
+        for (int k = 0; k < length; k++)
+            word[1 + k] = "aeinorst"[random_bits(6, (uint64_t)w, (uint64_t)k) % 8];
+        b.count[w] = 1 + 600 / (w + 5);
+        b.size[w] = length + 1;
+        for (int k = 0; k <= length; k++)
+            for (int id = 0; id < 256; id++)
+                if (b.token[id][0] == word[k])
+                    b.symbols[w][k] = id;
+        for (int n = 0; n < b.count[w]; n++)
+            text_add_string(&text, word);
+    }
+    while (brute_merge(&b))
+        continue;
+    struct tokenizer *t = train_on(text.data, b.token_count + 1);
+    assert_true(b.token_count > 500);
+    for (int id = 256; id < b.token_count; id++)
+        assert_token(t, id, b.token[id]);
+    text_release(&text);
+    tokenizer_destroy(bytes);
+    tokenizer_destroy(t);
+}
+
 static void test_short_text_gives_a_small_vocabulary(void **state) {
     (void)state;
     struct tokenizer *t = train_on("abc", 1000);
@@ -271,6 +350,7 @@ int main(int argc, char **argv) {
         return write_fixture(argv[2]);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_merges_by_hand),
+        cmocka_unit_test(test_merges_as_defined),
         cmocka_unit_test(test_short_text_gives_a_small_vocabulary),
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_decoder_holds_characters_back),

@@ -78,6 +78,10 @@ static enum status fill_all(struct weights *weights, struct model *model, const 
         if (!found)
             TRY(weights_fill(weights, &items[i], 1, model->device));
     }
+    const struct safetensors *file;
+    struct safetensors_entry *head = weights_find(weights, "lm_head.weight", &file);
+    if (head && model->config.tie_word_embeddings) /* some who publish keep the tied copy */
+        head->used = true;
     const char *unused = weights_first_unused(weights);
     if (unused)
         return status_fail(STATUS_FORMAT, "%s: tensor \"%s\" belongs to no part of this model", weights->directory,

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { METRICS_BYTES_MAX = 1 << 30 };
+static const size_t METRICS_BYTES_MAX = (size_t)1 << 40;
 
 json_t *metrics_number(double value) {
     return isfinite(value) ? json_real(value) : json_null();

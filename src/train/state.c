@@ -235,8 +235,11 @@ static enum status unpack_state(struct json_source source, int64_t island, struc
     TRY(unpack_islands(source, island, state));
     TRY(unpack_rounded(source, &state->form.rounded));
     TRY(json_get_integer(source, "best_step", false, 0, INT64_MAX, &state->best_step));
-    return json_get_number(source, "best_valid_loss", state->best_step >= 0, -INFINITY, INFINITY,
-                           &state->best_valid_loss);
+    state->best_valid_loss = NAN; /* files of older versions name a step whose loss was no number */
+    TRY(json_get_number(source, "best_valid_loss", false, -INFINITY, INFINITY, &state->best_valid_loss));
+    if (!isfinite(state->best_valid_loss))
+        state->best_step = -1;
+    return STATUS_OK;
 }
 
 static enum status read_state(const char *directory, int64_t island, struct train_state *state) {
@@ -475,7 +478,9 @@ static bool is_damage(enum status status) {
 /* Collective. Whether every byte of it is as it was written: then what is wrong with it is no damage, and an older one
  * would not do either. */
 static enum status is_whole(const char *path, struct comm *world, bool *whole) {
-    int32_t verifies = world->rank == 0 && checkpoint_verify(path) == STATUS_OK;
+    enum status verdict = world->rank == 0 ? checkpoint_verify(path) : STATUS_OK;
+    TRY(comm_agree(world, is_damage(verdict) ? STATUS_OK : verdict));
+    int32_t verifies = verdict == STATUS_OK;
     TRY(comm_broadcast(world, &verifies, sizeof verifies));
     *whole = verifies != 0;
     return STATUS_OK;

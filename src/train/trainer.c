@@ -72,7 +72,8 @@ struct trainer {
 
 enum { NOTICE_STOP = 1, NOTICE_BUSY = 2, NOTICE_ROLL_BACK = 4 };
 
-enum { DEVICE_LINE_BYTES = 160 };
+enum { DEVICE_LINE_BYTES = 160, TOKENIZER_BYTES_MAX = 64 << 20 };
+enum { TRAIN_STEPS_MAX = 1000000000 }; /* that config.ini may say */
 enum { PROBE_STEPS = 4, NOTICE_DELAY_MAX = 64, NOTICE_INTERVAL_MAX = 16 };
 static const double NOTICE_WIRE_BYTES = 143, NOTICE_SHARE = 1e-3; /* measured on a link: with the headers of packets; of all */
 static const size_t BANDWIDTH_BYTES = (size_t)128 << 20; /* of a buffer that the profile's roof is measured with */
@@ -112,7 +113,11 @@ static enum status prepare_data(struct trainer *t, const char *directory) {
                                      .vocab_size = (int)c->data.vocab_size,
                                      .directory = directory,
                                      .seed = (uint64_t)c->train.seed};
+    struct text_list checkpoints = {0};
     bool reused;
+    TRY(checkpoint_list(t->checkpoints, &checkpoints));
+    options.keep = checkpoints.count > 0;
+    text_list_release(&checkpoints);
     enum status status = corpus_prepare(&options, &reused);
     memory_return_freed();
     return status;
@@ -148,6 +153,9 @@ static enum status check_vocabulary(struct run_config *config, int64_t tokenizer
 
 static enum status open_tokenizer(struct trainer *t) {
     TRY(tokenizer_open(t->corpus.tokenizer_path, &t->tokenizer));
+    if (t->corpus.vocab_size > tokenizer_vocab_size(t->tokenizer))
+        return status_fail(STATUS_FORMAT, "%s has fewer tokens than the text beside it: remove that directory to make it anew",
+                           t->corpus.tokenizer_path);
     return check_vocabulary(t->config, tokenizer_vocab_size(t->tokenizer));
 }
 
@@ -283,7 +291,7 @@ static int64_t whole_rounds(const struct run_config *c, int64_t steps) {
     return steps < unit ? (steps < 10 ? 10 : steps) : steps / unit * unit;
 }
 
-/* How many steps fit the target: a few are run on the first batch, timed, and undone. */
+/* How many steps fit the target: a few are run on the first batch and timed; the caller undoes them. */
 static enum status measure_steps(struct trainer *t) {
     struct loader *loader;
     t->runner.outer = NULL;
@@ -303,10 +311,11 @@ static enum status measure_steps(struct trainer *t) {
     }
     TRY(comm_broadcast(t->world.comm, &fastest, sizeof fastest));
     t->runner.outer = t->outer;
-    t->config->train.steps = whole_rounds(t->config, (int64_t)(t->config->train.target_minutes * 60 / fastest));
+    t->config->train.steps =
+        whole_rounds(t->config, (int64_t)fmin(t->config->train.target_minutes * 60 / fastest, TRAIN_STEPS_MAX));
     log_info("speed   %.0f ms a step: %lld steps fit %g minutes", 1e3 * fastest, (long long)t->config->train.steps,
              t->config->train.target_minutes);
-    return agree_and_refresh(t, start_fresh(t));
+    return STATUS_OK;
 }
 
 static struct checkpoint_retention retention(const struct trainer *t) {
@@ -320,7 +329,9 @@ static enum status tidy_checkpoints(const struct trainer *t) {
     struct checkpoint_retention keep = retention(t);
     keep.good_step = t->state.step;
     TRY(checkpoint_settle(t->checkpoints));
-    return checkpoint_keep(t->checkpoints, keep);
+    if (checkpoint_keep(t->checkpoints, keep) != STATUS_OK)
+        log_warn("%s", status_text()); /* tried again at the next save */
+    return STATUS_OK;
 }
 
 static void resume_islands(struct trainer *t) {
@@ -329,10 +340,29 @@ static void resume_islands(struct trainer *t) {
     t->outer->report = t->state.report;
 }
 
+/* Weights mean nothing with other tokens: a text that changed has its tokenizer learnt anew. */
+static enum status check_tokenizer(const struct trainer *t, const char *checkpoint) {
+    char *saved = path_join(checkpoint, "tokenizer.json"), *was = NULL, *is = NULL;
+    size_t was_size, is_size;
+    enum status status = file_read(saved, TOKENIZER_BYTES_MAX, &was, &was_size);
+    if (status == STATUS_OK)
+        status = file_read(t->corpus.tokenizer_path, TOKENIZER_BYTES_MAX, &is, &is_size);
+    if (status == STATUS_OK && (was_size != is_size || memcmp(was, is, is_size) != 0))
+        status = status_fail(STATUS_USAGE,
+                             "%s is of another text: its tokenizer is not the one of %s; bring the text of data.train back, or "
+                             "choose another --run.directory",
+                             checkpoint, t->corpus.tokenizer_path);
+    free(saved);
+    free(was);
+    free(is);
+    return status;
+}
+
 /* The newest good checkpoint, or the start of the run. */
 static enum status restore(struct trainer *t, char path[CHECKPOINT_PATH_BYTES]) {
     TRY(checkpoint_resume(t->checkpoints, t->model, t->outer, &t->ranks,
                           (enum checkpoint_read)t->config->checkpoint.read, &t->state, path));
+    TRY(comm_agree(t->world.comm, *path && is_first(t) ? check_tokenizer(t, path) : STATUS_OK));
     if (*path && t->hooks.checkpoint_is_good)
         t->hooks.checkpoint_is_good(path);
     if (*path && t->outer)
@@ -347,12 +377,14 @@ static enum status verify_islands(struct trainer *t) {
 
 static enum status start_or_resume(struct trainer *t, bool *resumed) {
     char path[CHECKPOINT_PATH_BYTES];
+    if (t->config->train.steps == 0) {
+        TRY(agree_and_refresh(t, start_fresh(t)));
+        TRY(measure_steps(t));
+    }
     TRY(restore(t, path));
     *resumed = *path != '\0';
     if (*resumed)
         TRY(comm_agree(t->world.comm, is_first(t) ? tidy_checkpoints(t) : STATUS_OK));
-    if (t->config->train.steps == 0)
-        TRY(measure_steps(t));
     TRY(verify_islands(t));
     return comm_agree(t->world.comm, is_first(t) ? run_directory_write_config(t->config) : STATUS_OK);
 }
@@ -673,7 +705,7 @@ static enum status agree_after_step(struct trainer *t, bool *rolls_back) {
 
 /* A checkpoint of a step that was evaluated may be the best so far. */
 static void note_best(struct trainer *t, double valid_loss) {
-    if (t->state.best_step < 0 || valid_loss < t->state.best_valid_loss) {
+    if (isfinite(valid_loss) && (t->state.best_step < 0 || valid_loss < t->state.best_valid_loss)) {
         t->state.best_step = t->state.step;
         t->state.best_valid_loss = valid_loss;
     }

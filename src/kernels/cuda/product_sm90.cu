@@ -165,10 +165,12 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
             barrier_wait(&s->empty[ring.stage], ring.parity);
             if (is_tail<form>(walk)) {
                 bring_tail(p, tile, walk, thread, s->stage[ring.stage]);
-                if (thread == 0)
+                if (thread % WARP == 0)
                     barrier_arrive(full);
             } else if (thread == 0) {
                 bring_boxes<form, result>(maps, tile, walk, rank, s->stage[ring.stage], full);
+            } else if (thread % WARP == 0) {
+                barrier_arrive(full); /* so that no warp falls two rounds of the ring behind */
             }
             advance<S::STAGES>(&ring);
         } while (next_block<form>(p, &walk));
@@ -384,7 +386,7 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
     int columns = result == TO_SWIGLU ? TILE_N / 2 : TILE_N, column_tiles = (p.n + columns - 1) / columns;
     int rank = (int)cluster_rank(), role = (int)threadIdx.x / GROUP_THREADS;
     if (threadIdx.x == 0)
-        init_barriers(s, gathers ? WARPS : 1);
+        init_barriers(s, gathers || form == WEIGHT ? WARPS : 1);
     count_tiles(p, (enum form)form, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
     if (form == WEIGHT)
         deal_tiles(p, s, (int *)s->strip);
