@@ -120,8 +120,8 @@ enum status setting_set(struct setting_group group, void *config, const char *na
     return STATUS_USAGE;
 }
 
-/* Files of settings. They are read here and not by inih, which cuts lines at 200 bytes and has no way to write a value that begins or
- * ends with a blank, or has a semicolon behind one: what was written would not be what is read. */
+/* Files of settings. They are read here and not by inih, which cuts lines at 200 bytes and has no way to write a value that
+ * begins or ends with a blank, or has a semicolon behind one: what was written would not be what is read. */
 
 /* The text between leading and trailing blanks, cut in place. */
 static char *trim(char *text) {

@@ -191,7 +191,8 @@ static enum status read_entries(struct safetensors *file, json_t *header) {
 }
 
 /* Read, not looked at in the map: what a disk cannot read is an error there, and a signal here. */
-static enum status parse_header(const struct safetensors *file, const struct file_reader *reader, uint64_t *bytes, json_t **header) {
+static enum status parse_header(const struct safetensors *file, const struct file_reader *reader, uint64_t *bytes,
+                                json_t **header) {
     uint64_t size = file->map.size;
     unsigned char length[LENGTH_BYTES];
     char *text;

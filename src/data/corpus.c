@@ -264,8 +264,8 @@ static enum status prepare(struct preparation *p, bool *reused) {
     if (*reused)
         return STATUS_OK;
     if (other && p->options->keep)
-        return status_fail(STATUS_USAGE, "%s was made of other text, or another tokenizer, than is named now, and the run has learnt "
-                           "from it: name that again, or choose another --run.directory", p->options->directory);
+        return status_fail(STATUS_USAGE, "%s was made of other text, or another tokenizer, than is named now, and the run has "
+                           "learnt from it: name that again, or choose another --run.directory", p->options->directory);
     TRY(get_tokenizer(p));
     TRY(encode_all(p));
     TRY(directory_make(p->options->directory));
