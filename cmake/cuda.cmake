@@ -49,7 +49,6 @@ function(cadre_cuda folder)
   endif()
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${folder}/cuda/*.cu)
   if(cuda STREQUAL MODEL)
-    list(FILTER sources EXCLUDE REGEX "_sm90\\.cu$") # one kind of device's own instructions
     set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
     file(GLOB model CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${folder}/cuda/*.cpp)
     target_sources(cadre_${folder} PRIVATE ${sources} ${model})

@@ -1,6 +1,6 @@
 /* CUDA C as the kernels of this project are written in it: what the compiler for the device gives, and the same words on a
- * model of a device that runs on the processor (model.cuh), so that every kernel but those of one device's own
- * instructions is tested where no device is.
+ * model of a device that runs on the processor (model.cuh, for Hopper's own instructions model_sm90.cuh), so that every
+ * kernel is tested where no device is.
  *
  * Both forms know: __global__, __device__, threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, __shfl_sync,
  * __shfl_xor_sync, __shfl_up_sync, __shfl_down_sync, __ballot_sync, __match_any_sync, __popc, __ffs, atomicAdd (int,
@@ -28,6 +28,10 @@
     extern __shared__ __align__(1024) unsigned char cuda_shared_bytes[]; \
     type *name = (type *)cuda_shared_bytes
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CUDA_IS_SM90
+#endif
+
 /* Checks the launch itself; what a kernel does wrong later is found by the next call that waits. */
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, ...)                                             \
     do {                                                                                                \
@@ -36,6 +40,9 @@
         kernel<<<grid, block, shared_bytes, (cudaStream_t)cuda_stream()>>>(__VA_ARGS__);                \
         cuda_check(cudaGetLastError(), #kernel);                                                        \
     } while (0)
+
+/* Of a kernel with Hopper's own instructions, in clusters of so many blocks, as its __cluster_dims__ says. */
+#define CUDA_LAUNCH_SM90(cluster, ...) CUDA_LAUNCH(__VA_ARGS__)
 
 extern "C" void cuda_fail(int error, const char *what);
 extern "C" void *cuda_stream(void);

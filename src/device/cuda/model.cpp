@@ -1,5 +1,7 @@
 /* The model of a device: fibers, the order in which they run, and what they do together (model.cuh). */
-#include "device/cuda/language.cuh"
+#include "device/cuda/model_threads.h"
+
+#include "device/cuda/model_sm90.cuh"
 
 #include <mutex>
 #include <stdio.h>
@@ -41,16 +43,7 @@ cuda_model_switch:
 )");
 #endif
 
-namespace {
-
-/* What a block has on every device from compute capability 8.0 on is 99 KiB, of which static arrays (a model's do not lie there)
- * get one. Only kernels of a device's own instructions, which are not of a model, have more. */
-enum { THREADS_MAX = 1024, WARPS_MAX = THREADS_MAX / WARP, PAGE = 4096, SHARED_MAX = 98 * 1024, SHARED_SPACE = 228 * 1024 };
-#ifdef __SANITIZE_ADDRESS__
-enum { STACK_BYTES = 256 * 1024 };
-#else
-enum { STACK_BYTES = 128 * 1024 };
-#endif
+namespace cuda_model {
 
 /* Somewhere to go on: a fiber, or the thread that launched. */
 struct place {
@@ -64,23 +57,25 @@ struct place {
 #endif
 };
 
-struct copy {
-    void *to;
-    const void *from;
-    int bytes;
-    long group;
-};
+thread threads[THREADS_MAX];
+block blocks[BLOCKS_MAX];
+running now;
+thread *current;
 
-enum state { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+} // namespace cuda_model
 
-struct thread {
-    enum state state;
-    uint3 index;
-    int warp, lane;
-    place *fiber;
-    std::vector<copy> copies; /* not yet there */
-    long group;               /* commits so far */
-};
+using namespace cuda_model;
+
+namespace {
+
+/* What a block has on every device from compute capability 8.0 on is 99 KiB, of which static arrays (a model's do not lie there)
+ * get one; on Hopper it is 227. */
+enum { PAGE = 4096, SHARED_MAX = 98 * 1024, SHARED_MAX_SM90 = 227 * 1024, SHARED_SPACE = 228 * 1024 };
+#ifdef __SANITIZE_ADDRESS__
+enum { STACK_BYTES = 256 * 1024 };
+#else
+enum { STACK_BYTES = 128 * 1024 };
+#endif
 
 /* Lanes that wait for the others of their mask. */
 struct meeting {
@@ -95,19 +90,7 @@ struct warp {
     meeting meetings[WARP];
 };
 
-struct block {
-    const char *kernel;
-    void (*body)(void *);
-    void *arguments;
-    int thread_count, live, at_barrier;
-    int next, limit; /* threads before `next`, counted in the order of the turn, have started; those before `limit` may */
-    bool descending;
-};
-
-thread threads[THREADS_MAX];
 warp warps[WARPS_MAX];
-block now;
-thread *current; /* NULL: nobody runs */
 place launcher;
 place fibers[THREADS_MAX];
 int fiber_count;
@@ -143,20 +126,33 @@ inline void go(place *from, place *to) {
     arrived_at(from, from == &launcher ? nullptr : &launcher);
 }
 
-void release_barrier() {
+void release_barrier(int of) {
+    for (int t = of * now.block_threads; t < (of + 1) * now.block_threads; t++)
+        if (threads[t].state == WAITS_FOR_BLOCK)
+            wake(&threads[t]);
+    blocks[of].at_barrier = 0;
+}
+
+void release_cluster() {
     for (int t = 0; t < now.thread_count; t++)
-        if (threads[t].state == WAITS_FOR_BLOCK) {
-            threads[t].state = RUNS;
-            warps[threads[t].warp].runnable |= 1u << threads[t].lane;
-        }
+        if (threads[t].state == WAITS_FOR_CLUSTER)
+            wake(&threads[t]);
     now.at_barrier = 0;
+}
+
+void go_on_as(thread *t) {
+    current = t;
+    threadIdx = t->index;
+    blockIdx = blocks[t->block].index;
+    cuda_model_shared = blocks[t->block].shared;
 }
 
 void start(place *fiber) {
     int id = now.descending ? now.thread_count - 1 - now.next : now.next;
     now.next++;
     thread *t = &threads[id];
-    unsigned i = (unsigned)id;
+    t->block = id / now.block_threads;
+    unsigned i = (unsigned)(id % now.block_threads);
     t->state = RUNS;
     t->index = uint3{i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     t->warp = id / WARP;
@@ -164,8 +160,19 @@ void start(place *fiber) {
     t->fiber = fiber;
     t->group = 0;
     t->copies.clear();
-    current = t;
-    threadIdx = t->index;
+    t->unfenced.clear();
+    go_on_as(t);
+}
+
+void end() {
+    block *b = &blocks[current->block];
+    current->state = ENDED;
+    now.live--;
+    b->live--;
+    if (b->at_barrier > 0 && b->at_barrier == b->live)
+        release_barrier(current->block);
+    if (now.at_barrier > 0 && now.at_barrier == now.live)
+        release_cluster();
 }
 
 /* A fiber runs one thread after the other as long as they end without waiting. */
@@ -175,10 +182,7 @@ void fiber_main(place *fiber) {
         do {
             start(fiber);
             now.body(now.arguments);
-            current->state = ENDED;
-            now.live--;
-            if (now.at_barrier > 0 && now.at_barrier == now.live)
-                release_barrier();
+            end();
         } while (now.next < now.limit);
         idle.push_back(fiber);
         go(fiber, &launcher);
@@ -225,11 +229,20 @@ place *fiber_take() {
     return fiber;
 }
 
-void wait(enum state state) {
+} // namespace
+
+void cuda_model::wait(enum state state) {
     thread *me = current;
     me->state = state;
     go(me->fiber, &launcher);
 }
+
+void cuda_model::wake(thread *t) {
+    t->state = RUNS;
+    warps[t->warp].runnable |= 1u << t->lane;
+}
+
+namespace {
 
 /* ---- blocks ---- */
 
@@ -247,8 +260,7 @@ bool run_warp(int w) {
         while (lanes) {
             int lane = now.descending ? 31 - __builtin_clz(lanes) : __builtin_ctz(lanes);
             lanes &= ~(1u << lane);
-            current = &threads[w * WARP + lane];
-            threadIdx = current->index;
+            go_on_as(&threads[w * WARP + lane]);
             go(&launcher, current->fiber);
         }
     }
@@ -264,34 +276,57 @@ bool run_warp(int w) {
             snprintf(text, sizeof text, "warp %d waits for ever: lanes %08x were named, %08x came", w, m->mask, m->arrived);
             cuda_model_die(text);
         }
-    snprintf(text, sizeof text, "%d of %d threads wait for ever at a barrier", now.at_barrier, now.live);
+    current = nullptr;
+    if (now.has_units)
+        units_tell(text, sizeof text);
+    else
+        snprintf(text, sizeof text, "%d of %d threads wait for ever at a barrier", blocks[0].at_barrier, now.live);
     cuda_model_die(text);
 }
 
-void run_block() {
+/* Warp after warp as far as it goes, in the order of the turn. True when any did. */
+bool run_warps() {
     int warp_count = (now.thread_count + WARP - 1) / WARP;
-    now.live = now.thread_count;
-    now.at_barrier = now.next = now.limit = 0;
-    while (now.live > 0) {
-        bool any = false;
-        for (int i = 0; i < warp_count; i++) {
-            int w = now.descending ? warp_count - 1 - i : i;
-            if (now.limit < now.thread_count) {
-                int ragged = now.thread_count % WARP; /* the last warp, which comes first in descending order */
-                now.limit += now.descending && i == 0 && ragged ? ragged : WARP;
-                now.limit = now.limit < now.thread_count ? now.limit : now.thread_count;
-            }
-            any |= run_warp(w);
+    bool any = false;
+    for (int i = 0; i < warp_count; i++) {
+        int w = now.descending ? warp_count - 1 - i : i;
+        if (now.limit < now.thread_count) {
+            int ragged = now.thread_count % WARP; /* the last warp, which comes first in descending order */
+            now.limit += now.descending && i == 0 && ragged ? ragged : WARP;
+            now.limit = now.limit < now.thread_count ? now.limit : now.thread_count;
+        } else if (now.has_units && warps[w].runnable && units_hold_up()) {
+            any = true;
+            continue;
         }
-        if (!any)
+        any |= run_warp(w);
+    }
+    return any;
+}
+
+void run_blocks() {
+    now.thread_count = now.live = now.block_count * now.block_threads;
+    now.at_barrier = now.next = now.limit = 0;
+    now.has_units = false;
+    for (int i = 0; i < now.block_count; i++) {
+        blocks[i].live = now.block_threads;
+        blocks[i].at_barrier = blocks[i].unfenced = 0;
+        memset(blocks[i].named, 0, sizeof blocks[i].named);
+    }
+    units_begin(turn);
+    while (now.live > 0) {
+        bool any = run_warps();
+        if (!(now.has_units && units_work(!any)) && !any)
             deadlock();
     }
     current = nullptr;
+    units_end();
 }
 
-/* `bytes` of shared memory, NaN, aligned to 1024, and as few as can be behind them before what may not be touched. */
-unsigned char *shared_memory(size_t bytes) {
-    static unsigned char *space;
+/* `bytes` of shared memory for a block of the cluster, NaN, aligned to 1024, and as few as can be behind them before what may not
+ * be touched. */
+unsigned char *shared_memory(int of, size_t bytes) {
+    static unsigned char *spaces[BLOCKS_MAX];
+    unsigned char *&space = spaces[of];
     if (!space) {
         void *data = mmap(nullptr, SHARED_SPACE + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (data == MAP_FAILED || mprotect((char *)data + SHARED_SPACE, PAGE, PROT_NONE) != 0)
@@ -303,13 +338,18 @@ unsigned char *shared_memory(size_t bytes) {
     return space + SHARED_SPACE - whole;
 }
 
-void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+/* cluster: 0 where the kernel takes nothing of Hopper's own. */
+void check_launch(dim3 grid, dim3 block, int cluster, size_t shared_bytes) {
     uint64_t count = (uint64_t)block.x * block.y * block.z;
     if (count == 0 || count > THREADS_MAX || block.z > 64)
         cuda_model_die("no device takes blocks of that many threads");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
         cuda_model_die("no device takes a grid of that many blocks");
-    if (shared_bytes > SHARED_MAX)
+    if (cluster > BLOCKS_MAX || (cluster > 1 && (grid.x % (unsigned)cluster != 0 || count % WARP != 0)))
+        cuda_model_die("clusters that do not divide the grid, or are larger than the model's");
+    if (cluster > 1 && count * (unsigned)cluster > THREADS_MAX)
+        cuda_model_die("the model has not that many threads for a cluster");
+    if (shared_bytes > (cluster > 0 ? SHARED_MAX_SM90 : SHARED_MAX))
         cuda_model_die("no device has that much shared memory for a block");
 }
 
@@ -323,7 +363,22 @@ void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
     abort();
 }
 
-void cuda_model_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void *), void *arguments) {
+static void run_cluster(uint3 first, size_t shared_bytes) {
+    now.descending = (turn + first.x / (unsigned)now.block_count + first.y + first.z) % 2;
+    for (int i = 0; i < now.block_count; i++) {
+        blocks[i].index = uint3{first.x + (unsigned)i, first.y, first.z};
+        blocks[i].shared = shared_memory(i, shared_bytes);
+        blocks[i].shared_bytes = shared_bytes;
+    }
+    run_blocks();
+    for (int i = 0; i < now.block_count; i++)
+        for (size_t at = shared_bytes; at % 1024; at++)
+            if (blocks[i].shared[at] != 0xFF)
+                cuda_model_die("wrote behind its shared memory");
+}
+
+void cuda_model_run(const char *kernel, dim3 grid, dim3 size, int cluster, size_t shared_bytes, void (*body)(void *),
+                    void *arguments) {
     std::lock_guard<std::mutex> lock(one_launch);
     cuda_model_arrive();
     now.kernel = kernel;
@@ -331,29 +386,33 @@ void cuda_model_run(const char *kernel, dim3 grid, dim3 size, size_t shared_byte
     now.arguments = arguments;
     current = nullptr;
     blockIdx = uint3{0, 0, 0};
-    check_launch(grid, size, shared_bytes);
-    now.thread_count = (int)(size.x * size.y * size.z);
+    check_launch(grid, size, cluster, shared_bytes);
+    now.block_threads = (int)(size.x * size.y * size.z);
+    now.block_count = cluster > 0 ? cluster : 1;
+    now.is_sm90 = cluster > 0;
     gridDim = uint3{grid.x, grid.y, grid.z};
     blockDim = uint3{size.x, size.y, size.z};
     turn++;
-    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
-                now.descending = (turn + blockIdx.x + blockIdx.y + blockIdx.z) % 2;
-                cuda_model_shared = shared_memory(shared_bytes);
-                run_block();
-                for (size_t i = shared_bytes; i % 1024; i++)
-                    if (cuda_model_shared[i] != 0xFF)
-                        cuda_model_die("wrote behind its shared memory");
-            }
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x += (unsigned)now.block_count)
+                run_cluster(uint3{x, y, z}, shared_bytes);
     now.kernel = nullptr;
 }
 
 void __syncthreads(void) {
-    if (++now.at_barrier == now.live)
-        release_barrier();
+    block *b = &blocks[current->block];
+    if (++b->at_barrier == b->live)
+        release_barrier(current->block);
     else
         wait(WAITS_FOR_BLOCK);
+}
+
+void cluster_sync(void) {
+    if (++now.at_barrier == now.live)
+        release_cluster();
+    else
+        wait(WAITS_FOR_CLUSTER);
 }
 
 unsigned cuda_model_lane(void) {
@@ -420,6 +479,10 @@ void cuda_model_copy_wait(int newest) {
         }
         memset(c.to, 0, 16);
         memcpy(c.to, c.from, (size_t)c.bytes);
+        if (now.is_sm90) {
+            blocks[current->block].unfenced += current->unfenced.empty();
+            current->unfenced.push_back(c.to);
+        }
     }
     copies.resize(kept);
 }

@@ -1,10 +1,10 @@
 /* A model of a CUDA device on the processor: the words of language.cuh for g++ where CADRE_CUDA_MODEL is defined. Included by
  * language.cuh only.
  *
- * Blocks of a launch run one after the other; the threads of a block are fibers on the thread that launches, each until it
- * waits, so nothing runs at once and atomics are plain. From launch to launch and block to block the threads go in
- * ascending and in descending order by turns: who forgets a barrier gets other numbers the second time. One launch runs at a
- * time in the process, hence shared memory is static.
+ * Blocks of a launch run one after the other, those of a cluster together; their threads are fibers on the thread that
+ * launches, each until it waits, so nothing runs at once and atomics are plain. From launch to launch and block to block
+ * the threads go in ascending and in descending order by turns: who forgets a barrier gets other numbers the second time.
+ * One launch runs at a time in the process, hence shared memory is static.
  *
  * What a device would do without a word ends the program with one line: lanes of a warp that do not meet, threads that wait
  * for ever, launches that no device takes, writes behind a block's shared memory. Shared memory of a launch starts
@@ -34,8 +34,13 @@
 #define CUDA_SHARED static
 #define CUDA_SHARED_DYNAMIC(type, name) type *name = (type *)cuda_model_shared
 
+#define CUDA_IS_SM90
+#define __cluster_dims__(...)
+
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, ...) \
-    cuda_model_launch(#kernel, kernel, grid, block, (size_t)(shared_bytes)__VA_OPT__(, ) __VA_ARGS__)
+    cuda_model_launch(#kernel, kernel, grid, block, 0, (size_t)(shared_bytes)__VA_OPT__(, ) __VA_ARGS__)
+#define CUDA_LAUNCH_SM90(cluster, kernel, grid, block, shared_bytes, ...) \
+    cuda_model_launch(#kernel, kernel, grid, block, cluster, (size_t)(shared_bytes)__VA_OPT__(, ) __VA_ARGS__)
 
 extern "C" void cuda_fail(int error, const char *what);
 extern "C" void *cuda_stream(void);
@@ -97,7 +102,8 @@ bool cuda_model_records(void);
 void cuda_model_note(std::function<void()> work);
 void cuda_model_arrive(void); /* copies of this thread that nobody waited for */
 
-void cuda_model_run(const char *kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arguments);
+void cuda_model_run(const char *kernel, dim3 grid, dim3 block, int cluster, size_t shared_bytes, void (*body)(void *),
+                    void *arguments);
 
 void __syncthreads(void);
 void copy_async(void *shared, const void *global, int bytes);
@@ -119,7 +125,7 @@ template <typename... P> struct cuda_model_call {
 
 /* Arguments are copied once, as a launch does. */
 template <typename... P, typename... A>
-static void cuda_model_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+static void cuda_model_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, int cluster, size_t shared_bytes,
                               A... arguments) {
     cuda_model_call<P...> call = {kernel, std::tuple<std::decay_t<P>...>(static_cast<std::decay_t<P>>(arguments)...)};
     void (*body)(void *) = [](void *of) {
@@ -127,9 +133,9 @@ static void cuda_model_launch(const char *name, void (*kernel)(P...), dim3 grid,
         std::apply(it->kernel, it->arguments);
     };
     if (cuda_model_records())
-        cuda_model_note([=]() mutable { cuda_model_run(name, grid, block, shared_bytes, body, &call); });
+        cuda_model_note([=]() mutable { cuda_model_run(name, grid, block, cluster, shared_bytes, body, &call); });
     else
-        cuda_model_run(name, grid, block, shared_bytes, body, &call);
+        cuda_model_run(name, grid, block, cluster, shared_bytes, body, &call);
 }
 
 /* ---- operations of a warp ---------------------------------------------------------------------------------------- */

@@ -152,8 +152,13 @@ enum status kernels_choose_for(const struct device *device, const char *name, co
     static const struct {
         const char *name;
         bool leaves_out_hopper, leaves_out_few;
-    } known[] = {{"auto", false, false}, {"cuda", false, false}, {"sm80", true, false}, {"tiles", false, true},
-                 {"sm80-tiles", true, true}};
+    } known[] = {
+#ifdef CADRE_CUDA_MODEL /* Hopper's only when asked for: it takes long over them */
+        {"sm90-tiles", false, true}, {"auto", true, false}, {"cuda", true, false}, {"tiles", true, true},
+#else
+        {"auto", false, false}, {"cuda", false, false}, {"tiles", false, true},
+#endif
+        {"sm80", true, false}, {"sm80-tiles", true, true}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         if (strcmp(name, known[i].name) != 0)
             continue;

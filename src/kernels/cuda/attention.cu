@@ -341,10 +341,8 @@ static tile_job tile_job_of(struct attention_shape shape, struct tensor logsumex
 
 static void launch_tile_forward(tile_job job) {
     unsigned blocks = block_count(ceil_div(job.query_count, FORWARD_QUERIES) * job.batch * job.heads);
-#ifndef CADRE_CUDA_MODEL
     if (sm90_attention_forward(job))
         return;
-#endif
     if (job.head_dim <= 64)
         CUDA_LAUNCH((tile_forward<64>), blocks, FORWARD_THREADS, tile_forward_bytes(64), job);
     else
@@ -365,10 +363,8 @@ template <int dim> static void launch_tile_backward(tile_job job) {
     int64_t heads = job.batch * job.heads, sums = heads * job.row_sum_stride;
     typedef dkv_tiles<dim> tiles;
     CUDA_LAUNCH(tile_delta, block_count(ceil_div(sums * DELTA_LANES, DELTA_THREADS)), DELTA_THREADS, 0, job);
-#ifndef CADRE_CUDA_MODEL
     if (sm90_attention_backward(job))
         return;
-#endif
     CUDA_LAUNCH((tile_dkv<dim>), block_count(ceil_div(job.key_count, tiles::KEYS) * job.batch * job.kv_heads), tiles::THREADS,
                 tiles::BYTES, job);
     CUDA_LAUNCH((tile_dq<dim>), block_count(ceil_div(job.query_count, DQ_QUERIES) * heads), DQ_THREADS, tile_dq_bytes(dim), job);
@@ -382,10 +378,7 @@ static void backward_on_tiles(struct attention_shape shape, struct tensor dout, 
                                 {dout, NULL, true}, {dq, NULL, false}, {dk, NULL, false}, {dv, NULL, false}};
     job.row_sum_stride = ceil_div(shape.query_count, 64) * 64;
     int64_t sums = shape.batch * shape.head_count * job.row_sum_stride;
-    size_t sums_bytes = (size_t)(2 * sums) * sizeof(float), kept_bytes = 0;
-#ifndef CADRE_CUDA_MODEL
-    kept_bytes = sm90_attention_backward_bytes(job);
-#endif
+    size_t sums_bytes = (size_t)(2 * sums) * sizeof(float), kept_bytes = sm90_attention_backward_bytes(job);
     job.row_lse = (float *)place(operands, 8, sums_bytes + kept_bytes);
     job.row_delta = job.row_lse + sums;
     job.kept = kept_bytes > 0 ? (bf16 *)(job.row_lse + 2 * sums) : NULL;

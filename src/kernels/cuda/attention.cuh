@@ -25,20 +25,8 @@ template <typename J> static __device__ __forceinline__ int keys_there(const J &
     return job.earlier ? *job.earlier + (int)job.query_count : (int)job.key_count;
 }
 
-static __device__ __forceinline__ float power_of_2(float x) {
-#if defined(__CUDA_ARCH__)
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
-#endif
-}
-
-#ifndef CADRE_CUDA_MODEL
 /* On Hopper's matrix units, for as many queries as keys. False: not made for this device or these operands, nothing was done.
  * Backward: row_lse and row_delta are there (tile_delta). */
 bool sm90_attention_forward(const tile_job &job);
 bool sm90_attention_backward(const tile_job &job);
 size_t sm90_attention_backward_bytes(const tile_job &job); /* that it wants to have at `kept`; 0: none */
-#endif

@@ -40,8 +40,7 @@ enum {
 #endif
 
 /* Of a thread, once a block has divided what its 384 threads began with. */
-#define BRINGER_REGISTERS "24"
-#define MULTIPLIER_REGISTERS "240"
+enum { BRINGER_REGISTERS = 24, MULTIPLIER_REGISTERS = 240 };
 
 /* Which items there are, and in what order: some key-value heads at a time, of these the long rows of tiles first. */
 struct items {
@@ -60,7 +59,7 @@ struct item {
 /* Both 0 between kernels. */
 static __device__ int items_taken, blocks_done;
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 /* ---- items ------------------------------------------------------------------------------------------------------- */
 
@@ -85,7 +84,7 @@ static __device__ __forceinline__ void take_no_more(void) {
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
 template <int dim, int rows>
-static __device__ __forceinline__ void bring_tile(unsigned char *to, const CUtensorMap *map, uint64_t *full, int batch, int row,
+static __device__ __forceinline__ void bring_tile(unsigned char *to, const tensor_map *map, uint64_t *full, int batch, int row,
                                                   int head) {
 #pragma unroll
     for (int i = 0; i < dim / 64; i++)
@@ -205,7 +204,7 @@ static __device__ __forceinline__ int64_t key_place(const tile_job &job, const s
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 struct forward_maps {
-    CUtensorMap q, k, v;
+    tensor_map q, k, v;
 };
 
 template <int dim> struct forward_shared {
@@ -214,7 +213,7 @@ template <int dim> struct forward_shared {
     int item[2];
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 /* One thread. Tiles of keys come from the diagonal on backwards. */
 template <int dim>
@@ -381,7 +380,7 @@ template <int dim>
 static __global__ void __launch_bounds__(THREADS, 1)
     forward(const __grid_constant__ struct forward_maps maps, const __grid_constant__ tile_job job,
             const __grid_constant__ struct items items) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
     CUDA_SHARED_DYNAMIC(struct forward_shared<dim>, s);
     int role = __shfl_sync(FULL_WARP, (int)threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
@@ -399,11 +398,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     if (role == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " BRINGER_REGISTERS ";");
+        registers_keep<BRINGER_REGISTERS>();
         if (threadIdx.x == 0)
             forward_bring<dim>(maps, job, items, s);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLIER_REGISTERS ";");
+        registers_get<MULTIPLIER_REGISTERS>();
         forward_multiply<dim>(job, items, s, role - 1);
     }
 #endif
@@ -412,7 +411,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 /* ---- backward: keys and values ----------------------------------------------------------------------------------- */
 
 struct backward_maps {
-    CUtensorMap q, dout, k, v;
+    tensor_map q, dout, k, v;
 };
 
 template <int dim> struct dkv_shared {
@@ -422,7 +421,7 @@ template <int dim> struct dkv_shared {
     int item;
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 /* One thread: for each item the keys and values, then the queries of all heads of the group from the diagonal on. */
 template <int dim>
@@ -603,7 +602,7 @@ template <int dim, bool keeps>
 static __global__ void __launch_bounds__(THREADS, 1)
     backward_keys(const __grid_constant__ struct backward_maps maps, const __grid_constant__ tile_job job,
                   const __grid_constant__ struct items items) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
     CUDA_SHARED_DYNAMIC(struct dkv_shared<dim>, s);
     int role = __shfl_sync(FULL_WARP, (int)threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
@@ -617,11 +616,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     if (role == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " BRINGER_REGISTERS ";");
+        registers_keep<BRINGER_REGISTERS>();
         if (threadIdx.x == 0)
             dkv_bring<dim>(maps, job, items, s);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLIER_REGISTERS ";");
+        registers_get<MULTIPLIER_REGISTERS>();
         dkv_multiply<dim, keeps>(job, items, s, role - 1);
     }
 #endif
@@ -635,7 +634,7 @@ template <int dim> struct dq_shared {
     int item;
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 template <int dim>
 static __device__ __forceinline__ void dq_bring(const struct backward_maps &maps, const tile_job &job, const struct items &items,
@@ -752,7 +751,7 @@ template <int dim>
 static __global__ void __launch_bounds__(THREADS, 1)
     backward_queries(const __grid_constant__ struct backward_maps maps, const __grid_constant__ tile_job job,
                      const __grid_constant__ struct items items) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
     CUDA_SHARED_DYNAMIC(struct dq_shared<dim>, s);
     int role = __shfl_sync(FULL_WARP, (int)threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
@@ -768,11 +767,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     if (role == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " BRINGER_REGISTERS ";");
+        registers_keep<BRINGER_REGISTERS>();
         if (threadIdx.x == 0)
             dq_bring<dim>(maps, job, items, s);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLIER_REGISTERS ";");
+        registers_get<MULTIPLIER_REGISTERS>();
         dq_multiply<dim>(job, items, s, role - 1);
     }
 #endif
@@ -783,7 +782,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 enum { SUM_STAGES = 6 };
 
 struct sum_maps {
-    CUtensorMap kept, k;
+    tensor_map kept, k;
 };
 
 template <int dim> struct sum_shared {
@@ -792,7 +791,7 @@ template <int dim> struct sum_shared {
     int item;
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 /* Of a tile of queries: blocks of 64 keys that they see. The second half of the queries may not exist. */
 static __device__ __forceinline__ int sum_steps(const tile_job &job, int tile) {
@@ -888,7 +887,7 @@ template <int dim>
 static __global__ void __launch_bounds__(THREADS, 1)
     sum_queries(const __grid_constant__ struct sum_maps maps, const __grid_constant__ tile_job job,
                 const __grid_constant__ struct items items) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
     CUDA_SHARED_DYNAMIC(struct sum_shared<dim>, s);
     int role = __shfl_sync(FULL_WARP, (int)threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
@@ -911,39 +910,26 @@ static __global__ void __launch_bounds__(THREADS, 1)
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
 
 /* Boxes of 64 columns of a head by `box_rows` rows, of [batch, rows, heads, head_dim]. */
-static void make_map(CUtensorMap *map, const bf16 *data, int64_t batch, int64_t rows, int heads, int head_dim, int box_rows) {
-    cuuint64_t row_bytes = (cuuint64_t)heads * (cuuint64_t)head_dim * 2;
-    cuuint64_t size[4] = {(cuuint64_t)head_dim, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)batch};
-    cuuint64_t stride[3] = {(cuuint64_t)head_dim * 2, row_bytes, (cuuint64_t)rows * row_bytes};
-    cuuint32_t box[4] = {64, 1, (cuuint32_t)box_rows, 1}, step[4] = {1, 1, 1, 1};
-    CUresult result = encode()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)data, size, stride, box, step,
-                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    CHECK_OP(result, ==, CUDA_SUCCESS);
+static void make_map(tensor_map *map, const bf16 *data, int64_t batch, int64_t rows, int heads, int head_dim, int box_rows) {
+    uint64_t row_bytes = (uint64_t)heads * (uint64_t)head_dim * 2;
+    uint64_t size[4] = {(uint64_t)head_dim, (uint64_t)heads, (uint64_t)rows, (uint64_t)batch};
+    uint64_t stride[3] = {(uint64_t)head_dim * 2, row_bytes, (uint64_t)rows * row_bytes};
+    uint32_t box[4] = {64, 1, (uint32_t)box_rows, 1};
+    tensor_map_make(map, data, 4, size, stride, box);
 }
 
-static void map_queries(CUtensorMap *map, const tile_job &job, const bf16 *data, int box_rows) {
+static void map_queries(tensor_map *map, const tile_job &job, const bf16 *data, int box_rows) {
     make_map(map, data, job.batch, job.query_count, job.heads, job.head_dim, box_rows);
 }
 
-static void map_keys(CUtensorMap *map, const tile_job &job, const bf16 *data, int box_rows) {
+static void map_keys(tensor_map *map, const tile_job &job, const bf16 *data, int box_rows) {
     make_map(map, data, job.batch, job.key_count, job.kv_heads, job.head_dim, box_rows);
 }
 
 static bool is_fit(const tile_job &job) {
     int64_t rows = job.batch * job.heads * ceil_div(job.query_count, GROUP_ROWS);
-    return encode() && job.query_count == job.key_count && job.head_dim % 8 == 0 && job.head_dim <= 128 && job.scale > 0 &&
-           rows <= INT32_MAX / 2;
-}
-
-static int processors(void) {
-    static int count = 0;
-    int device;
-    if (!count) {
-        cuda_check(cudaGetDevice(&device), "device");
-        cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
-    }
-    return count;
+    return tensor_maps_exist() && job.query_count == job.key_count && job.head_dim % 8 == 0 && job.head_dim <= 128 &&
+           job.scale > 0 && rows <= INT32_MAX / 2;
 }
 
 /* Of key-value heads first_pair .. + pairs - 1 of all sequences; pair_bytes: what the items of one read again and again. So many
@@ -952,7 +938,7 @@ static int processors(void) {
 static struct items items_of(const tile_job &job, int first_pair, int pairs, int per_pair, int64_t pair_bytes) {
     struct items items;
     items.tiles = (int)ceil_div(job.query_count, ROWS);
-    int64_t cached = CACHE_BYTES / pair_bytes, busy = ceil_div(2 * processors(), items.tiles * per_pair);
+    int64_t cached = CACHE_BYTES / pair_bytes, busy = ceil_div(2 * cuda_processors(), items.tiles * per_pair);
     int64_t most = cached > busy ? cached : busy;
     items.first_pair = first_pair;
     items.pairs = pairs;
@@ -967,7 +953,7 @@ static int all_pairs(const tile_job &job) {
 }
 
 static unsigned grid_of(struct items items) {
-    return (unsigned)(items.count < processors() ? items.count : processors());
+    return (unsigned)(items.count < cuda_processors() ? items.count : cuda_processors());
 }
 
 template <int dim> static void launch_forward(const tile_job &job) {
@@ -976,7 +962,7 @@ template <int dim> static void launch_forward(const tile_job &job) {
     map_queries(&maps.q, job, job.q, ROWS);
     map_keys(&maps.k, job, job.k, ROWS);
     map_keys(&maps.v, job, job.v, ROWS);
-    CUDA_LAUNCH((forward<dim>), grid_of(items), THREADS, sizeof(struct forward_shared<dim>), maps, job, items);
+    CUDA_LAUNCH_SM90(1, (forward<dim>), grid_of(items), THREADS, sizeof(struct forward_shared<dim>), maps, job, items);
 }
 
 bool sm90_attention_forward(const tile_job &job) {
@@ -1014,8 +1000,8 @@ template <int dim> static void launch_in_parts(const tile_job &job, const struct
         int pairs = all - first < at_once ? all - first : at_once;
         struct items keys = items_of(job, first, pairs, 1, 2 * (int64_t)job.query_count * job.group * job.head_dim * 2);
         struct items sums = items_of(job, first, pairs, job.group, (int64_t)job.key_count * job.head_dim * 2);
-        CUDA_LAUNCH((backward_keys<dim, true>), grid_of(keys), THREADS, sizeof(struct dkv_shared<dim>), of_keys, job, keys);
-        CUDA_LAUNCH((sum_queries<dim>), grid_of(sums), THREADS, sizeof(struct sum_shared<dim>), of_sums, job, sums);
+        CUDA_LAUNCH_SM90(1, (backward_keys<dim, true>), grid_of(keys), THREADS, sizeof(struct dkv_shared<dim>), of_keys, job, keys);
+        CUDA_LAUNCH_SM90(1, (sum_queries<dim>), grid_of(sums), THREADS, sizeof(struct sum_shared<dim>), of_sums, job, sums);
     }
 }
 
@@ -1034,8 +1020,9 @@ template <int dim> static void launch_backward(const tile_job &job) {
     map_queries(&of_queries.dout, job, job.dout, ROWS);
     struct items keys = items_of(job, 0, all_pairs(job), 1, 2 * (int64_t)job.query_count * job.group * job.head_dim * 2);
     struct items queries = items_of(job, 0, all_pairs(job), job.group, 2 * (int64_t)job.key_count * job.head_dim * 2);
-    CUDA_LAUNCH((backward_keys<dim, false>), grid_of(keys), THREADS, sizeof(struct dkv_shared<dim>), of_keys, job, keys);
-    CUDA_LAUNCH((backward_queries<dim>), grid_of(queries), THREADS, sizeof(struct dq_shared<dim>), of_queries, job, queries);
+    CUDA_LAUNCH_SM90(1, (backward_keys<dim, false>), grid_of(keys), THREADS, sizeof(struct dkv_shared<dim>), of_keys, job, keys);
+    CUDA_LAUNCH_SM90(1, (backward_queries<dim>), grid_of(queries), THREADS, sizeof(struct dq_shared<dim>), of_queries, job,
+                     queries);
 }
 
 bool sm90_attention_backward(const tile_job &job) {

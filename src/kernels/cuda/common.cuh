@@ -73,6 +73,27 @@ static __device__ __forceinline__ float high_bf16(uint32_t pair) {
     return to_float(x);
 }
 
+/* By the special-function unit, to about 1e-7 of the result. */
+static __device__ __forceinline__ float power_of_2(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+static __device__ __forceinline__ float approximate_inverse(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1 / x;
+#endif
+}
+
 static __device__ __forceinline__ void store(float *to, float x) {
     *to = x;
 }
@@ -164,6 +185,7 @@ extern "C" void *cuda_scratch(size_t bytes);
 extern "C" {
 const struct kernel_ops *kernels_cuda(void);
 bool cuda_is_general(void); /* nothing that only Hopper has */
+int cuda_processors(void);
 bool cuda_has_few(void);    /* few rows and few queries have kernels of their own */
 void product_fill_cuda(struct kernel_ops *ops);
 void attention_fill_cuda(struct kernel_ops *ops);

@@ -49,7 +49,12 @@ const struct kernel_ops *kernels_cuda(void) {
     return &table;
 }
 
+/* The model takes long over the large tiles of Hopper's kernels: only where they are asked for. */
+#ifdef CADRE_CUDA_MODEL
+static bool leaves_out_hopper = true, leaves_out_few;
+#else
 static bool leaves_out_hopper, leaves_out_few;
+#endif
 
 void kernels_cuda_leave_out(bool hopper, bool few) {
     leaves_out_hopper = hopper;
@@ -62,6 +67,21 @@ bool cuda_is_general(void) {
 
 bool cuda_has_few(void) {
     return !leaves_out_few;
+}
+
+/* The model's are few, so that each has several tiles to go through. */
+int cuda_processors(void) {
+#ifdef CADRE_CUDA_MODEL
+    return 6;
+#else
+    static int count;
+    int device;
+    if (!count) {
+        cuda_check(cudaGetDevice(&device), "device");
+        cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
+    }
+    return count;
+#endif
 }
 
 size_t cuda_scratch_bytes(void) {

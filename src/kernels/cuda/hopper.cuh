@@ -1,8 +1,29 @@
 /* Instructions of sm_90a that product_sm90.cu is built from: barriers in shared memory, the engine that copies boxes of
- * tensors, products by a group of four warps. Source: PTX ISA 8.x, sections on mbarrier, cp.async.bulk.tensor, wgmma. */
+ * tensors, products by a group of four warps. Source: PTX ISA 8.x, sections on mbarrier, cp.async.bulk.tensor, wgmma.
+ * The same words on the model of a device: device/cuda/model_sm90.cuh. */
 #pragma once
 
-#include <stdint.h>
+#include "device/cuda/language.cuh"
+
+/* A matrix of bf16 in shared memory, `offset` bytes from an address on, in rows of 128 bytes, of which the 16-byte chunks of row r
+ * are swapped by r % 8. `far`: bytes from 8 rows to the next 8; `wide`: from 64 columns to the next 64, where rows run along the
+ * inner dimension. All but the address is known when this is compiled, so that of matrices beside each other each takes one
+ * addition: sixteenths of shared memory have 14 bits, nothing is carried out of them. Of an address only its low 18 bits are
+ * where it lies in the block's own memory: from bit 24 on stands which block of the cluster that is. */
+static __device__ __forceinline__ constexpr uint64_t matrix_at(uint32_t address, uint32_t offset, uint32_t wide, uint32_t far) {
+    uint32_t low = ((address & 0x3FFFFu) >> 4) + ((offset >> 4) + (wide >> 4 << 16)), high = far >> 4 | 1u << 30;
+    return (uint64_t)high << 32 | low;
+}
+static_assert(matrix_at(0x1000400, 0x4000, 8192, 1024) == 0x4000004002000440, "whichever block of the cluster");
+
+/* The same for all lanes, and known to be: what the copy engine is asked with then needs no loop over the lanes. */
+static __device__ __forceinline__ int uniform(int x) {
+    return __shfl_sync(FULL_WARP, x, 0);
+}
+
+#ifdef CADRE_CUDA_MODEL
+#include "device/cuda/model_sm90.cuh"
+#else
 
 static __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
@@ -61,12 +82,21 @@ static __device__ __forceinline__ void fence_for_engines(void) {
     asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
 
-/* ---- one warp as one ---- */
-
-/* The same for all lanes, and known to be: what the copy engine is asked with then needs no loop over the lanes. */
-static __device__ __forceinline__ int uniform(int x) {
-    return __shfl_sync(FULL_WARP, x, 0);
+/* All threads of `threads`, a barrier for each number but 0. */
+template <int number, int threads> static __device__ __forceinline__ void group_sync(void) {
+    asm volatile("bar.sync %0, %1;" : : "n"(number), "n"(threads) : "memory");
 }
+
+/* The threads of a group of four warps keep so many registers, or get so many. */
+template <int count> static __device__ __forceinline__ void registers_keep(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(count));
+}
+
+template <int count> static __device__ __forceinline__ void registers_get(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(count));
+}
+
+/* ---- one warp as one ---- */
 
 /* One lane of a warp that is whole. */
 static __device__ __forceinline__ bool elected(void) {
@@ -134,17 +164,6 @@ static __device__ __forceinline__ void add_pair(float *to, float x, float y) {
 
 /* ---- products by a warp group ---- */
 
-/* A matrix of bf16 in shared memory, `offset` bytes from an address on, in rows of 128 bytes, of which the 16-byte chunks of row r
- * are swapped by r % 8. `far`: bytes from 8 rows to the next 8; `wide`: from 64 columns to the next 64, where rows run along the
- * inner dimension. All but the address is known when this is compiled, so that of matrices beside each other each takes one
- * addition: sixteenths of shared memory have 14 bits, nothing is carried out of them. Of an address only its low 18 bits are
- * where it lies in the block's own memory: from bit 24 on stands which block of the cluster that is. */
-static __device__ __forceinline__ constexpr uint64_t matrix_at(uint32_t address, uint32_t offset, uint32_t wide, uint32_t far) {
-    uint32_t low = ((address & 0x3FFFFu) >> 4) + ((offset >> 4) + (wide >> 4 << 16)), high = far >> 4 | 1u << 30;
-    return (uint64_t)high << 32 | low;
-}
-static_assert(matrix_at(0x1000400, 0x4000, 8192, 1024) == 0x4000004002000440, "whichever block of the cluster");
-
 static __device__ __forceinline__ void matrices_begin(void) {
     asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 }
@@ -179,3 +198,5 @@ static __device__ __forceinline__ void multiply_64x256(float d[128], uint64_t a,
                  : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64), ACC32(d, 96)
                  : "l"(a), "l"(b), "r"(accumulate), "n"(turned_a), "n"(turned_b));
 }
+
+#endif

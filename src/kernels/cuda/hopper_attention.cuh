@@ -4,6 +4,14 @@
 
 #include "kernels/cuda/hopper.cuh"
 
+#ifdef CADRE_CUDA_MODEL
+
+static inline void await(uint64_t *barrier, uint32_t parity) {
+    barrier_wait(barrier, parity);
+}
+
+#else
+
 /* ---- barriers ---- */
 
 /* Built with CADRE_CUDA_TRAP, who waits for seconds stops the program: an error in the place of a device that hangs. */
@@ -117,3 +125,5 @@ static __device__ __forceinline__ void multiply_registers(float (&d)[64], const 
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " SUMS_64 "{%64, %65, %66, %67}, %68, add, 1, 1, 1; }"
                  : ACC32(d, 0), ACC32(d, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+#endif

@@ -154,35 +154,6 @@ static void rows_product(struct tensor x, struct tensor rows, struct tensor offs
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
-#ifdef CADRE_CUDA_MODEL
-/* The model has no such units. */
-bool sm90_forward(struct tensor, struct tensor, struct tensor, struct packed, struct tensor, bool) {
-    return false;
-}
-
-bool sm90_forward_onto(struct tensor, struct packed, struct tensor, struct tensor) {
-    return false;
-}
-
-bool sm90_swiglu_forward(struct tensor, struct tensor, struct tensor, struct packed, struct packed, struct tensor, struct tensor,
-                         struct tensor, struct tensor) {
-    return false;
-}
-
-bool sm90_swiglu_backward(struct tensor, struct tensor, struct tensor, struct packed, struct tensor, struct tensor, struct tensor,
-                          struct tensor, struct tensor) {
-    return false;
-}
-
-bool sm90_backward_inputs(const struct product_term *, int, struct tensor, struct tensor, struct tensor, bool) {
-    return false;
-}
-
-bool sm90_backward_weight(struct tensor, struct tensor, struct tensor, struct tensor, struct tensor, struct tensor, bool) {
-    return false;
-}
-#endif
-
 static void product_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w, struct tensor y,
                             bool accumulate) {
     if (y.shape[0] > 0 && !few_forward(x, rows, offsets, w, y, accumulate) && !sm90_forward(x, rows, offsets, w, y, accumulate))

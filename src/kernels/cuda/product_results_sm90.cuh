@@ -7,7 +7,7 @@
 
 #include "kernels/cuda/product_sm90.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 struct strips {
     unsigned char *first; /* of this warp */
@@ -81,10 +81,7 @@ static __device__ __forceinline__ void store_bf16(const float d[128], const stru
 /* By the special-function unit, to about 1e-6: both blocks of a cluster wait for it while nothing is multiplied. */
 static __device__ __forceinline__ float sigmoid(float x) {
     const float log2_of_e = 1.44269504f;
-    float power, inverse;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-x * log2_of_e));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
-    return inverse;
+    return approximate_inverse(1 + power_of_2(-x * log2_of_e));
 }
 
 static __device__ __forceinline__ float silu_times(float gate, float up, float weight) {

@@ -16,10 +16,10 @@
  * Of a WEIGHT product the gathered operand, if there is one, is A: then C may be written transposed. */
 #include "kernels/cuda/product_results_sm90.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
 
 static __device__ __forceinline__ void bringers_sync(void) {
-    asm volatile("bar.sync 1, %0;" : : "n"((int)GROUP_THREADS) : "memory");
+    group_sync<1, GROUP_THREADS>();
 }
 
 /* ---- bringing ---------------------------------------------------------------------------------------------------- */
@@ -380,7 +380,7 @@ template <typename S> static __device__ void init_barriers(S *s, int full_arriva
 template <int form, bool gathers, int result>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     multiply(const __grid_constant__ struct maps maps, const __grid_constant__ struct problem p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef CUDA_IS_SM90
     typedef struct shared_memory<stages_of(result), strips_of(result)> shared;
     CUDA_SHARED_DYNAMIC(shared, s);
     int columns = result == TO_SWIGLU ? TILE_N / 2 : TILE_N, column_tiles = (p.n + columns - 1) / columns;
@@ -392,13 +392,13 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
         deal_tiles(p, s, (int *)s->strip);
     cluster_sync();
     if (role == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(gathers ? 56 : 40));
+        registers_keep<gathers ? 56 : 40>();
         if (gathers)
             bring_gathered<form, result>(maps, p, column_tiles, columns, s, rank);
         else
             bring_direct<form, result>(maps, p, column_tiles, columns, s, rank);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(gathers ? 224 : 232));
+        registers_get<gathers ? 224 : 232>();
         multiply_all<form, result>(maps, p, column_tiles, columns, s, rank, role - 1);
     }
     cluster_sync(); /* the other block may still write to this one's memory */
@@ -428,19 +428,16 @@ static __global__ void add_splits(const float *part, int splits, int64_t count, 
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
 
 /* Boxes of 64 numbers by `box_rows` rows of groups of matrices [rows, columns]. */
-static void make_map(CUtensorMap *map, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_rows,
+static void make_map(tensor_map *map, const void *data, int64_t groups, int64_t rows, int64_t columns, int box_rows,
                      bool has_groups) {
-    cuuint64_t size[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
-    cuuint64_t stride[2] = {(cuuint64_t)columns * 2, (cuuint64_t)(rows * columns) * 2};
-    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
-    CUresult result = encode()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, has_groups ? 3 : 2, (void *)data, size, stride, box, step,
-                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    CHECK_OP(result, ==, CUDA_SUCCESS);
+    uint64_t size[3] = {(uint64_t)columns, (uint64_t)rows, (uint64_t)groups};
+    uint64_t stride[2] = {(uint64_t)columns * 2, (uint64_t)(rows * columns) * 2};
+    uint32_t box[3] = {64, (uint32_t)box_rows, 1};
+    tensor_map_make(map, data, has_groups ? 3 : 2, size, stride, box);
 }
 
 /* Of operand A: rows that come one after the other, or by an index. */
-static void make_rows_map(CUtensorMap *map, struct tensor a, struct tensor rows, int box_rows) {
+static void make_rows_map(tensor_map *map, struct tensor a, struct tensor rows, int box_rows) {
     make_map(map, a.data, 1, a.shape[0], a.shape[1], tensor_exists(rows) ? 1 : box_rows, false);
 }
 
@@ -461,8 +458,6 @@ static bool is_fit_weight(struct packed w) {
     return w.dtype == DTYPE_BF16 && is_aligned(w.data, 16) && w.out % 8 == 0 && w.in % 8 == 0;
 }
 
-static unsigned cluster_grid(void);
-
 static int64_t rows_of(struct tensor direct, struct tensor rows) {
     return tensor_exists(rows) ? tensor_elements(rows) : direct.shape[0];
 }
@@ -482,19 +477,13 @@ static struct rows_operand operand_of(struct tensor t, struct tensor rows) {
 }
 
 static unsigned cluster_grid(void) {
-    static int processors = 0;
-    int device;
-    if (!processors) {
-        cuda_check(cudaGetDevice(&device), "device");
-        cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
-    }
-    int clusters = processors / CLUSTER;
+    int clusters = cuda_processors() / CLUSTER;
     return (unsigned)(CLUSTER * (clusters < CLUSTERS_MAX ? clusters : CLUSTERS_MAX));
 }
 
 #define START(form, gathers, result)                                                                     \
-    CUDA_LAUNCH((multiply<form, gathers, result>), cluster_grid(), THREADS,                              \
-                (sizeof(struct shared_memory<stages_of(result), strips_of(result)>)), maps, problem)
+    CUDA_LAUNCH_SM90(CLUSTER, (multiply<form, gathers, result>), cluster_grid(), THREADS,                \
+                     (sizeof(struct shared_memory<stages_of(result), strips_of(result)>)), maps, problem)
 
 /* Of rows as they are or gathered, to what a call's to_bf16 and accumulate say. */
 #define START_RESULT(form, gathers)                \
@@ -515,7 +504,7 @@ static unsigned cluster_grid(void) {
     } while (0)
 
 static bool groups_fit(int64_t groups, int64_t rows) {
-    return encode() && groups <= GROUPS_MAX && rows <= INT32_MAX / 2;
+    return tensor_maps_exist() && groups <= GROUPS_MAX && rows <= INT32_MAX / 2;
 }
 
 bool sm90_forward(struct tensor x, struct tensor rows, struct tensor offsets, struct packed w, struct tensor y, bool accumulate) {

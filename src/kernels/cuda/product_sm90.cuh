@@ -40,7 +40,7 @@ struct rows_operand {
 };
 
 struct maps {
-    CUtensorMap a[PRODUCT_TERMS_MAX], b[PRODUCT_TERMS_MAX], c[THROUGH_INPUTS];
+    tensor_map a[PRODUCT_TERMS_MAX], b[PRODUCT_TERMS_MAX], c[THROUGH_INPUTS];
 };
 
 struct problem {
