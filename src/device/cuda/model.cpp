@@ -86,6 +86,7 @@ struct meeting {
 
 struct warp {
     unsigned runnable; /* lanes that wait no longer */
+    unsigned later;    /* that stand back until the other warps have had their turn */
     int meeting_count;
     meeting meetings[WARP];
 };
@@ -237,6 +238,11 @@ void cuda_model::wait(enum state state) {
     go(me->fiber, &launcher);
 }
 
+void cuda_model::stand_back(void) {
+    warps[current->warp].later |= 1u << current->lane;
+    go(current->fiber, &launcher);
+}
+
 void cuda_model::wake(thread *t) {
     t->state = RUNS;
     warps[t->warp].runnable |= 1u << t->lane;
@@ -264,6 +270,8 @@ bool run_warp(int w) {
             go(&launcher, current->fiber);
         }
     }
+    warps[w].runnable = warps[w].later;
+    warps[w].later = 0;
     return any;
 }
 

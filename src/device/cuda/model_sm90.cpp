@@ -85,11 +85,14 @@ void end_phase_if_complete(phase_barrier *b) {
             wake(&threads[t]);
 }
 
+/* Who has arrived may not get on for a while, and who waited for that may. */
 void arrive(phase_barrier *b) {
     if (b->pending == 0)
         cuda_model_die("more arrivals than a barrier counts");
     b->pending--;
     end_phase_if_complete(b);
+    if (the_mood == LATE || (the_mood == NOW_AND_THEN && chance(3)))
+        stand_back();
 }
 
 void expect(phase_barrier *b, int64_t bytes) {
@@ -246,22 +249,24 @@ void read_pairs(const uint32_t *const lanes[WARP], float to[INNER][COLUMNS_MAX])
                     cuda_model_bits<float>((lanes[l][i] >> 16 * half) << 16);
 }
 
+float left[INNER][COLUMNS_MAX], right[INNER][COLUMNS_MAX]; /* operands of the product that runs */
+
 /* One warp's 16 of the 64 rows. */
 void multiply(const product &p, int warp_in_group, int block, float *sum) {
-    static float a[INNER][COLUMNS_MAX], b[INNER][COLUMNS_MAX];
     int columns = 2 * p.what.numbers;
     if (p.what.a_pairs)
-        read_pairs(p.a_pairs[warp_in_group], a);
+        read_pairs(p.a_pairs[warp_in_group], left);
     else
-        read_matrix(matrix_of(p.what.a, block), p.what.turned_a, 16 * warp_in_group, 16, a);
-    read_matrix(matrix_of(p.what.b, block), p.what.turned_b, 0, columns, b);
+        read_matrix(matrix_of(p.what.a, block), p.what.turned_a, 16 * warp_in_group, 16, left);
     for (int i = 0; i < 16; i++) {
         float *row = sum + i * columns;
         if (!p.what.accumulates)
             memset(row, 0, (size_t)columns * sizeof(float));
-        for (int k = 0; k < INNER; k++)
+        for (int k = 0; k < INNER; k++) {
+            float factor = left[k][i];
             for (int j = 0; j < columns; j++)
-                row[j] += a[k][i] * b[k][j];
+                row[j] += factor * right[k][j];
+        }
     }
 }
 
@@ -277,7 +282,10 @@ void do_products(int group, long newest) {
     for (product &p : groups[group].products) {
         if (p.commit > newest || p.asked != (1u << GROUP_WARPS) - 1)
             return;
-        for (int w = 0; w < GROUP_WARPS && !p.is_done; w++)
+        if (p.is_done)
+            continue;
+        read_matrix(matrix_of(p.what.b, current->block), p.what.turned_b, 0, 2 * p.what.numbers, right);
+        for (int w = 0; w < GROUP_WARPS; w++)
             multiply(p, w, current->block, find_sums(&units_of[group * GROUP_WARPS + w], p.d[w])->matrix.data());
         p.is_done = true;
     }

@@ -59,6 +59,7 @@ extern thread *current; /* NULL: nobody runs */
 
 void wait(enum state state);
 void wake(thread *t);
+void stand_back(void); /* the other warps go first */
 
 /* ---- model_sm90.cpp ---- */
 
