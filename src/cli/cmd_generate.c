@@ -27,12 +27,12 @@ static void collect_piece(void *context, const char *text, size_t size) {
     text_add(context, text, size);
 }
 
-static enum status read_stdin(struct text *out) {
-    char buffer[4096];
-    size_t size;
-    while ((size = fread(buffer, 1, sizeof buffer, stdin)) > 0)
-        text_add(out, buffer, size);
-    return ferror(stdin) ? status_fail(STATUS_IO, "cannot read the prompt from standard input") : STATUS_OK;
+static enum status read_prompt(struct text *out) {
+    TRY(common_read_stdin(out));
+    const char *zero = out->size > 0 ? memchr(text_string(out), '\0', out->size) : NULL;
+    if (zero)
+        return status_fail(STATUS_FORMAT, "the prompt is no text: byte %zu is zero", (size_t)(zero - text_string(out)));
+    return STATUS_OK;
 }
 
 static const char *precision_name(const struct loaded_model *loaded) {
@@ -91,7 +91,7 @@ static enum status load_and_run(const struct generate_flags *flags) {
     struct text typed = {0};
     struct loaded_model loaded;
     bool from_stdin = !flags->prompt || strcmp(flags->prompt, "-") == 0;
-    enum status status = from_stdin ? read_stdin(&typed) : STATUS_OK;
+    enum status status = from_stdin ? read_prompt(&typed) : STATUS_OK;
     if (status == STATUS_OK)
         status = common_load(&flags->model, flags->context_length, &loaded);
     if (status == STATUS_OK) {

@@ -4,6 +4,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "cli/arguments.h"
+#include "cli/common.h"
 #include "data/corpus.h"
 #include "infer/load.h"
 #include <stdio.h>
@@ -18,7 +19,10 @@ struct tokenize_flags {
 
 static void print_split(const char *name, const struct corpus_split *split) {
     char tokens[32], bytes[32];
-    printf("%-8s %14s tokens %12s  %.3f bytes a token\n", name, text_count(tokens, split->token_count),
+    if (split->token_count == 0)
+        printf("%-8s %14s tokens\n", name, "0");
+    else
+        printf("%-8s %14s tokens %12s  %.3f bytes a token\n", name, text_count(tokens, split->token_count),
            text_bytes(bytes, (double)split->byte_count), (double)split->byte_count / (double)split->token_count);
 }
 
@@ -79,12 +83,11 @@ static enum status encode(const struct tokenize_flags *f) {
     free(path);
     free(directory);
     TRY(status);
-    for (int c; !f->text && (c = getchar()) != EOF;) {
-        char byte = (char)c;
-        text_add(&typed, &byte, 1);
-    }
+    if (!f->text)
+        status = common_read_stdin(&typed);
     const char *text = f->text ? f->text : text_string(&typed);
-    status = tokenizer_encode(tokenizer, text, f->text ? strlen(text) : typed.size, true, &tokens);
+    if (status == STATUS_OK)
+        status = tokenizer_encode(tokenizer, text, f->text ? strlen(text) : typed.size, true, &tokens);
     if (status == STATUS_OK)
         print_tokens(f, tokenizer, &tokens);
     text_release(&typed);

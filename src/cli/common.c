@@ -1,7 +1,16 @@
 #include "cli/common.h"
 
 #include "base/threads.h"
+#include <stdio.h>
 #include <string.h>
+
+enum status common_read_stdin(struct text *out) {
+    char buffer[4096];
+    size_t size;
+    while ((size = fread(buffer, 1, sizeof buffer, stdin)) > 0)
+        text_add(out, buffer, size);
+    return ferror(stdin) ? status_fail(STATUS_IO, "cannot read text from standard input") : STATUS_OK;
+}
 
 /* auto, as in training: what multiplies faster. */
 static enum status parse_precision(const struct model_flags *flags, const struct device *device, enum dtype *compute) {

@@ -26,6 +26,13 @@ static const struct verb verbs[] = {
 };
 enum { VERB_COUNT = sizeof verbs / sizeof *verbs };
 
+static int finish_output(int exit_status) {
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return exit_status;
+    fprintf(stderr, "cadre: cannot write the result to standard output\n");
+    return 1;
+}
+
 static int print_help(FILE *out, int exit_status) {
     fprintf(out, "cadre %s: trains, studies and serves Mixture-of-Experts language models\n\n", CADRE_VERSION);
     for (int i = 0; i < VERB_COUNT; i++)
@@ -101,9 +108,9 @@ int main(int argc, char **argv) {
         return print_help(stderr, 2);
     const char *word = argv[1];
     if (strcmp(word, "help") == 0 || strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0)
-        return print_help(stdout, 0);
+        return finish_output(print_help(stdout, 0));
     if (strcmp(word, "version") == 0 || strcmp(word, "--version") == 0)
-        return print_version();
+        return finish_output(print_version());
     for (int i = 0; i < VERB_COUNT; i++)
         if (strcmp(word, verbs[i].name) == 0)
             return run_verb(&verbs[i], argc - 1, argv + 1);

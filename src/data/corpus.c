@@ -39,7 +39,7 @@ struct preparation {
     char **files; /* contents, one a domain or validation file */
     size_t file_count;
     struct block *blocks;
-    size_t block_count;
+    size_t block_count, short_blocks; /* short_blocks: of files too short to have a tenth */
     struct tokenizer *tokenizer;
     uint64_t source_hash;
 };
@@ -78,19 +78,26 @@ static size_t block_end(const char *text, size_t size, size_t wanted) {
     return (size_t)(from - text);
 }
 
+/* Of a file too short to have a tenth the blocks are counted on from one such file to the next. */
+static void hold_out_tenth(struct preparation *p, size_t first) {
+    size_t own = 0, *index = p->block_count - first > HELD_OUT_FIRST ? &own : &p->short_blocks;
+    for (size_t i = first; i < p->block_count; i++)
+        p->blocks[i].held_out = (*index)++ % HELD_OUT_EVERY == HELD_OUT_FIRST;
+}
+
 static void add_blocks(struct preparation *p, const char *text, size_t size, int domain, bool cut, bool held_out) {
-    size_t wanted = size / BLOCKS_WANTED, index = 0;
+    size_t wanted = size / BLOCKS_WANTED, first = p->block_count;
     wanted = wanted > BLOCK_BYTES ? BLOCK_BYTES : wanted < BLOCK_BYTES_MIN ? BLOCK_BYTES_MIN : wanted;
     while (size > 0) {
         size_t end = block_end(text, size, wanted);
         p->blocks = realloc(p->blocks, (p->block_count + 1) * sizeof *p->blocks);
         CHECK(p->blocks != NULL);
-        bool is_tenth = index++ % HELD_OUT_EVERY == HELD_OUT_FIRST;
-        p->blocks[p->block_count++] =
-            (struct block){.text = {text, end}, .domain = domain, .held_out = held_out || (cut && is_tenth)};
+        p->blocks[p->block_count++] = (struct block){.text = {text, end}, .domain = domain, .held_out = held_out};
         text += end;
         size -= end;
     }
+    if (cut)
+        hold_out_tenth(p, first);
 }
 
 /* "texts/moby-dick.txt" is the domain "moby-dick"; the same name twice is the same domain. */

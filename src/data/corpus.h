@@ -10,7 +10,7 @@
 
 struct corpus_options {
     const char *train_patterns; /* file_glob */
-    const char *valid_patterns; /* NULL: every tenth block of each training file is held out */
+    const char *valid_patterns; /* NULL: every tenth block of each training file is held out, of short files together */
     const char *tokenizer_path; /* NULL: one is trained, on the training split only */
     int vocab_size;             /* of a tokenizer that is trained */
     const char *directory;

@@ -105,6 +105,30 @@ static void test_a_tenth_is_held_out(void **state) {
     corpus_close(&corpus);
 }
 
+/* None of them has ten blocks; together they have four tenths. */
+static void test_of_short_files_too(void **state) {
+    (void)state;
+    struct corpus corpus;
+    char name[32];
+    int held_out = 0;
+    for (int i = 0; i < 40; i++) {
+        snprintf(name, sizeof name, "poem-%02d.short", i);
+        write_lines(name, name, 5);
+    }
+    assert_int_equal(prepare("*.short", "short", NULL), STATUS_OK);
+    open_corpus(&corpus, "short");
+    char *train = decode_split(&corpus, &corpus.train), *valid = decode_split(&corpus, &corpus.valid);
+    for (int i = 0; i < 40; i++) {
+        snprintf(name, sizeof name, "poem-%02d.short number 3", i);
+        assert_true((strstr(train, name) != NULL) != (strstr(valid, name) != NULL));
+        held_out += strstr(valid, name) != NULL;
+    }
+    assert_int_equal(held_out, 4);
+    free(train);
+    free(valid);
+    corpus_close(&corpus);
+}
+
 static void test_second_call_does_nothing(void **state) {
     (void)state;
     bool reused;
@@ -228,7 +252,8 @@ static void test_resumes_at_any_cursor(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_a_tenth_is_held_out),     cmocka_unit_test(test_second_call_does_nothing),
+        cmocka_unit_test(test_a_tenth_is_held_out),     cmocka_unit_test(test_of_short_files_too),
+        cmocka_unit_test(test_second_call_does_nothing),
         cmocka_unit_test(test_refusals),                cmocka_unit_test(test_damaged_shards_are_found),
         cmocka_unit_test(test_an_epoch_is_a_permutation), cmocka_unit_test(test_resumes_at_any_cursor),
     };

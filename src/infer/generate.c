@@ -193,6 +193,11 @@ static enum status continue_text(struct generator *g, const struct generation *g
         mask_unknown(g, &unknown);
         int32_t id = sample_token(&generation->sample, logits, (int)g->model->config.vocab_size,
                                   (uint64_t)generator_length(g));
+        if (!isfinite(logits[id])) {
+            status = status_fail(STATUS_FORMAT, "the model's scores are no numbers: its weights are damaged, or too large for "
+                                                "this precision");
+            break;
+        }
         result->reached_end = id == tokenizer_end_of_text(tokenizer);
         if (result->reached_end)
             break;

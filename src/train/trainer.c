@@ -56,6 +56,7 @@ struct trainer {
     struct step_runner runner;
     struct outer *outer; /* NULL without islands */
     struct notices notices;
+    int64_t save_step;  /* that the last save is of */
     int64_t stage_step; /* after which the present stage of a save began */
     struct guard *guards; /* [islands] for a checkpoint */
     struct train_state state;
@@ -572,7 +573,8 @@ static enum status gather_islands(struct trainer *t) {
 /* A save that is still under way is given up or waited for, as the settings say; the last one of a run always ends. */
 static enum status save(struct trainer *t) {
     const struct run_config *c = t->config;
-    TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE ? saver_cancel(t->saver) : saver_finish(t->saver));
+    bool is_best = c->checkpoint.keep_best && t->save_step == t->state.best_step; /* there is no other copy of it */
+    TRY(c->checkpoint.overlap == CHECKPOINT_OVERLAP_REPLACE && !is_best ? saver_cancel(t->saver) : saver_finish(t->saver));
     TRY(gather_islands(t));
     struct checkpoint_sources sources = {.tokenizer_path = t->corpus.tokenizer_path,
                                          .config_path = t->config_path,
@@ -583,7 +585,7 @@ static enum status save(struct trainer *t) {
                                          .keep = retention(t),
                                          .island_guards = t->guards};
     TRY(saver_start(t->saver, &sources));
-    t->stage_step = t->state.step;
+    t->save_step = t->stage_step = t->state.step;
     return STATUS_OK;
 }
 

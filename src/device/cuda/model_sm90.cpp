@@ -171,7 +171,7 @@ struct product {
     unsigned asked; /* warps */
     bool is_done;
     const float *d[GROUP_WARPS]; /* of lane 0 */
-    const uint32_t *a_pairs[GROUP_WARPS][WARP];
+    uint32_t a_pairs[GROUP_WARPS][WARP][4]; /* as they were: the translator keeps what a product reads of registers */
 };
 
 /* Sums [16, columns] of a warp that are not in its registers: products that add to them are on their way. */
@@ -241,7 +241,7 @@ void read_matrix(const matrix &m, bool turned, int begin, int count, float to[IN
 }
 
 /* Lane l has of the left operand, in pairs, rows l / 4 and + 8 of columns 2 (l % 4) and the next, then of columns + 8. */
-void read_pairs(const uint32_t *const lanes[WARP], float to[INNER][COLUMNS_MAX]) {
+void read_pairs(const uint32_t lanes[WARP][4], float to[INNER][COLUMNS_MAX]) {
     for (int l = 0; l < WARP; l++)
         for (int i = 0; i < 4; i++)
             for (int half = 0; half < 2; half++)
@@ -364,7 +364,8 @@ void ask_for_product(void *const lanes[32], unsigned) {
     product *p = next_product(&groups[number], u, *static_cast<const cuda_model_product *>(lanes[0]));
     for (int l = 0; l < WARP; l++) {
         const cuda_model_product *of_lane = static_cast<const cuda_model_product *>(lanes[l]);
-        p->a_pairs[w][l] = of_lane->a_pairs;
+        if (of_lane->a_pairs)
+            memcpy(p->a_pairs[w][l], of_lane->a_pairs, sizeof p->a_pairs[w][l]);
         if (!is_same(*of_lane, p->what) || p->commit != u->commit)
             cuda_model_die("warps of a group, or lanes of a warp, with other products");
     }

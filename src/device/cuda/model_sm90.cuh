@@ -4,7 +4,7 @@
  *
  * Of each launch one of three moods says when: as late as anybody waits for it, at once, or now and then, while warps are held
  * up at random. Boxes arrive in any order. What a box will replace is gone when it is asked for; sums of products on their way
- * are no numbers, and are read from and written to shared memory and registers when the products are done.
+ * are no numbers, and matrices in shared memory are read when the products are done.
  *
  * What a device would do without a word ends the program with one line: arrivals beyond what a barrier counts, boxes and
  * products that nobody waits for, products without a fence before them, sums that are touched while products run, reads of
