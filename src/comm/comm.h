@@ -9,8 +9,9 @@
  *     rank with nothing to send takes part with counts of zero. Requests may be waited for in any order, and requests of
  *     several communicators may be under way at once.
  *  2. Started transfers make progress while the caller computes; nothing needs to be polled.
- *  3. Buffers belong to the caller and stay untouched from start to wait. Send and receive buffers do not overlap. They lie in
- *     the processor's memory, or in that of the one device that the communicator is for.
+ *  3. Buffers belong to the caller and stay untouched from start to wait, which gives them back even where it fails, at least
+ *     those in the processor's memory. Send and receive buffers do not overlap. They lie in the processor's memory, or in that of
+ *     the one device that the communicator is for.
  *  4. No global state: a process may hold many communicators.
  *  5. A rank that is gone is a failure (STATUS_PEER) on all that wait for it, within seconds, and not a hang.
  *  6. Calls on one communicator come from one thread at a time.

@@ -10,8 +10,44 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
+#ifdef CADRE_MPI
+#include <mpi.h>
+#include <stdatomic.h>
+#endif
 
 static const char *program;
+
+#ifdef CADRE_MPI
+
+/* ---- calls that move bytes, seen by the interface that MPI has for profilers ------------------------------------------- */
+
+static _Atomic double stay_s;      /* the next look stays in MPI for so long before it moves anything; 0: it does not */
+static atomic_bool is_inside;      /* it does now */
+static atomic_bool is_given_back;  /* what moves was freed: nothing may be called any more */
+static atomic_int late_call_count; /* that was, all the same */
+
+int MPI_Testsome(int count, MPI_Request requests[], int *done_count, int indices[], MPI_Status statuses[]) {
+    double end_s = clock_seconds() + atomic_exchange(&stay_s, 0);
+    late_call_count += is_given_back;
+    is_inside = true;
+    while (clock_seconds() < end_s)
+        usleep(10000);
+    int code = PMPI_Testsome(count, requests, done_count, indices, statuses);
+    is_inside = false;
+    return code;
+}
+
+int MPI_Isend(const void *data, int count, MPI_Datatype type, int to, int tag, MPI_Comm comm, MPI_Request *request) {
+    late_call_count += is_given_back;
+    return PMPI_Isend(data, count, type, to, tag, comm, request);
+}
+
+int MPI_Irecv(void *data, int count, MPI_Datatype type, int from, int tag, MPI_Comm comm, MPI_Request *request) {
+    late_call_count += is_given_back;
+    return PMPI_Irecv(data, count, type, from, tag, comm, request);
+}
+
+#endif
 
 /* ---- the ranks ----------------------------------------------------------------------------------------------------------- */
 
@@ -105,6 +141,69 @@ static enum status part_death_waiting(struct comm_launch *launch) {
     for (;;)
         sleep(100);
 }
+
+#ifdef CADRE_MPI
+
+/* Two transfers that do not end: one is under way, the other only begun, since the engine's thread is inside MPI for inside_s. The
+ * last rank dies in that time, and who is told of it frees the buffers. told_s, was_inside: how long it took to be told, and
+ * whether the thread was inside MPI still. */
+static enum status lose_while_inside(struct comm *comm, double inside_s, double *told_s, bool *was_inside) {
+    enum { BYTES = 4 << 20 };
+    static const int64_t none[CASE_RANKS_MAX];
+    struct comm_request requests[2], request;
+    int64_t counts[CASE_RANKS_MAX], offsets[CASE_RANKS_MAX];
+    char *data[4];
+    for (int i = 0; i < 4; i++)
+        TRY(memory_alloc(&data[i], BYTES, 1));
+    for (int r = 0; r < comm->size; r++) {
+        counts[r] = BYTES / comm->size;
+        offsets[r] = r * counts[r];
+    }
+    TRY(case_helpers(comm));
+    if (comm->rank == comm->size - 1) {
+        usleep(300000);
+        kill(getpid(), SIGKILL);
+    }
+    stay_s = inside_s;
+    TRY(comm->ops->all_to_all(comm, data[0], counts, offsets, data[1], counts, offsets, &requests[0]));
+    while (!is_inside)
+        usleep(1000);
+    TRY(comm->ops->all_to_all(comm, data[2], counts, offsets, data[3], counts, offsets, &requests[1]));
+    double begin_s = clock_seconds();
+    enum status first = comm->ops->wait(comm, &requests[0]);
+    *told_s = clock_seconds() - begin_s;
+    *was_inside = is_inside;
+    enum status second = comm->ops->wait(comm, &requests[1]);
+    is_given_back = true;
+    for (int i = 0; i < 4; i++)
+        free(data[i]);
+    EXPECT(first == STATUS_PEER && second == STATUS_PEER);
+    EXPECT(comm->ops->all_to_all(comm, NULL, none, none, NULL, none, none, &request) == STATUS_PEER);
+    return first;
+}
+
+/* Who is told that it died may free what was under way. */
+static enum status part_death_inside(struct comm_launch *launch) {
+    double told_s;
+    bool was_inside;
+    enum status status = lose_while_inside(&launch->world, 1, &told_s, &was_inside);
+    usleep(1500000);
+    if (status == STATUS_PEER)
+        fprintf(stderr, "given back: %s, %d calls later\n", was_inside ? "under way" : "at rest", late_call_count);
+    return status;
+}
+
+/* A thread that never comes back from MPI does not keep the others for ever. */
+static enum status part_death_hanging(struct comm_launch *launch) {
+    double told_s;
+    bool was_inside;
+    enum status status = lose_while_inside(&launch->world, 1000, &told_s, &was_inside);
+    if (status == STATUS_PEER)
+        fprintf(stderr, "hangs: %s\n", was_inside && told_s < 8 ? "told" : "late");
+    return status;
+}
+
+#endif
 
 /* The last rank is stopped in the midst of it. */
 static enum status part_stopped(struct comm_launch *launch) {
@@ -223,6 +322,9 @@ static const struct {
              {"progress", part_progress}, {"death", part_death},
              {"death-computing", part_death_computing}, {"failure", part_failure},
              {"death-waiting", part_death_waiting},
+#ifdef CADRE_MPI
+             {"death-inside", part_death_inside}, {"death-hanging", part_death_hanging},
+#endif
              {"stopped", part_stopped}, {"stopped-computing", part_stopped_computing},
              {"slow", part_slow}, {"suspended", part_suspended}, {"hanging", part_hanging},
              {"accord", part_accord},
@@ -370,6 +472,19 @@ static void test_death_waiting(void **state) {
         fail_msg("exit status %d after %.1f s: %s", status, clock_seconds() - begin, output);
 }
 
+/* A rank is lost while others are inside MPI, with buffers of transfers that will not end. */
+static void test_death_inside(void **state) {
+    (void)state;
+    if (is_mpich())
+        skip();
+    int status = run_ranks_with("--enable-recovery", 4, "death-inside");
+    if (count_in_output("given back: at rest, 0 calls later") != 3 || count_in_output("told: rank 3 (pid ") != 1)
+        fail_msg("exit status %d: %s", status, output);
+    status = run_ranks_with("--enable-recovery", 4, "death-hanging");
+    if (count_in_output("hangs: told") != 3 || count_in_output("told: rank 3 (pid ") != 1)
+        fail_msg("exit status %d: %s", status, output);
+}
+
 /* One line, from the lowest rank, and an end three seconds later at most; the stopped one does not stay. */
 static void test_silence(void **state) {
     (void)state;
@@ -481,6 +596,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_progress),
         cmocka_unit_test(test_death),
         cmocka_unit_test(test_death_waiting),
+        cmocka_unit_test(test_death_inside),
         cmocka_unit_test(test_silence),
         cmocka_unit_test(test_no_false_alarm),
         cmocka_unit_test(test_failure),

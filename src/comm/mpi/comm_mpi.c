@@ -410,7 +410,7 @@ void comm_mpi_close(struct comm_launch *launch, enum status status) {
     if (!take_leave(site, FAREWELLS, status)) {
         if (site->watch.told)
             sleep_s(site->watch.silent ? WATCH_KILL_S + AFTER_KILL_S : LINGER_S);
-        engine_break(&site->engine, "this rank has left");
+        engine_leave(&site->engine, "this rank has left");
         return; /* MPI_Finalize would wait for ranks that do not come: the process ends without */
     }
     watch_close(&site->watch);

@@ -10,7 +10,9 @@
  *  2. `lock` is held for moments only and never while MPI is called. Order: drive before lock.
  *  3. Pieces are at most PIECE_BYTES, and about WINDOW_BYTES of a link are posted: one look moves a bounded amount, an
  *     MPI that counts in int is enough, and a starter need not wait long for `drive`.
- *  4. Once broken, MPI is not called again: after a failure it may hang or write where it should not.
+ *  4. Once broken, MPI is not called again: after a failure it may hang or write where it should not. Who was inside it when
+ *     the engine broke may be there for a while, and any call moves whatever is posted; so nobody is told of the failure
+ *     before that one has left. What is under way is never ended, and touched no more: it is the caller's to free.
  *  5. Signs of life are looked after by whoever drives; the thread wakes up for them where nobody else does.
  */
 #include "comm/mpi/engine.h"
@@ -29,6 +31,7 @@
 enum { PIECE_BYTES = 4 << 20, WINDOW_BYTES = 64 << 20 };
 enum { SPINS = 50 };                         /* looks of a waiter before it offers the core to others */
 static const double TELL_S = 0.1;             /* for telling the other hosts that a rank is gone */
+static const double LEAVE_MPI_S = 5;          /* after the break: who is still inside MPI then hangs there, and moves nothing */
 static const double PAUSE_LEAST_S = 50e-6;   /* of the thread after a look at which nothing moved, */
 static const double PAUSE_MOST_S = 8e-3;     /* doubled until here; waking up takes up to 50 us in a virtual machine */
 static const double REST_S = 2e-3;           /* while others drive, or nothing is under way */
@@ -80,7 +83,7 @@ static enum status make_room(struct engine *engine) {
 
 /* Post as many pieces as the window lets through. */
 static void link_post(struct engine *engine, struct link *link) {
-    while (link->first && link->posted_bytes < WINDOW_BYTES) {
+    while (link->first && link->posted_bytes < WINDOW_BYTES && !engine->broken) {
         struct stream *stream = link->first;
         int64_t left = stream->bytes - stream->posted, bytes = left < PIECE_BYTES ? left : PIECE_BYTES;
         char *data = stream->data + stream->posted;
@@ -119,7 +122,7 @@ static void transfer_post(struct engine *engine, struct transfer *transfer) {
 
 static bool post_queue(struct engine *engine) {
     pthread_mutex_lock(&engine->lock);
-    struct transfer *transfer = engine->queue_first;
+    struct transfer *transfer = engine->broken ? NULL : engine->queue_first;
     engine->queue_first = engine->queue_last = NULL;
     pthread_mutex_unlock(&engine->lock);
     bool any = transfer != NULL;
@@ -234,8 +237,10 @@ static void close_gaps(struct engine *engine) {
     engine->active = kept;
 }
 
-/* One look. Returns whether anything moved. */
+/* One look. Returns whether anything moved: nothing does once the engine is broken. */
 static enum moved look(struct engine *engine) {
+    if (engine->broken)
+        return NOTHING;
     enum moved moved = post_queue(engine) ? SURELY : NOTHING;
     int count = 0;
     double begin = clock_seconds();
@@ -342,6 +347,22 @@ static void *thread_main(void *context) {
 
 /* ---- for the ranks' threads ------------------------------------------------------------------------------------------------ */
 
+/* The right to drive; false where it is not to be had by then: who has it may hang in MPI. */
+static bool drives_by(struct engine *engine, double end_s) {
+    while (pthread_mutex_trylock(&engine->drive) != 0) {
+        if (clock_seconds() > end_s)
+            return false;
+        sched_yield();
+    }
+    return true;
+}
+
+/* Once broken: until nobody is inside MPI any more. With no lock held. */
+static void await_last_look(struct engine *engine) {
+    if (drives_by(engine, engine->broken_s + LEAVE_MPI_S))
+        pthread_mutex_unlock(&engine->drive);
+}
+
 /* With `lock` held: from now on the thread may have to drive. */
 static void leave(struct engine *engine) {
     engine->inside_count--;
@@ -372,6 +393,7 @@ enum status engine_start(struct engine *engine, struct transfer *transfer) {
     pthread_mutex_unlock(&engine->lock);
     if (broken) {
         engine_started(engine);
+        await_last_look(engine);
         return STATUS_PEER;
     }
     if (!empty && pthread_mutex_trylock(&engine->drive) == 0) {
@@ -426,25 +448,17 @@ enum status engine_wait(struct engine *engine, struct transfer *transfer, double
         }
     }
     leave(engine);
-    if (status == STATUS_OK && !transfer->done)
+    bool lost = status == STATUS_OK && !transfer->done;
+    if (lost)
         status = status_fail(STATUS_PEER, "%s", engine->failure);
     pthread_mutex_unlock(&engine->lock);
+    if (lost)
+        await_last_look(engine);
     return status;
 }
 
-/* Who has the right to drive may hang in MPI. */
-static bool drives_soon(struct engine *engine) {
-    double end_s = clock_seconds() + TELL_S;
-    while (pthread_mutex_trylock(&engine->drive) != 0) {
-        if (clock_seconds() > end_s)
-            return false;
-        sched_yield();
-    }
-    return true;
-}
-
 bool engine_was_told(struct engine *engine) {
-    if (!drives_soon(engine))
+    if (!drives_by(engine, clock_seconds() + TELL_S))
         return false;
     bool told = engine->broken ? engine->pulse.told_gone >= 0 : pulse_was_told(&engine->pulse, clock_seconds());
     pthread_mutex_unlock(&engine->drive);
@@ -452,7 +466,7 @@ bool engine_was_told(struct engine *engine) {
 }
 
 void engine_tell_gone(struct engine *engine, const bool *ranks, int gone) {
-    if (!drives_soon(engine))
+    if (!drives_by(engine, clock_seconds() + TELL_S))
         return;
     for (int r = 0; r < engine->size && !engine->broken; r++)
         if (ranks[r] && r != engine->rank)
@@ -474,12 +488,18 @@ void engine_break(struct engine *engine, const char *line) {
     bool is_first = !engine->broken;
     if (is_first) {
         snprintf(engine->failure, sizeof engine->failure, "%s", line);
+        engine->broken_s = clock_seconds();
         engine->broken = true;
     }
     pthread_cond_broadcast(&engine->done);
     pthread_mutex_unlock(&engine->lock);
     if (is_first)
         engine->broke(engine->context);
+}
+
+void engine_leave(struct engine *engine, const char *line) {
+    engine_break(engine, line);
+    await_last_look(engine);
 }
 
 enum status engine_open(struct engine *engine, MPI_Comm world) {

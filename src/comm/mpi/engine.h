@@ -57,6 +57,7 @@ struct engine {
     bool idle, closing;
     atomic_int failed_rank; /* that MPI could not reach, which broke the engine; -1: none */
     atomic_bool broken; /* nothing is moved any more and MPI is not called; failure says why */
+    double broken_s; /* when that was */
     char failure[512];
 
     pthread_mutex_t drive; /* the right to call MPI, and everything below */
@@ -86,7 +87,9 @@ enum status engine_start(struct engine *engine, struct transfer *transfer) MUST_
  * thread leaves it the core. */
 void engine_started(struct engine *engine);
 
-/* Until the transfer is done, or all is lost (STATUS_PEER), or until deadline_s of clock_seconds (0: none) has passed. */
+/* Until the transfer is done, or all is lost (STATUS_PEER), or until deadline_s of clock_seconds (0: none) has passed. When all
+ * is lost, engine_start and engine_wait say so only when no thread is inside MPI any more: nothing of what any transfer moves is
+ * touched from then on. */
 enum status engine_wait(struct engine *engine, struct transfer *transfer, double deadline_s) MUST_USE;
 
 /* From now on a rank that gives no sign of life for so long is a failure (pulse.h): all is lost, as after engine_break, with
@@ -101,3 +104,6 @@ bool engine_was_told(struct engine *engine);
 
 /* All is lost: whoever waits now or later fails with STATUS_PEER and this line. The first line stays. */
 void engine_break(struct engine *engine, const char *line);
+
+/* The same for who does not drive, until no thread is inside MPI any more: the process may end. */
+void engine_leave(struct engine *engine, const char *line);
