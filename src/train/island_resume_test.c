@@ -7,7 +7,7 @@
 #include "train/state.h"
 #include <math.h>
 
-enum { STEPS = 12 };
+enum { STEPS = 12, CALL_FIRST = 10, CALL_STRIDE = 17 };
 
 static char *corpus_path;
 
@@ -132,6 +132,28 @@ static void test_resumed_is_uninterrupted(void **state) {
     }
 }
 
+/* A rank is gone from any of its calls on, with all kinds of transfers between islands under way: all fail, and what is given back
+ * is touched by nobody any more. The run goes on each time, and in the end is as if that had not been. */
+static void test_lost_and_resumed(void **state) {
+    (void)state;
+    char *whole = directory_of("whole", 0), *lossy = directory_of("lossy", 0);
+    struct call call = {.directory = whole, .ranks = 4, .islands = 4, .shard = "1", .sync_steps = "4", .overlap = "2"};
+    struct comm_threads_faults faults = {.seed = 5, .latency_s = 2e-4, .dying_rank = 2, .dying_call = CALL_FIRST};
+    enum status status = STATUS_PEER;
+    train(&call);
+    call.directory = lossy;
+    for (; status != STATUS_OK; faults.dying_call += CALL_STRIDE) {
+        status = comm_threads_run_with(call.ranks, &faults, train_on, &call);
+        if (status != STATUS_OK && status != STATUS_PEER)
+            fail_msg("call %lld: %s", (long long)faults.dying_call, status_text());
+    }
+    expect_same_end(whole, lossy);
+    remove_all(whole);
+    remove_all(lossy);
+    free(whole);
+    free(lossy);
+}
+
 static void expect_islands(const char *directory, int64_t islands) {
     struct train_state state;
     char *end = checkpoint_of(directory, STEPS);
@@ -168,6 +190,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_resumed_is_uninterrupted),
         cmocka_unit_test(test_another_number_of_islands),
+        cmocka_unit_test(test_lost_and_resumed),
     };
     return cmocka_run_group_tests(tests, write_corpus_and_set_up, forget_corpus_and_tear_down);
 }

@@ -508,7 +508,7 @@ static enum status set_up(struct trainer *t, struct train_summary *summary) {
     return comm_agree(world, status);
 }
 
-/* What other islands may still send into when this one has failed alone: kept until the process ends. */
+/* What other islands may still send into when this one has failed: kept until the process ends. */
 struct left_behind {
     struct left_behind *next;
     struct outer *outer;
@@ -529,10 +529,10 @@ static void leave_islands(struct trainer *t) {
     t->notices = (struct notices){0};
 }
 
-/* A rank that was lost ends all that is under way; any other failure does not. */
+/* After a failure what is under way between islands may go on, even after STATUS_PEER: that can be of other transfers only. */
 static void tear_down(struct trainer *t, enum status status) {
     bool under_way = notices_are_under_way(&t->notices) || (t->outer && t->outer->travels);
-    if (under_way && status != STATUS_OK && status != STATUS_PEER)
+    if (under_way && status != STATUS_OK)
         leave_islands(t);
     saver_destroy(t->saver);
     outer_destroy(t->outer);
