@@ -422,27 +422,12 @@ static bool is_mpich(void) {
     return strncmp(comm_launch_library(library, sizeof library), "MPICH", 5) == 0;
 }
 
-/* Open MPI 4 copies from the memory of another process; where that is gone by then, once in some hundred deaths, it may read what
- * it did not get, and is ended by that before anybody can tell. */
-static bool crashed_in_mpi(void) {
-    return strstr(output, "Read -1, expected") && strstr(output, "Segmentation fault") && strstr(output, "mca_pml_ob1.so");
-}
-
 /* One line that names the rank, and an end within so many seconds. MPICH's starter may kill all others before they can tell. */
 static void expect_told_within(double seconds, int lines_most, const char *part, int gone) {
-    enum { TRIES = 3 };
     char expected[64];
-    double begin;
-    int status, told, tries = 0;
+    double begin = clock_seconds();
     snprintf(expected, sizeof expected, "told: rank %d (pid ", gone);
-    do {
-        begin = clock_seconds();
-        status = run_ranks(4, part);
-        told = count_in_output(expected);
-    } while (told == 0 && crashed_in_mpi() && ++tries < TRIES);
-    if (tries > 0)
-        print_message("%s: the MPI library itself crashed on a rank that was gone, %d times\n", part, tries);
-    int lines = count_in_output("told: ");
+    int status = run_ranks(4, part), told = count_in_output(expected), lines = count_in_output("told: ");
     bool killed = is_mpich() && lines == 0;
     if (status == 0 || clock_seconds() - begin > seconds || (!killed && (told != 1 || lines > lines_most)))
         fail_msg("%s: exit status %d after %.1f s: %s", part, status, clock_seconds() - begin, output);
