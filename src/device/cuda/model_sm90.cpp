@@ -196,6 +196,8 @@ struct group_units {
 warp_units units_of[WARPS_MAX];
 group_units groups[WARPS_MAX / GROUP_WARPS];
 
+const char RUNS_OVER[] = "a matrix whose address runs into the next field";
+
 /* Of a matrix in shared memory, by what the instruction is told of it: eight numbers that lie beside each other. */
 struct matrix {
     uint32_t start, wide, far;
@@ -206,7 +208,7 @@ matrix matrix_of(uint64_t told, int block) {
     if (told >> 62 != 1 || (told >> 46 & 0xFFFF) != 0)
         cuda_model_die("a matrix whose chunks of 16 bytes are not swapped within 128");
     if ((told & 0x3FFF) != (told & 0xFFFF))
-        cuda_model_die("a matrix whose address runs into the next field");
+        cuda_model_die(RUNS_OVER);
     return {(uint32_t)(told & 0x3FFF) << 4, (uint32_t)(told >> 16 & 0x3FFF) << 4, (uint32_t)(told >> 32 & 0x3FFF) << 4, block};
 }
 
@@ -230,6 +232,8 @@ void read_eight(const matrix &m, uint32_t offset, float to[8]) {
 /* Rows begin.. + count of an operand, to[k][row]; turned: its rows in memory run along the inner dimension. */
 void read_matrix(const matrix &m, bool turned, int begin, int count, float to[INNER][COLUMNS_MAX]) {
     float eight[8];
+    if (!turned && m.wide != 16) /* which a device does not read there, and kernels say nothing else of */
+        cuda_model_die(RUNS_OVER);
     for (int row = 0; row < count; row += turned ? 8 : 1)
         for (int k = 0; k < INNER; k += turned ? 1 : 8) {
             uint32_t r = (uint32_t)(begin + row), kk = (uint32_t)k;
