@@ -73,6 +73,25 @@ expect 2 'unknown key train.stpes; the nearest known one is train.steps' -- "$ca
 printf '[train]\nstpes = 3\nseed = 1\n' >"$work/bad.ini"
 expect 2 'unknown key train.stpes; the nearest known one is train.steps' -- "$cadre" train --config "$work/bad.ini"
 
+# Names that are not UTF-8, or would be two lines.
+other="$work/caf$(printf '\351')"
+cp "$work/text.txt" "$other.txt"
+expect 0 '' -- "$cadre" tokenize --data "$other.txt" --out "$other" --vocab-size 300 --json
+grep -q '"vocab_size":300' "$work/out" || complain "a corpus with a name that is not UTF-8: $(cat "$work/out")"
+expect 1 'no such file' -- "$cadre" tokenize --data "$work/two
+lines.txt" --out "$work/none"
+[ "$(wc -l <"$work/err")" -eq 1 ] || complain "a name of two lines: $(cat "$work/err")"
+mkdir "$work/odd"
+printf '{"model_type":"two\\nlines"}' >"$work/odd/config.json"
+expect 1 'two?lines' -- "$cadre" inspect "$work/odd"
+if [ -c /dev/full ]; then
+    "$cadre" help >/dev/full 2>"$work/err" && complain "help to a full output ended with 0"
+fi
+printf 'a\000b' >"$work/zero"
+"$cadre" generate --model "$work/odd" <"$work/zero" 2>"$work/err" && complain "a prompt with a zero byte was taken"
+grep -q 'the prompt is no text: byte 1 is zero' "$work/err" || complain "a prompt with a zero byte: $(cat "$work/err")"
+"$cadre" tokenize --model "$work/odd" <"$work" >/dev/null 2>"$work/err" && complain "a directory was tokenized"
+
 run="$work/run"
 expect 0 '' -- "$cadre" train --model.preset tiny --data.train "$work/text.txt" --run.directory "$run" \
     --data.vocab_size 300 --train.steps 8 --train.sample_every_steps 8

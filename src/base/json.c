@@ -1,8 +1,21 @@
 #include "base/json.h"
 
 #include "base/file.h"
+#include "base/memory.h"
 #include <stdlib.h>
 #include <string.h>
+
+json_t *json_name(const char *name) {
+    json_t *whole = json_string(name);
+    if (whole)
+        return whole;
+    char *ascii = memory_copy_string(name);
+    for (char *c = ascii; *c; c++)
+        *c = (unsigned char)*c < 0x80 ? *c : '?';
+    whole = json_string(ascii);
+    free(ascii);
+    return whole;
+}
 
 enum status json_parse(const char *label, const char *data, size_t size, json_t **out) {
     json_error_t error;

@@ -10,6 +10,9 @@
 enum status json_read_file(const char *path, uint64_t limit_bytes, json_t **out) MUST_USE;
 enum status json_parse(const char *label, const char *data, size_t size, json_t **out) MUST_USE;
 
+/* A name of the system's, which need not be UTF-8: then with '?' for every byte that is not ASCII. */
+json_t *json_name(const char *name);
+
 /* Write indented JSON so that the file is always whole (file_write). */
 enum status json_write_file(const char *path, const json_t *value) MUST_USE;
 enum status json_write_draft(const char *path, const json_t *value) MUST_USE; /* the same by file_write_draft */

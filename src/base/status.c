@@ -9,6 +9,14 @@
 
 static _Thread_local char message[MESSAGE_BYTES];
 
+/* A message is one line, whatever is in the names and texts that it tells of, and does not speak to a terminal. */
+static void keep(const char fresh[MESSAGE_BYTES]) {
+    int i = 0;
+    for (; fresh[i]; i++)
+        message[i] = (unsigned char)fresh[i] < ' ' || fresh[i] == 0x7F ? '?' : fresh[i];
+    message[i] = '\0';
+}
+
 enum status status_fail(enum status code, const char *format, ...) {
     CHECK(code != STATUS_OK);
     /* The arguments may point into the old message, so the new one is written beside it first. */
@@ -17,7 +25,7 @@ enum status status_fail(enum status code, const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(fresh, sizeof fresh, format, arguments);
     va_end(arguments);
-    memcpy(message, fresh, sizeof message);
+    keep(fresh);
     return code;
 }
 
@@ -31,7 +39,7 @@ enum status status_prefix(enum status code, const char *format, ...) {
     va_end(arguments);
     if (used >= 0 && used < MESSAGE_BYTES)
         snprintf(fresh + used, (size_t)(MESSAGE_BYTES - used), ": %s", message);
-    memcpy(message, fresh, sizeof message);
+    keep(fresh);
     return code;
 }
 

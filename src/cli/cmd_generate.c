@@ -41,7 +41,7 @@ static const char *precision_name(const struct loaded_model *loaded) {
 
 static void print_json(const char *prompt, const struct text *text, const struct generation_result *result,
                        const char *precision) {
-    json_t *object = json_pack("{s:s,s:s%,s:I,s:I,s:b,s:f,s:s}", "prompt", prompt, "text", text_string(text), text->size,
+    json_t *object = json_pack("{s:o,s:s%,s:I,s:I,s:b,s:f,s:s}", "prompt", json_name(prompt), "text", text_string(text), text->size,
                                "prompt_tokens", (json_int_t)result->prompt_tokens, "new_tokens",
                                (json_int_t)result->new_tokens, "end_of_text", result->reached_end, "tokens_per_s",
                                (double)result->new_tokens / result->new_seconds, "precision", precision);

@@ -38,7 +38,7 @@ static enum status prepare(const struct tokenize_flags *f) {
     TRY(corpus_prepare(&options, &reused));
     TRY(corpus_open(&corpus, f->out));
     if (f->json) {
-        json_t *object = json_pack("{s:s,s:i,s:I,s:I}", "directory", f->out, "vocab_size", corpus.vocab_size,
+        json_t *object = json_pack("{s:o,s:i,s:I,s:I}", "directory", json_name(f->out), "vocab_size", corpus.vocab_size,
                                    "train_tokens", (json_int_t)corpus.train.token_count, "valid_tokens",
                                    (json_int_t)corpus.valid.token_count);
         json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);

@@ -96,11 +96,12 @@ static void print_summary(const struct train_summary *s) {
 }
 
 static void print_json(const struct run_config *config, const struct train_summary *s) {
-    json_t *object = json_pack("{s:s,s:I,s:I,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:s}", "directory", config->run.directory, "step",
-                               (json_int_t)s->step, "steps", (json_int_t)s->step_count, "tokens",
-                               (json_int_t)s->tokens, "seconds", s->seconds, "tokens_per_s", s->tokens_per_s,
-                               "roof_share", s->roof_share, "peak_bytes", s->peak_bytes, "planned_bytes",
-                               s->planned_bytes, "device_bytes", s->device_bytes, "device", config->run.device);
+    json_t *object = json_pack("{s:o,s:I,s:I,s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:s}", "directory",
+                               json_name(config->run.directory), "step", (json_int_t)s->step, "steps",
+                               (json_int_t)s->step_count, "tokens", (json_int_t)s->tokens, "seconds", s->seconds,
+                               "tokens_per_s", s->tokens_per_s, "roof_share", s->roof_share, "peak_bytes", s->peak_bytes,
+                               "planned_bytes", s->planned_bytes, "device_bytes", s->device_bytes, "device",
+                               config->run.device);
     json_object_set_new(object, "valid_loss", metrics_number(s->valid_loss));
     json_object_set_new(object, "valid_bits_per_byte", metrics_number(s->valid_bits_per_byte));
     json_dumpf(object, stdout, JSON_COMPACT | JSON_PRESERVE_ORDER);

@@ -210,10 +210,10 @@ static enum status print_newest(const struct finding *f, const char *run_directo
 /* ---- for a program ----------------------------------------------------------------------------------------------- */
 
 static json_t *describe(const struct finding *f, bool verify) {
-    json_t *object = json_pack("{s:s,s:I,s:b,s:b}", "path", f->path, "step", (json_int_t)f->step, "good", !f->message,
+    json_t *object = json_pack("{s:o,s:I,s:b,s:b}", "path", json_name(f->path), "step", (json_int_t)f->step, "good", !f->message,
                                "verified", verify);
     if (f->message)
-        json_object_set_new(object, "message", json_string(f->message));
+        json_object_set_new(object, "message", json_name(f->message));
     if (f->has_state) {
         json_object_set_new(object, "sequences", json_integer(f->state.sequences));
         json_object_set_new(object, "tokens", json_integer(f->state.tokens));

@@ -225,7 +225,7 @@ static enum status write_all(const struct preparation *p) {
     json_t *root = json_object(), *domains = json_array();
     snprintf(hash, sizeof hash, "%016" PRIx64, p->source_hash);
     for (size_t i = 0; i < p->domains.count; i++)
-        json_array_append_new(domains, json_string(p->domains.items[i]));
+        json_array_append_new(domains, json_name(p->domains.items[i]));
     json_object_set_new(root, "version", json_integer(CORPUS_VERSION));
     json_object_set_new(root, "source", json_string(hash));
     json_object_set_new(root, "vocab_size", json_integer(tokenizer_vocab_size(p->tokenizer)));

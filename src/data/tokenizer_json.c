@@ -224,6 +224,17 @@ static enum status read_parts(struct tokenizer *t, const char *path, const json_
     return STATUS_OK;
 }
 
+/* Marks within or behind a word, of pieces that bytes alone do not make. */
+static enum status refuse_affixes(const char *path, const json_t *model) {
+    const char *const affixes[] = {"continuing_subword_prefix", "end_of_word_suffix"};
+    for (size_t i = 0; i < sizeof affixes / sizeof *affixes; i++) {
+        const char *affix = json_string_value(json_object_get(model, affixes[i]));
+        if (affix && *affix)
+            return status_fail(STATUS_FORMAT, "%s: a BPE with %s \"%.40s\" is not supported", path, affixes[i], affix);
+    }
+    return STATUS_OK;
+}
+
 static enum status read_root(const char *path, const json_t *root, struct tokenizer **out) {
     const json_t *model = json_object_get(root, "model");
     json_t *vocab = json_object_get(model, "vocab");
@@ -233,6 +244,7 @@ static enum status read_root(const char *path, const json_t *root, struct tokeni
         return status_fail(STATUS_FORMAT, "%s: model \"%.40s\" is not supported, only BPE", path, type);
     if (is_true(model, "byte_fallback", false))
         return status_fail(STATUS_FORMAT, "%s: a BPE with byte_fallback is not byte level and not supported", path);
+    TRY(refuse_affixes(path, model));
     TRY(measure_vocabulary(path, vocab, json_object_get(root, "added_tokens"), &size));
     *out = tokenizer_new(size);
     enum status status = read_parts(*out, path, root, vocab);

@@ -183,7 +183,7 @@ enum status model_config_read(struct model_config *config, const char *path) {
     enum status status = read_config((struct json_source){path, object}, config);
     json_decref(object);
     TRY(status);
-    return model_config_check(config, path);
+    return model_config_check(config, path) == STATUS_OK ? STATUS_OK : status_fail(STATUS_FORMAT, "%s", status_text());
 }
 
 static void write_experts(const struct model_config *c, json_t *object) {
