@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <deque>
-#include <inttypes.h>
 #include <stdio.h>
 
 using namespace cuda_model;
