@@ -41,6 +41,8 @@ expect 2 'unknown preset "demos"; the nearest known one is demo' -- "$cadre" tra
 expect 2 'num_experts_per_tok 9 is more than num_experts 8' -- "$cadre" train --model.num_experts_per_tok 9
 expect 2 'not a multiple of num_key_value_heads' -- "$cadre" train --model.num_key_value_heads 3
 expect 2 'not a multiple of num_attention_heads' -- "$cadre" train --model.hidden_size 100
+expect 2 'parameters; at most' -- "$cadre" inspect --preset tiny --model.hidden_size 1048576 --model.num_hidden_layers 4096 \
+    --model.moe_intermediate_size 1048576 --model.num_experts 65536
 expect 2 'data.train is not set' -- "$cadre" train --run.directory "$work/none"
 expect 2 'must be a whole number' -- "$cadre" train --train.steps 1.5
 expect 2 'optim.epsilon' -- "$cadre" train --optim.epsilon 0

@@ -7,6 +7,7 @@
 enum { CONFIG_JSON_BYTES_MAX = 1 << 20 };
 
 static const double DIM_MAX = 1 << 20;
+static const double PARAMETERS_MAX = 1e15; /* so many that their bytes can still be counted */
 
 const struct setting model_settings[] = {
 #define MODEL(member) "model", #member
@@ -70,6 +71,14 @@ void model_config_init(struct model_config *config) {
     };
 }
 
+/* But for the norms. In double, for sizes that each are possible together need not be. */
+static double parameters_of(const struct model_config *c) {
+    double d = (double)c->hidden_size, heads = (double)(c->num_attention_heads * c->head_dim);
+    double kv_heads = (double)(c->num_key_value_heads * c->head_dim), experts = (double)c->num_experts;
+    double mlp = experts > 0 ? experts * (3 * (double)c->moe_intermediate_size + 1) : 3 * (double)c->intermediate_size;
+    return d * ((double)c->num_hidden_layers * (2 * heads + 2 * kv_heads + mlp) + 2 * (double)c->vocab_size);
+}
+
 enum status model_config_check(struct model_config *c, const char *origin) {
     if (c->num_attention_heads % c->num_key_value_heads != 0)
         return status_fail(STATUS_USAGE, "%s: num_attention_heads %lld is not a multiple of num_key_value_heads %lld",
@@ -86,6 +95,9 @@ enum status model_config_check(struct model_config *c, const char *origin) {
     if (c->num_experts > 0 && c->num_experts_per_tok > c->num_experts)
         return status_fail(STATUS_USAGE, "%s: num_experts_per_tok %lld is more than num_experts %lld", origin,
                            (long long)c->num_experts_per_tok, (long long)c->num_experts);
+    if (parameters_of(c) > PARAMETERS_MAX)
+        return status_fail(STATUS_USAGE, "%s: a model of %.3g parameters; at most %.0e can be counted", origin, parameters_of(c),
+                           PARAMETERS_MAX);
     return STATUS_OK;
 }
 
