@@ -35,7 +35,9 @@ enum {
 
 /* Of gradients of scores between two kernels, at most. Where not even those of one key-value head fit, or built with 0, they are
  * made again. */
-#ifndef KEPT_BYTES
+#if !defined(KEPT_BYTES) && defined(CADRE_CUDA_MODEL)
+#define KEPT_BYTES (1ll << 19) /* tests go all ways: all at a time, some, none */
+#elif !defined(KEPT_BYTES)
 #define KEPT_BYTES (9ll << 27)
 #endif
 
