@@ -202,11 +202,38 @@ static void test_what_is_no_token_is_never_written(void **state) {
     tokenizer_destroy(tokenizer);
 }
 
+/* Weights that are no numbers give none: nothing is written, and it is said. */
+static void test_no_numbers_no_text(void **state) {
+    (void)state;
+    struct text_view corpus = {"the cat and the dog and the bird and the fish", 45};
+    struct tokenizer *tokenizer;
+    struct generation_result result;
+    assert_int_equal(tokenizer_train(&corpus, 1, VOCAB, &tokenizer), STATUS_OK);
+    struct model *model = make_model(6, DTYPE_F32);
+    struct tensor head = model_tensor(model, model->own_weight, PARAMETER_HEAD, -1);
+    for (int64_t i = 0; i < tensor_elements(head); i++)
+        ((float *)head.data)[i] = NAN;
+    model_repack(model);
+    struct generator *g;
+    assert_int_equal(generator_create(&g, model, CAPACITY), STATUS_OK);
+    for (int temperature = 0; temperature < 2; temperature++) {
+        struct text text = {0};
+        struct generation generation = {tokenizer, "the cat", 20, {temperature, 0, 1, 4}, collect, &text};
+        assert_int_equal(generator_run(g, &generation, &result), STATUS_FORMAT);
+        assert_int_equal(text.size, 0);
+        text_release(&text);
+    }
+    generator_destroy(g);
+    model_destroy(model);
+    tokenizer_destroy(tokenizer);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_cache_equals_recomputing),
                                        cmocka_unit_test(test_rewound_equals_never_read),
                                        cmocka_unit_test(test_bf16_is_close), cmocka_unit_test(test_sampler),
                                        cmocka_unit_test(test_same_seed_same_text),
-                                       cmocka_unit_test(test_what_is_no_token_is_never_written)};
+                                       cmocka_unit_test(test_what_is_no_token_is_never_written),
+                                       cmocka_unit_test(test_no_numbers_no_text)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

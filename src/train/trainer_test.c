@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <cmocka.h>
 
 enum { STEPS = 10 };
@@ -373,6 +374,35 @@ static void test_full_disk_keeps_the_last_checkpoint(void **state) {
     assert_same_run("roomy", "full");
 }
 
+/* Writing the checkpoint of step 2 takes longer than the steps until the next save. */
+static int second_is_slow(void *context, enum file_operation operation, const char *path) {
+    (void)context;
+    if (operation == FILE_WRITE && strstr(path, "step-000002"))
+        nanosleep(&(struct timespec){.tv_nsec = 300 * 1000 * 1000}, NULL);
+    return 0;
+}
+
+/* Nothing is learnt, so that the first evaluation stays the best. A later save does not take the place of its checkpoint, of which
+ * there is no other copy. */
+static void test_best_is_not_replaced(void **state) {
+    (void)state;
+    char *directory = path_join(root, "best"), *best = path_join(directory, "checkpoints/step-000002");
+    const char *pairs[] = {"model.preset", "tiny", "data.train", corpus_path, "run.directory", directory, "data.vocab_size", "300",
+                           "train.steps", "6", "optim.lr", "1e-30", "checkpoint.every_steps", "2", "train.eval_every_steps", "2",
+                           "checkpoint.overlap", "replace", "checkpoint.keep_best", "yes", "checkpoint.keep", "1"};
+    struct run_config config;
+    struct train_summary summary;
+    struct comm self = comm_self();
+    assert_int_equal(run_config_resolve(&config, NULL, pairs, sizeof pairs / sizeof *pairs / 2), STATUS_OK);
+    file_set_fault(second_is_slow, NULL);
+    enum status status = train_run(&config, (struct train_world){&self, 1, 0}, (struct train_hooks){0}, &summary);
+    file_set_fault(NULL, NULL);
+    assert_int_equal(status, STATUS_OK);
+    assert_true(directory_exists(best));
+    free(directory);
+    free(best);
+}
+
 static void test_refusals(void **state) {
     (void)state;
     struct call call = {.directory = "refusal", .more_key = "model.hidden_size", .more_value = "32"};
@@ -398,6 +428,7 @@ int main(void) {
         cmocka_unit_test(test_damaged_checkpoint_falls_back_to_the_one_before),
         cmocka_unit_test(test_no_checkpoint_at_the_end),
         cmocka_unit_test(test_leftovers_are_tidied),
+        cmocka_unit_test(test_best_is_not_replaced),
         cmocka_unit_test(test_full_disk_keeps_the_last_checkpoint),
         cmocka_unit_test(test_refusals),
     };

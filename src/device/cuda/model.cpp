@@ -320,14 +320,16 @@ void run_blocks() {
         blocks[i].at_barrier = blocks[i].unfenced = 0;
         memset(blocks[i].named, 0, sizeof blocks[i].named);
     }
-    units_begin(turn);
+    if (now.is_sm90)
+        units_begin(turn);
     while (now.live > 0) {
         bool any = run_warps();
         if (!(now.has_units && units_work(!any)) && !any)
             deadlock();
     }
     current = nullptr;
-    units_end();
+    if (now.is_sm90)
+        units_end();
 }
 
 /* `bytes` of shared memory for a block of the cluster, NaN, aligned to 1024, and as few as can be behind them before what may not

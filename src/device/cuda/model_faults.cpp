@@ -33,6 +33,7 @@ enum fault {
     BLOCK_ENDED,
     OTHER_COUNT,
     ALONE_AT_BARRIER,
+    PLAIN_LAUNCH,
     LANE_MISSING,
     WRITES_BEHIND,
     TOO_MUCH_SHARED,
@@ -60,6 +61,7 @@ const struct model_fault faults[FAULTS + 1] = {
     {"an arrival at a block that has ended", "the memory of a block that has ended"},
     {"threads that count otherwise", "expect other numbers of each other"},
     {"a warp alone at a barrier", "wait for ever"},
+    {"Hopper's instructions in a launch for every device", "an instruction of Hopper's"},
     {"a lane that does not come", "waits for ever: lanes"},
     {"a write behind shared memory", "wrote behind its shared memory"},
     {"more shared memory than there is", "no device has that much shared memory"},
@@ -186,6 +188,8 @@ bool run_units(fault f) {
     const uint32_t box[] = {64, ROWS};
     tensor_map map;
     tensor_map_make(&map, ones, 2, size, stride, box);
+    if (f == PLAIN_LAUNCH)
+        CUDA_LAUNCH(kernel, 2, THREADS, sizeof(struct place), map, ones, sum, f);
     CUDA_LAUNCH_SM90(2, kernel, 2, THREADS, sizeof(struct place), map, ones, sum, f);
     for (float each : sum)
         if (each != 64)

@@ -32,6 +32,8 @@ bool chance(unsigned times) {
 
 uint32_t place_in_block(const void *p) {
     const block *b = &blocks[current->block];
+    if (!now.is_sm90)
+        cuda_model_die("an instruction of Hopper's in a launch for every device");
     size_t at = (size_t)((const unsigned char *)p - b->shared);
     if ((const unsigned char *)p < b->shared || at >= b->shared_bytes)
         cuda_model_die("an address that is not in the block's shared memory");
