@@ -122,10 +122,10 @@ long="$odd/text.txt,$odd/text.txt,$odd/text.txt,$odd/text.txt,$odd/text.txt,$odd
 set -- --model.preset tiny "--data.train=$long" --data.vocab_size 300 --train.precision=fp32 --run.directory "$odd/run"
 expect 1 'the same command goes on' -- "$cadre" train "$@" --train.steps=100000 --max-minutes 0.01
 sed -n 's/^  cadre //p' "$work/err" >"$work/command"
-sed 's/--train.steps=[0-9]*/--train.steps=3/; s/--max-minutes 0.01//' "$work/command" >"$work/shorter"
-grep -q -- '--train.steps=3' "$work/shorter" || complain "the command printed has no steps: $(cat "$work/command")"
-expect 0 'complete' -- sh -c "'$cadre' $(cat "$work/shorter")"
 saved=$(sed -n 's/^{"step":\([0-9]*\),"tokens".*/\1/p' "$odd/run/metrics.jsonl" | tail -n 1)
+sed "s/--train.steps=[0-9]*/--train.steps=$saved/; s/--max-minutes 0.01//" "$work/command" >"$work/shorter"
+grep -q -- "--train.steps=$saved " "$work/shorter" || complain "the command printed has no steps: $(cat "$work/command")"
+expect 0 'complete' -- sh -c "'$cadre' $(cat "$work/shorter")"
 expect 0 'resume ' -- "$cadre" train --config "$odd/run/config.ini" --train.steps $((saved + 2)) --run.kernels portable --run.graph no
 "$cadre" train "$@" --train.steps=$((saved + 4)) >"$work/out" 2>&- || complain "train without stderr ended with $?"
 [ "$(grep -vc '^{' "$odd/run/metrics.jsonl")" -eq 0 ] || complain "metrics.jsonl holds $(grep -v '^{' "$odd/run/metrics.jsonl")"
