@@ -1,3 +1,5 @@
+include(CheckCSourceRuns)
+
 # cadre_folder(NAME LINK libs... EXCLUDE paths...)
 #   every .c below src/NAME becomes the library cadre_NAME; every *_test.c there becomes one test program of its own.
 function(cadre_folder name)
@@ -30,46 +32,65 @@ function(cadre_folder name)
   endif()
 endfunction()
 
+# Whether this machine's processor has all of the features named, in RESULT.
+function(cadre_has_features result)
+  set(CMAKE_REQUIRED_QUIET ON)
+  list(TRANSFORM ARGN REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")" OUTPUT_VARIABLE asked)
+  list(JOIN asked " && " asked)
+  check_c_source_runs("int main(void) { return !(${asked}); }" ${result})
+  set(${result} ${${result}} PARENT_SCOPE)
+endfunction()
+
 # The sources in kernels/cpu/isa are compiled once per instruction set; kernels/cpu/cpu.c chooses among the copies at
-# run time. CADRE_ISA names the copy (see kernels/cpu/isa.h).
+# run time. CADRE_ISA names the copy (see kernels/cpu/isa.h), CADRE_ISA_AVX2 and so on say which there are: of
+# CADRE_ISAS all, or those that this machine runs.
 function(cadre_isa_kernels)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/kernels/cpu/isa/*.c)
   if(NOT sources)
     return()
   endif()
   set(isas portable)
+  set(fastest portable)
   set(flags_portable "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    list(APPEND isas avx2 avx512 avx512bf16 amx)
     set(flags_avx2 -mavx2 -mfma -mf16c -mbmi2)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
     set(flags_avx512bf16 ${flags_avx512} -mavx512bf16)
     set(flags_amx ${flags_avx512bf16} -mamx-tile -mamx-bf16)
-    set(isa_definitions CADRE_X86=1)
-    if(CADRE_AMX_MODEL) # the tiles in software: tests of the tile path on machines without it
+    foreach(isa avx2 avx512 avx512bf16 amx) # each is more than the one before
+      string(REGEX REPLACE "-m([^;]*)" "\\1" features "${flags_${isa}}")
+      list(REMOVE_ITEM features prefer-vector-width=512)
+      if(CADRE_ISAS STREQUAL NATIVE)
+        cadre_has_features(CADRE_HAS_${isa} ${features})
+      endif()
+      if(CADRE_ISAS STREQUAL ALL OR CADRE_HAS_${isa})
+        list(APPEND isas ${isa})
+      endif()
+    endforeach()
+    list(GET isas -1 fastest)
+    if(CADRE_AMX_MODEL AND avx512bf16 IN_LIST isas) # the tiles in software: tests of the tile path on machines without it
       list(APPEND isas amxmodel)
       set(flags_amxmodel ${flags_amx})
-      target_compile_definitions(cadre_kernels PRIVATE CADRE_AMX_MODEL=1)
     endif()
-    target_compile_definitions(cadre_kernels PRIVATE ${isa_definitions})
   endif()
   # The outer step is the same to the last bit on every processor: replicas may have different ones.
   set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/kernels/cpu/isa/outer.c PROPERTIES
     COMPILE_OPTIONS -ffp-contract=off)
-  # Under the sanitizers optimizing these files costs a compiler minutes for each copy, and hides what they look for.
-  set(optimization -O3)
-  if(CADRE_SANITIZE)
-    set(optimization -O1 -g1)
-  endif()
   foreach(isa ${isas})
-    set(model_definition "")
-    if(isa STREQUAL amxmodel)
-      set(model_definition CADRE_AMX_MODEL=1)
+    string(TOUPPER CADRE_ISA_${isa} has_isa)
+    # Under the sanitizers optimizing these files costs a compiler minutes for each copy: only the one that tests train with.
+    set(optimization -O3)
+    if(CADRE_SANITIZE)
+      set(optimization -O1 -g1)
+      if(isa STREQUAL fastest)
+        set(optimization -O2 -g1)
+      endif()
     endif()
     add_library(cadre_isa_${isa} OBJECT ${sources})
     target_include_directories(cadre_isa_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/src)
-    target_compile_definitions(cadre_isa_${isa} PRIVATE CADRE_ISA=${isa} ${isa_definitions} ${model_definition})
+    target_compile_definitions(cadre_isa_${isa} PRIVATE CADRE_ISA=${isa} ${has_isa}=1)
     target_compile_options(cadre_isa_${isa} PRIVATE ${flags_${isa}} ${optimization} -ffp-contract=fast)
+    target_compile_definitions(cadre_kernels PRIVATE ${has_isa}=1)
     target_sources(cadre_kernels PRIVATE $<TARGET_OBJECTS:cadre_isa_${isa}>)
   endforeach()
 endfunction()

@@ -21,11 +21,12 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-/* Numbers of threads, 1 and on. The sanitizers look for what no number of them should do: fewer are enough. */
+/* Numbers of threads, 1 and on, and every how many-th case the model of a device gets. The sanitizers look for what no number of
+ * them should do: fewer are enough. */
 #ifdef __SANITIZE_ADDRESS__
-enum { TEST_THREADS_STEP = 2 };
+enum { TEST_THREADS_STEP = 2, TEST_MODEL_STEP = 7 };
 #else
-enum { TEST_THREADS_STEP = 1 };
+enum { TEST_THREADS_STEP = 1, TEST_MODEL_STEP = 3 };
 #endif
 
 enum { TEST_GUARD_BYTES = 64, TEST_POISON = 0xFF }; /* 0xFF.. is NaN in every float dtype */
@@ -91,9 +92,9 @@ static inline int test_repetitions(const struct kernel_ops *ops, int threads_max
     return test_is_cuda(ops) ? 2 : threads_max;
 }
 
-/* Of many cases that are alike, whether the backend gets this one: the model of a device is slow and gets every third. */
+/* Of many cases that are alike, whether the backend gets this one: the model of a device is slow. */
 static inline bool test_takes(const struct kernel_ops *ops, int64_t number) {
-    return strcmp(ops->name, "cudamodel") != 0 || number % 3 == 0;
+    return strcmp(ops->name, "cudamodel") != 0 || number % TEST_MODEL_STEP == 0;
 }
 
 /* Of a device, f64 is for sums only. */

@@ -44,9 +44,12 @@ struct job {
 static void fill(const struct model *model, uint64_t seed) {
     for (int i = 0; i < model->table.count; i++) {
         struct tensor arrays[] = {model->own_weight[i], model->moment1[i], model->moment2[i]};
-        for (int a = 0; a < 3; a++)
-            for (size_t k = 0; k < tensor_bytes(arrays[a]) / 4; k++)
-                ((uint32_t *)arrays[a].data)[k] = (uint32_t)random_bits(seed, (uint64_t)(3 * i + a), k);
+        for (int a = 0; a < 3; a++) {
+            uint64_t first = random_bits(seed, (uint64_t)(3 * i + a), 0);
+            size_t count = tensor_bytes(arrays[a]) / 4;
+            for (size_t k = 0; k < count; k++) /* odd steps: no two of an array are equal */
+                ((uint32_t *)arrays[a].data)[k] = (uint32_t)(first + k * 0x9E3779B9u);
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef CADRE_X86
+#ifdef CADRE_ISA_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -25,22 +25,28 @@ static bool portable_runs(void) {
     return true;
 }
 
-#ifdef CADRE_X86
 /* Each asks for all that cmake/folder.cmake lets the compiler use in that copy. */
+#ifdef CADRE_ISA_AVX2
 static bool avx2_runs(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
            __builtin_cpu_supports("bmi2");
 }
+#endif
 
+#ifdef CADRE_ISA_AVX512
 static bool avx512_runs(void) {
     return avx2_runs() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
 
+#ifdef CADRE_ISA_AVX512BF16
 static bool avx512bf16_runs(void) {
     return avx512_runs() && __builtin_cpu_supports("avx512bf16");
 }
+#endif
 
+#ifdef CADRE_ISA_AMX
 /* The system keeps the tiles' registers for processes that ask for them. */
 static bool amx_runs(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
@@ -49,42 +55,27 @@ static bool amx_runs(void) {
 }
 #endif
 
+#define FILLER(file, isa) file##_fill_##isa,
+#define BACKEND(isa, runs) {#isa, runs, {FOR_EACH_FILLER(FILLER, isa)}}
+
 /* Slowest first: "auto" is the last one that runs. */
 static const struct backend backends[] = {
     {"ref", portable_runs, {NULL}},
-    {"portable",
-     portable_runs,
-     {product_fill_portable, attention_fill_portable, norm_fill_portable, pointwise_fill_portable,
-      router_fill_portable, loss_fill_portable, adamw_fill_portable,
-      roof_fill_portable, box_fill_portable, outer_fill_portable}},
-#ifdef CADRE_AMX_MODEL
-    {"amxmodel", /* right, not fast */
-     avx512bf16_runs,
-     {product_fill_amxmodel, attention_fill_amxmodel, norm_fill_amxmodel, pointwise_fill_amxmodel,
-      router_fill_amxmodel, loss_fill_amxmodel, adamw_fill_amxmodel,
-      roof_fill_amxmodel, box_fill_amxmodel, outer_fill_amxmodel}},
+    BACKEND(portable, portable_runs),
+#ifdef CADRE_ISA_AMXMODEL /* right, not fast */
+    BACKEND(amxmodel, avx512bf16_runs),
 #endif
-#ifdef CADRE_X86
-    {"avx2",
-     avx2_runs,
-     {product_fill_avx2, attention_fill_avx2, norm_fill_avx2, pointwise_fill_avx2, router_fill_avx2,
-      loss_fill_avx2, adamw_fill_avx2,
-      roof_fill_avx2, box_fill_avx2, outer_fill_avx2}},
-    {"avx512",
-     avx512_runs,
-     {product_fill_avx512, attention_fill_avx512, norm_fill_avx512, pointwise_fill_avx512,
-      router_fill_avx512, loss_fill_avx512, adamw_fill_avx512,
-      roof_fill_avx512, box_fill_avx512, outer_fill_avx512}},
-    {"avx512bf16",
-     avx512bf16_runs,
-     {product_fill_avx512bf16, attention_fill_avx512bf16, norm_fill_avx512bf16,
-      pointwise_fill_avx512bf16, router_fill_avx512bf16, loss_fill_avx512bf16, adamw_fill_avx512bf16,
-      roof_fill_avx512bf16, box_fill_avx512bf16, outer_fill_avx512bf16}},
-    {"amx",
-     amx_runs,
-     {product_fill_amx, attention_fill_amx, norm_fill_amx, pointwise_fill_amx, router_fill_amx, loss_fill_amx,
-      adamw_fill_amx,
-      roof_fill_amx, box_fill_amx, outer_fill_amx}},
+#ifdef CADRE_ISA_AVX2
+    BACKEND(avx2, avx2_runs),
+#endif
+#ifdef CADRE_ISA_AVX512
+    BACKEND(avx512, avx512_runs),
+#endif
+#ifdef CADRE_ISA_AVX512BF16
+    BACKEND(avx512bf16, avx512bf16_runs),
+#endif
+#ifdef CADRE_ISA_AMX
+    BACKEND(amx, amx_runs),
 #endif
 };
 enum { BACKEND_COUNT = sizeof backends / sizeof *backends };
@@ -138,7 +129,7 @@ const char *const *kernels_available(void) {
 }
 
 bool kernels_prefer_bf16(void) {
-#ifdef CADRE_X86
+#ifdef CADRE_ISA_AVX512BF16
     return avx512bf16_runs();
 #else
     return false;
@@ -151,23 +142,24 @@ enum status kernels_choose_for(const struct device *device, const char *name, co
         return kernels_choose(name, out);
     static const struct {
         const char *name;
-        bool leaves_out_hopper, leaves_out_few;
+        unsigned ways;
     } known[] = {
 #ifdef CADRE_CUDA_MODEL /* Hopper's only when asked for: it takes long over them */
-        {"sm90-tiles", false, true}, {"auto", true, false}, {"cuda", true, false}, {"tiles", true, true},
+        {"sm90-tiles", WITHOUT_FEW}, {"sm90-beside", WITHOUT_FEW | BLOCKS_BESIDE}, {"auto", WITHOUT_HOPPER},
+        {"cuda", WITHOUT_HOPPER},    {"tiles", WITHOUT_HOPPER | WITHOUT_FEW},
 #else
-        {"auto", false, false}, {"cuda", false, false}, {"tiles", false, true},
+        {"auto", 0}, {"cuda", 0}, {"tiles", WITHOUT_FEW}, {"sm90-beside", BLOCKS_BESIDE},
 #endif
-        {"sm80", true, false}, {"sm80-tiles", true, true}};
+        {"sm80", WITHOUT_HOPPER}, {"sm80-tiles", WITHOUT_HOPPER | WITHOUT_FEW}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         if (strcmp(name, known[i].name) != 0)
             continue;
-        kernels_cuda_leave_out(known[i].leaves_out_hopper, known[i].leaves_out_few);
+        kernels_cuda_take(known[i].ways);
         *out = kernels_cuda();
         return STATUS_OK;
     }
-    return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda, sm80, tiles, sm80-tiles", name,
-                       device->name);
+    return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda, sm80, tiles, sm80-tiles, sm90-beside",
+                       name, device->name);
 }
 
 bool kernels_device_prefers_bf16(const struct device *device) {

@@ -1,77 +1,32 @@
 /* Every function that overrides entries of the table with the copies compiled for one instruction set.
  *
- * Each is the one public function of a file in kernels/cpu/isa/ (see isa.h); kernels/cpu/cpu.c calls them.
+ * Each is the one public function of a file in kernels/cpu/isa/ (see isa.h); kernels/cpu/cpu.c calls them. Which copies this
+ * program has, cmake/folder.cmake says: CADRE_ISA_AVX2, ...
  */
 #pragma once
 
 #include "kernels/kernels.h"
 
-void product_fill_portable(struct kernel_ops *ops);
-void attention_fill_portable(struct kernel_ops *ops);
-void norm_fill_portable(struct kernel_ops *ops);
-void pointwise_fill_portable(struct kernel_ops *ops);
-void router_fill_portable(struct kernel_ops *ops);
-void loss_fill_portable(struct kernel_ops *ops);
-void box_fill_portable(struct kernel_ops *ops);
-void adamw_fill_portable(struct kernel_ops *ops);
-void roof_fill_portable(struct kernel_ops *ops);
-void outer_fill_portable(struct kernel_ops *ops);
+/* DO(file, isa) for each of these files. */
+#define FOR_EACH_FILLER(DO, isa)                                                                              \
+    DO(product, isa) DO(attention, isa) DO(norm, isa) DO(pointwise, isa) DO(router, isa) DO(loss, isa)        \
+    DO(adamw, isa) DO(roof, isa) DO(box, isa) DO(outer, isa)
 
-#ifdef CADRE_X86
-void product_fill_avx2(struct kernel_ops *ops);
-void attention_fill_avx2(struct kernel_ops *ops);
-void norm_fill_avx2(struct kernel_ops *ops);
-void pointwise_fill_avx2(struct kernel_ops *ops);
-void router_fill_avx2(struct kernel_ops *ops);
-void loss_fill_avx2(struct kernel_ops *ops);
-void box_fill_avx2(struct kernel_ops *ops);
-void adamw_fill_avx2(struct kernel_ops *ops);
-void roof_fill_avx2(struct kernel_ops *ops);
-void outer_fill_avx2(struct kernel_ops *ops);
+#define DECLARE_FILLER(file, isa) void file##_fill_##isa(struct kernel_ops *ops);
 
-void product_fill_avx512(struct kernel_ops *ops);
-void attention_fill_avx512(struct kernel_ops *ops);
-void norm_fill_avx512(struct kernel_ops *ops);
-void pointwise_fill_avx512(struct kernel_ops *ops);
-void router_fill_avx512(struct kernel_ops *ops);
-void loss_fill_avx512(struct kernel_ops *ops);
-void box_fill_avx512(struct kernel_ops *ops);
-void adamw_fill_avx512(struct kernel_ops *ops);
-void roof_fill_avx512(struct kernel_ops *ops);
-void outer_fill_avx512(struct kernel_ops *ops);
-
-void product_fill_avx512bf16(struct kernel_ops *ops);
-void attention_fill_avx512bf16(struct kernel_ops *ops);
-void norm_fill_avx512bf16(struct kernel_ops *ops);
-void pointwise_fill_avx512bf16(struct kernel_ops *ops);
-void router_fill_avx512bf16(struct kernel_ops *ops);
-void loss_fill_avx512bf16(struct kernel_ops *ops);
-void box_fill_avx512bf16(struct kernel_ops *ops);
-void adamw_fill_avx512bf16(struct kernel_ops *ops);
-void roof_fill_avx512bf16(struct kernel_ops *ops);
-void outer_fill_avx512bf16(struct kernel_ops *ops);
-
-void product_fill_amx(struct kernel_ops *ops);
-void attention_fill_amx(struct kernel_ops *ops);
-void norm_fill_amx(struct kernel_ops *ops);
-void pointwise_fill_amx(struct kernel_ops *ops);
-void router_fill_amx(struct kernel_ops *ops);
-void loss_fill_amx(struct kernel_ops *ops);
-void box_fill_amx(struct kernel_ops *ops);
-void adamw_fill_amx(struct kernel_ops *ops);
-void roof_fill_amx(struct kernel_ops *ops);
-void outer_fill_amx(struct kernel_ops *ops);
-
-#ifdef CADRE_AMX_MODEL /* amx with the tiles in software, for tests */
-void product_fill_amxmodel(struct kernel_ops *ops);
-void attention_fill_amxmodel(struct kernel_ops *ops);
-void norm_fill_amxmodel(struct kernel_ops *ops);
-void pointwise_fill_amxmodel(struct kernel_ops *ops);
-void router_fill_amxmodel(struct kernel_ops *ops);
-void loss_fill_amxmodel(struct kernel_ops *ops);
-void box_fill_amxmodel(struct kernel_ops *ops);
-void adamw_fill_amxmodel(struct kernel_ops *ops);
-void roof_fill_amxmodel(struct kernel_ops *ops);
-void outer_fill_amxmodel(struct kernel_ops *ops);
+FOR_EACH_FILLER(DECLARE_FILLER, portable)
+#ifdef CADRE_ISA_AVX2
+FOR_EACH_FILLER(DECLARE_FILLER, avx2)
 #endif
+#ifdef CADRE_ISA_AVX512
+FOR_EACH_FILLER(DECLARE_FILLER, avx512)
+#endif
+#ifdef CADRE_ISA_AVX512BF16
+FOR_EACH_FILLER(DECLARE_FILLER, avx512bf16)
+#endif
+#ifdef CADRE_ISA_AMX
+FOR_EACH_FILLER(DECLARE_FILLER, amx)
+#endif
+#ifdef CADRE_ISA_AMXMODEL /* amx with the tiles in software, for tests */
+FOR_EACH_FILLER(DECLARE_FILLER, amxmodel)
 #endif

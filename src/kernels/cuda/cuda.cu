@@ -51,22 +51,25 @@ const struct kernel_ops *kernels_cuda(void) {
 
 /* The model takes long over the large tiles of Hopper's kernels: only where they are asked for. */
 #ifdef CADRE_CUDA_MODEL
-static bool leaves_out_hopper = true, leaves_out_few;
+static unsigned taken_ways = WITHOUT_HOPPER;
 #else
-static bool leaves_out_hopper, leaves_out_few;
+static unsigned taken_ways;
 #endif
 
-void kernels_cuda_leave_out(bool hopper, bool few) {
-    leaves_out_hopper = hopper;
-    leaves_out_few = few;
+void kernels_cuda_take(unsigned ways) {
+    taken_ways = ways;
 }
 
 bool cuda_is_general(void) {
-    return leaves_out_hopper;
+    return taken_ways & WITHOUT_HOPPER;
 }
 
 bool cuda_has_few(void) {
-    return !leaves_out_few;
+    return !(taken_ways & WITHOUT_FEW);
+}
+
+bool cuda_lies_beside(void) {
+    return taken_ways & BLOCKS_BESIDE;
 }
 
 /* The model's are few, so that each has several tiles to go through. */

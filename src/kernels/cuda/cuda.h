@@ -6,8 +6,11 @@
 const struct kernel_ops *kernels_cuda(void);
 
 /* From now on without what only Hopper has, as on every device from sm_80 on; without kernels of their own for few rows and few
- * queries, whose place tiles take. Before any operation. */
-void kernels_cuda_leave_out(bool hopper, bool few);
+ * queries, whose place tiles take; Hopper's products of gathered rows with the blocks of a cluster beside each other. */
+enum cuda_way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4 };
+
+/* ways: the sum of some. Before any operation. */
+void kernels_cuda_take(unsigned ways);
 
 size_t cuda_scratch_bytes(void);
 

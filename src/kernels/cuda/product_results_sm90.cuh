@@ -216,7 +216,7 @@ static __device__ __forceinline__ void store_through_swiglu(const float d[128], 
         int lane = lane_index(), row = s.row + lane / 4 + 8 * half;
         sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 1);
         sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 2);
-        if (p.row_part && row < s.row_end && lane % 4 == 0)
+        if (p.row_part && row < s.row_end && tile.n < p.n && lane % 4 == 0)
             p.row_part[(int64_t)(tile.n / TILE_N) * p.rows + row] = sum[half];
     }
 }

@@ -20,13 +20,13 @@ static __global__ void __launch_bounds__(THREADS)
     tell_tiles(const struct schedule_problem p, int column_tiles, int32_t *times, int32_t *owner, int32_t *group) {
     CUDA_SHARED struct schedule_memory memory;
     struct schedule_memory *s = &memory;
-    count_tiles(p, WEIGHT, true, column_tiles, s);
+    count_tiles(p, WEIGHT, ABOVE, true, column_tiles, s);
     deal_tiles(p, s, s->load);
     int place = 0, total = s->first_tile[p.groups], rank = (int)blockIdx.x % CLUSTER;
     if (threadIdx.x > 0)
         return;
     for (int t = first_turn(); t < total; t = next_turn<WEIGHT>(p, s, place, t)) {
-        struct tile tile = find_tile(p, WEIGHT, column_tiles, TILE_N, s, t, place, rank);
+        struct tile tile = find_tile(p, WEIGHT, ABOVE, column_tiles, TILE_N, s, t, place, rank);
         place = tile.place;
         atomicAdd(&times[t], 1);
         owner[rank * total + t] = (int32_t)blockIdx.x / CLUSTER;

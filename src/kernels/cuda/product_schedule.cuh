@@ -16,13 +16,26 @@ enum {
     MULTIPLIERS = 2,
     THREADS = (1 + MULTIPLIERS) * GROUP_THREADS,
     GROUPS_MAX = 256,
-    BAND = 8,       /* tiles of rows that are worked on together, for the second-level cache */
+    BAND_ROWS = 16 * TILE_M, /* that are worked on together, for the second-level cache */
     END_BLOCKS = 5, /* what the end of a WEIGHT tile takes, in blocks of TILE_K rows */
     DEALERS = 4,    /* threads for a cluster */
     CLUSTERS_MAX = THREADS / DEALERS
 };
 
 enum form { FORWARD, INPUT, WEIGHT };
+
+/* How the two blocks of a cluster lie in the result: one above the other, with the same columns, or beside each other, with the
+ * same rows. */
+enum lie { ABOVE, BESIDE };
+
+static __device__ __forceinline__ constexpr int cluster_rows(enum lie lie) {
+    return lie == ABOVE ? CLUSTER * TILE_M : TILE_M;
+}
+
+/* Of blocks with so many. */
+static __device__ __forceinline__ constexpr int cluster_columns(enum lie lie, int columns) {
+    return lie == ABOVE ? columns : CLUSTER * columns;
+}
 
 struct tile {
     int place;                     /* of its group in the order */
@@ -53,7 +66,7 @@ template <typename P, typename S> static __device__ void order_groups(const P &p
 
 /* has_empty: groups without rows have a result. */
 template <typename P, typename S>
-static __device__ void count_tiles(const P &p, enum form form, bool has_empty, int column_tiles, S *s) {
+static __device__ void count_tiles(const P &p, enum form form, enum lie lie, bool has_empty, int column_tiles, S *s) {
     order_groups(p, form, s);
     if (threadIdx.x < WARP) {
         int before = 0;
@@ -62,7 +75,7 @@ static __device__ void count_tiles(const P &p, enum form form, bool has_empty, i
             if (i < p.groups) {
                 int group = s->order[i], rows = s->first_row[group + 1] - s->first_row[group];
                 int extent = form != WEIGHT ? rows : rows > 0 || has_empty ? p.m : 0;
-                tiles = (extent + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M) * column_tiles;
+                tiles = (extent + cluster_rows(lie) - 1) / cluster_rows(lie) * column_tiles;
             }
             int sum = tiles;
             for (int distance = 1; distance < WARP; distance *= 2) {
@@ -122,19 +135,24 @@ static __device__ __forceinline__ int next_turn(const P &p, const S *s, int plac
     return t;
 }
 
-/* Tile number t; `place` is one at or before that of its group. */
+/* Tile number t; `place` is one at or before that of its group. columns: of a block. */
 template <typename P, typename S>
-static __device__ __forceinline__ struct tile find_tile(const P &p, enum form form, int column_tiles, int columns,
+static __device__ __forceinline__ struct tile find_tile(const P &p, enum form form, enum lie lie, int column_tiles, int columns,
                                                         const S *s, int t, int place, int rank) {
+    const int rows = cluster_rows(lie), band_tiles = BAND_ROWS / rows;
     while (t >= s->first_tile[place + 1])
         place++;
     int group = s->order[place], within = t - s->first_tile[place];
     int row_begin = s->first_row[group], row_end = s->first_row[group + 1];
     int extent = form == WEIGHT ? p.m : row_end - row_begin;
-    int pairs = (extent + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
-    int band = within / (BAND * column_tiles), in_band = within - band * BAND * column_tiles;
-    int height = pairs - band * BAND < BAND ? pairs - band * BAND : BAND;
-    int m = ((band * BAND + in_band % height) * CLUSTER + rank) * TILE_M, n = in_band / height * columns;
+    int row_tiles = (extent + rows - 1) / rows;
+    int band = within / (band_tiles * column_tiles), in_band = within - band * band_tiles * column_tiles;
+    int height = row_tiles - band * band_tiles < band_tiles ? row_tiles - band * band_tiles : band_tiles;
+    int m = (band * band_tiles + in_band % height) * rows, n = in_band / height * cluster_columns(lie, columns);
+    if (lie == ABOVE)
+        m += rank * TILE_M;
+    else
+        n += rank * columns;
     if (form == WEIGHT)
         return {place, group, row_begin, row_end, m, n};
     return {place, group, row_begin + m, row_end, m, n};

@@ -5,6 +5,9 @@
  * multiply, each for 64 rows, and hold the sums in registers. Operand B is the same for both blocks: each brings half of it and
  * gives it to both. Operand A comes in boxes, or, where it is gathered, in boxes of one row each.
  *
+ * Of gathered rows the blocks may lie beside each other instead, 128 rows and 512 columns: then A is the same for both, and each
+ * asks for half of its boxes, of which the copy engine takes no more than one in 8 cycles; B each brings for itself.
+ *
  * How many rows a group has is read from `offsets` on the device: every cluster counts the tiles of all groups when it
  * begins, and knows which are its own (product_schedule.cuh). The sums of an element are always added in the same order.
  *
@@ -61,24 +64,43 @@ static __device__ __noinline__ void bring_last_rows(const struct rows_operand &a
     }
 }
 
-template <int form, int result>
+enum { BOTH = (1 << CLUSTER) - 1 };
+
+/* A box for both blocks of the cluster, or for this one. */
+template <bool shares>
+static __device__ __forceinline__ void bring_box_2d(void *to, const tensor_map *map, uint64_t *full, int column, int row) {
+    if (shares)
+        share_box_2d(to, map, full, column, row, BOTH);
+    else
+        load_box_2d(to, map, full, column, row);
+}
+
+template <bool shares>
+static __device__ __forceinline__ void bring_box_3d(void *to, const tensor_map *map, uint64_t *full, int column, int row,
+                                                    int group) {
+    if (shares)
+        share_box_3d(to, map, full, column, row, group, BOTH);
+    else
+        load_box_3d(to, map, full, column, row, group);
+}
+
+template <int form, int lie, int result>
 static __device__ __forceinline__ void bring_b(const struct maps &maps, const struct tile &tile, int term, int k, int rank,
                                                unsigned char *b, uint64_t *full) {
-    const uint16_t both = (1 << CLUSTER) - 1;
-    if (form == FORWARD) {
-        int half = TILE_N / 2;
-        if (result == TO_SWIGLU)
-            share_box_3d(b + rank * (B_BYTES / 2), &maps.b[rank], full, k, tile.n, tile.group, both);
-        else
-            share_box_3d(b + rank * (B_BYTES / 2), &maps.b[0], full, k, tile.n + rank * half, tile.group, both);
-    } else {
+    constexpr bool shares = lie == ABOVE;
+    constexpr int boxes = form == FORWARD ? 2 : TILE_N / 64, count = shares ? boxes / CLUSTER : boxes;
+    int first = shares ? rank * count : 0;
 #pragma unroll
-        for (int i = 2 * rank; i < 2 * rank + 2; i++) {
-            if (form == INPUT)
-                share_box_3d(b + i * BOX_BYTES, &maps.b[term], full, tile.n + 64 * i, k, tile.group, both);
-            else
-                share_box_2d(b + i * BOX_BYTES, &maps.b[0], full, tile.n + 64 * i, k, both);
-        }
+    for (int i = first; i < first + count; i++) {
+        unsigned char *to = b + i * (B_BYTES / boxes);
+        if (form == FORWARD && result == TO_SWIGLU)
+            bring_box_3d<shares>(to, &maps.b[i], full, k, tile.n, tile.group);
+        else if (form == FORWARD)
+            bring_box_3d<shares>(to, &maps.b[0], full, k, tile.n + i * (TILE_N / boxes), tile.group);
+        else if (form == INPUT)
+            bring_box_3d<shares>(to, &maps.b[term], full, tile.n + 64 * i, k, tile.group);
+        else
+            bring_box_2d<shares>(to, &maps.b[0], full, tile.n + 64 * i, k);
     }
 }
 
@@ -126,7 +148,7 @@ template <int form, int result>
 static __device__ __forceinline__ void bring_boxes(const struct maps &maps, const struct tile &tile, const struct walk &walk,
                                                    int rank, unsigned char *stage, uint64_t *full) {
     barrier_arrive_expecting(full, STAGE_BYTES);
-    bring_b<form, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
+    bring_b<form, ABOVE, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
     bring_a<form>(maps, tile, walk.term, walk.k, stage, full);
 }
 
@@ -155,7 +177,7 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
     if (form != WEIGHT && thread > 0)
         return;
     for (int t = first_turn(); t < total; t = next_turn<form>(p, s, place, t)) {
-        struct tile tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank);
+        struct tile tile = find_tile(p, (enum form)form, ABOVE, column_tiles, columns, s, t, place, rank);
         struct walk walk = first_block<form>(p, tile);
         place = tile.place;
         if (is_empty(walk))
@@ -177,40 +199,45 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
     }
 }
 
-/* Rows that an index names are boxes of one row each: faster than threads that copy 16 bytes each. A warp asks for 32 boxes for
- * every 64 of the inner dimension: of FORWARD and INPUT rows 32 warp .. of A, of WEIGHT rows 16 warp .. of the next 64, in two
- * boxes beside each other. */
-enum { BOXES_A_WARP = 32, INNER_ROWS_A_WARP = TILE_K / WARPS };
+/* Rows that an index names are boxes of one row each: faster than threads that copy 16 bytes each. A part of A is what a warp asks
+ * for of every 64 of the inner dimension: of FORWARD and INPUT rows part * BOXES .. , of WEIGHT rows part * INNER_ROWS .. of the
+ * next 64, in two boxes beside each other. */
+template <int lie> struct part_of_a {
+    enum { BOXES = lie == ABOVE ? 32 : 16, INNER_ROWS = BOXES / 2 };
+};
 
 /* In the place of rows beyond the group its last one comes: what they give is not stored. */
-static __device__ __forceinline__ void find_rows(const struct rows_operand &a, const struct tile &tile, int warp,
-                                                 int rows[BOXES_A_WARP]) {
-    int at = tile.row_begin + warp * BOXES_A_WARP + lane_index();
+template <int boxes>
+static __device__ __forceinline__ void find_rows(const struct rows_operand &a, const struct tile &tile, int part, int rows[boxes]) {
+    int at = tile.row_begin + part * boxes + lane_index() % boxes;
     int mine = a.index[at < tile.row_end ? at : tile.row_end - 1];
 #pragma unroll
-    for (int i = 0; i < BOXES_A_WARP; i++)
+    for (int i = 0; i < boxes; i++)
         rows[i] = __shfl_sync(FULL_WARP, mine, i);
 }
 
-/* Of WEIGHT: the index that lane % 16 has for the block from k on. */
-static __device__ __forceinline__ int find_inner_row(const struct rows_operand &a, const struct walk &walk, int k, int warp) {
-    int at = k + warp * INNER_ROWS_A_WARP + lane_index() % INNER_ROWS_A_WARP;
+/* Of WEIGHT: the index that lane % count has for the block from k on. */
+template <int count>
+static __device__ __forceinline__ int find_inner_row(const struct rows_operand &a, const struct walk &walk, int k, int part) {
+    int at = k + part * count + lane_index() % count;
     return a.index[at < walk.end ? at : walk.end - 1];
 }
 
 /* By one lane; rows are the same for all lanes. */
-template <int form>
+template <int form, int lie>
 static __device__ __forceinline__ void bring_rows(const struct maps &maps, const struct tile &tile, const struct walk &walk,
-                                                  int warp, const int rows[BOXES_A_WARP], unsigned char *a, uint64_t *full) {
+                                                  int part, const int *rows, unsigned char *a, uint64_t *full) {
+    constexpr bool shares = lie == BESIDE;
+    constexpr int boxes = part_of_a<lie>::BOXES, inner_rows = part_of_a<lie>::INNER_ROWS;
     if (form != WEIGHT) {
 #pragma unroll
-        for (int i = 0; i < BOXES_A_WARP; i++)
-            load_box_2d(a + (warp * BOXES_A_WARP + i) * 128, &maps.a[walk.term], full, walk.k, rows[i]);
+        for (int i = 0; i < boxes; i++)
+            bring_box_2d<shares>(a + (part * boxes + i) * 128, &maps.a[walk.term], full, walk.k, rows[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < BOXES_A_WARP; i++)
-            load_box_2d(a + i % 2 * BOX_BYTES + (warp * INNER_ROWS_A_WARP + i / 2) * 128, &maps.a[0], full, tile.m + i % 2 * 64,
-                        rows[i / 2]);
+        for (int i = 0; i < boxes; i++)
+            bring_box_2d<shares>(a + i % 2 * BOX_BYTES + (part * inner_rows + i / 2) * 128, &maps.a[0], full,
+                                 tile.m + i % 2 * 64, rows[i / 2]);
     }
 }
 
@@ -220,33 +247,35 @@ static __device__ __forceinline__ struct tile uniform_tile(const struct tile &ti
 }
 
 /* A is gathered; a lane of each warp arrives. */
-template <int form, int result, typename S>
+template <int form, int lie, int result, typename S>
 static __device__ __forceinline__ void bring_gathered(const struct maps &maps, const struct problem &p, int column_tiles,
                                                       int columns, S *s, int rank) {
+    constexpr int boxes = part_of_a<lie>::BOXES, inner_rows = part_of_a<lie>::INNER_ROWS;
     struct ring ring = {0, 1};
     int place = 0, total = uniform(s->first_tile[p.groups]), thread = (int)threadIdx.x, warp = uniform(thread / WARP);
+    int part = lie == ABOVE ? warp : rank * WARPS + warp;
     for (int t = first_turn(); t < total; t = next_turn<form>(p, s, place, t)) {
-        struct tile tile = uniform_tile(find_tile(p, (enum form)form, column_tiles, columns, s, t, place, rank));
+        struct tile tile = uniform_tile(find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, place, rank));
         struct walk walk = first_block<form>(p, tile);
-        int rows[BOXES_A_WARP], mine = 0, next = 0;
+        int rows[boxes], mine = 0, next = 0;
         place = tile.place;
         if (is_empty(walk))
             continue;
         if (form != WEIGHT) {
-            find_rows(p.a[0], tile, warp, rows);
+            find_rows<boxes>(p.a[0], tile, part, rows);
         } else {
-            mine = find_inner_row(p.a[0], walk, walk.k, warp);
-            next = find_inner_row(p.a[0], walk, walk.k + TILE_K, warp);
+            mine = find_inner_row<inner_rows>(p.a[0], walk, walk.k, part);
+            next = find_inner_row<inner_rows>(p.a[0], walk, walk.k + TILE_K, part);
         }
         do {
             unsigned char *stage = s->stage[ring.stage];
             uint64_t *full = &s->full[ring.stage];
             if (form == WEIGHT) {
 #pragma unroll
-                for (int i = 0; i < INNER_ROWS_A_WARP; i++)
+                for (int i = 0; i < inner_rows; i++)
                     rows[i] = __shfl_sync(FULL_WARP, mine, i);
                 mine = next;
-                next = find_inner_row(p.a[0], walk, walk.k + 2 * TILE_K, warp);
+                next = find_inner_row<inner_rows>(p.a[0], walk, walk.k + 2 * TILE_K, part);
             }
             barrier_wait(&s->empty[ring.stage], ring.parity);
             bool is_last = is_tail<form>(walk);
@@ -258,8 +287,8 @@ static __device__ __forceinline__ void bring_gathered(const struct maps &maps, c
                 } else {
                     barrier_arrive_expecting(full, A_BYTES / WARPS + (warp == 0 ? B_BYTES : 0));
                     if (warp == 0)
-                        bring_b<form, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
-                    bring_rows<form>(maps, tile, walk, warp, rows, stage, full);
+                        bring_b<form, lie, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
+                    bring_rows<form, lie>(maps, tile, walk, part, rows, stage, full);
                 }
             }
             __syncwarp();
@@ -337,7 +366,7 @@ static __device__ __forceinline__ struct strips begin_tile(const struct maps &ma
     return strips;
 }
 
-template <int form, int result, typename S>
+template <int form, int lie, int result, typename S>
 static __device__ __forceinline__ void multiply_all(const struct maps &maps, const struct problem &p, int column_tiles, int columns,
                                                     S *s, int rank, int multiplier) {
     struct ring ring = {0, 0};
@@ -347,7 +376,7 @@ static __device__ __forceinline__ void multiply_all(const struct maps &maps, con
     struct tile tile, following;
     float d[128];
     if (t < total)
-        tile = find_tile(p, (enum form)form, column_tiles, columns, s, t, 0, rank);
+        tile = find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, 0, rank);
     while (t < total) {
         struct strips strips = begin_tile<form, result>(maps, p, tile, s, multiplier, warp);
         int blocks = blocks_of<form>(p, tile);
@@ -356,7 +385,7 @@ static __device__ __forceinline__ void multiply_all(const struct maps &maps, con
         int last = multiply_tile<form>(d, blocks, s, multiplier, &ring);
         t = next_turn<form>(p, s, tile.place, t);
         if (t < total) /* while the last block is multiplied */
-            following = find_tile(p, (enum form)form, column_tiles, columns, s, t, tile.place, rank);
+            following = find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, tile.place, rank);
         matrices_wait<0>();
         if (blocks > 0)
             release(s, last);
@@ -377,29 +406,30 @@ template <typename S> static __device__ void init_barriers(S *s, int full_arriva
 
 #endif
 
-template <int form, bool gathers, int result>
+template <int form, bool gathers, int lie, int result>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     multiply(const __grid_constant__ struct maps maps, const __grid_constant__ struct problem p) {
 #ifdef CUDA_IS_SM90
     typedef struct shared_memory<stages_of(result), strips_of(result)> shared;
     CUDA_SHARED_DYNAMIC(shared, s);
-    int columns = result == TO_SWIGLU ? TILE_N / 2 : TILE_N, column_tiles = (p.n + columns - 1) / columns;
+    int columns = result == TO_SWIGLU ? TILE_N / 2 : TILE_N;
+    int whole = cluster_columns((enum lie)lie, columns), column_tiles = (p.n + whole - 1) / whole;
     int rank = (int)cluster_rank(), role = (int)threadIdx.x / GROUP_THREADS;
     if (threadIdx.x == 0)
         init_barriers(s, gathers || form == WEIGHT ? WARPS : 1);
-    count_tiles(p, (enum form)form, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
+    count_tiles(p, (enum form)form, (enum lie)lie, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
     if (form == WEIGHT)
         deal_tiles(p, s, (int *)s->strip);
     cluster_sync();
     if (role == 0) {
         registers_keep<gathers ? 56 : 40>();
         if (gathers)
-            bring_gathered<form, result>(maps, p, column_tiles, columns, s, rank);
+            bring_gathered<form, lie, result>(maps, p, column_tiles, columns, s, rank);
         else
             bring_direct<form, result>(maps, p, column_tiles, columns, s, rank);
     } else {
         registers_get<gathers ? 224 : 232>();
-        multiply_all<form, result>(maps, p, column_tiles, columns, s, rank, role - 1);
+        multiply_all<form, lie, result>(maps, p, column_tiles, columns, s, rank, role - 1);
     }
     cluster_sync(); /* the other block may still write to this one's memory */
 #endif
@@ -481,9 +511,18 @@ static unsigned cluster_grid(void) {
     return (unsigned)(CLUSTER * (clusters < CLUSTERS_MAX ? clusters : CLUSTERS_MAX));
 }
 
-#define START(form, gathers, result)                                                                     \
-    CUDA_LAUNCH_SM90(CLUSTER, (multiply<form, gathers, result>), cluster_grid(), THREADS,                \
+#define START_LIE(form, gathers, lie, result)                                                            \
+    CUDA_LAUNCH_SM90(CLUSTER, (multiply<form, gathers, lie, result>), cluster_grid(), THREADS,           \
                      (sizeof(struct shared_memory<stages_of(result), strips_of(result)>)), maps, problem)
+
+/* Blocks lie beside each other where that is asked for, and there are columns for both. */
+#define START(form, gathers, result)                                                                     \
+    do {                                                                                                 \
+        if (gathers && cuda_lies_beside() && problem.n > (result == TO_SWIGLU ? TILE_N / 2 : TILE_N))    \
+            START_LIE(form, gathers, gathers ? BESIDE : ABOVE, result);                                  \
+        else                                                                                             \
+            START_LIE(form, gathers, ABOVE, result);                                                     \
+    } while (0)
 
 /* Of rows as they are or gathered, to what a call's to_bf16 and accumulate say. */
 #define START_RESULT(form, gathers)                \

@@ -16,7 +16,7 @@
 #include "kernels/cpu/isa/matrix.h"
 
 #include <immintrin.h>
-#ifdef CADRE_AMX_MODEL
+#ifdef CADRE_ISA_AMXMODEL
 #include "kernels/cpu/isa/amx_model.h"
 #endif
 
