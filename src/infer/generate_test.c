@@ -148,12 +148,17 @@ static void collect(void *context, const char *text, size_t size) {
     text_add(context, text, size);
 }
 
-static void test_same_seed_same_text(void **state) {
-    (void)state;
+static struct tokenizer *make_tokenizer(int vocab_size) {
     struct text_view corpus = {"the cat and the dog and the bird and the fish", 45};
     struct tokenizer *tokenizer;
+    assert_int_equal(tokenizer_train(&corpus, 1, vocab_size, &tokenizer), STATUS_OK);
+    return tokenizer;
+}
+
+static void test_same_seed_same_text(void **state) {
+    (void)state;
     struct generation_result result;
-    assert_int_equal(tokenizer_train(&corpus, 1, VOCAB, &tokenizer), STATUS_OK);
+    struct tokenizer *tokenizer = make_tokenizer(VOCAB);
     struct model *model = make_model(6, DTYPE_F32);
     struct generator *g;
     assert_int_equal(generator_create(&g, model, CAPACITY), STATUS_OK);
@@ -175,10 +180,8 @@ static void test_same_seed_same_text(void **state) {
 /* A model with more ids than its tokenizer has tokens: two that are none, one of which is always the likeliest by far. */
 static void test_what_is_no_token_is_never_written(void **state) {
     (void)state;
-    struct text_view corpus = {"the cat and the dog and the bird and the fish", 45};
-    struct tokenizer *tokenizer;
     struct generation_result result;
-    assert_int_equal(tokenizer_train(&corpus, 1, VOCAB - 20, &tokenizer), STATUS_OK);
+    struct tokenizer *tokenizer = make_tokenizer(VOCAB - 20);
     assert_true(tokenizer_vocab_size(tokenizer) <= VOCAB - 2);
     struct model *model = make_model(6, DTYPE_F32);
     struct tensor head = model_tensor(model, model->own_weight, PARAMETER_HEAD, -1);
@@ -205,10 +208,8 @@ static void test_what_is_no_token_is_never_written(void **state) {
 /* Weights that are no numbers give none: nothing is written, and it is said. */
 static void test_no_numbers_no_text(void **state) {
     (void)state;
-    struct text_view corpus = {"the cat and the dog and the bird and the fish", 45};
-    struct tokenizer *tokenizer;
     struct generation_result result;
-    assert_int_equal(tokenizer_train(&corpus, 1, VOCAB, &tokenizer), STATUS_OK);
+    struct tokenizer *tokenizer = make_tokenizer(VOCAB);
     struct model *model = make_model(6, DTYPE_F32);
     struct tensor head = model_tensor(model, model->own_weight, PARAMETER_HEAD, -1);
     for (int64_t i = 0; i < tensor_elements(head); i++)

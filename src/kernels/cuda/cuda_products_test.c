@@ -234,6 +234,7 @@ static const struct problem shapes[] = {
     {64, 900, 64, 128, 0, false}, {5, 64, 520, 64, 0, false},   {2, 2100, 128, 264, 0, false},
     {0, 8, 40, 1032, 0, false},   {0, 30, 40, 264, 0, false},   {8, 12, 48, 264, 0, false}, {64, 60, 24, 72, 0, false},
     {0, 4200, 72, 64, 0, false}, /* rows enough for a weight gradient in parts */
+    {0, 90, 264, 520, 0, false},  {0, 100, 72, 520, 0, false}, {0, 110, 72, 520, 0, false}, /* 520: a block beside has none */
 };
 
 #ifdef __SANITIZE_ADDRESS__
