@@ -21,12 +21,12 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-/* Numbers of threads, 1 and on, and every how many-th case the model of a device gets. The sanitizers look for what no number of
- * them should do: fewer are enough. */
+/* Numbers of threads, 1 and on; every how many-th of cases that are alike the model of a device gets, and one in how many of all
+ * others. The sanitizers look for what no number of them should do: fewer are enough. */
 #ifdef __SANITIZE_ADDRESS__
-enum { TEST_THREADS_STEP = 2, TEST_MODEL_STEP = 7 };
+enum { TEST_THREADS_STEP = 2, TEST_MODEL_STEP = 7, TEST_MODEL_SHARE = 3 };
 #else
-enum { TEST_THREADS_STEP = 1, TEST_MODEL_STEP = 3 };
+enum { TEST_THREADS_STEP = 1, TEST_MODEL_STEP = 3, TEST_MODEL_SHARE = 1 };
 #endif
 
 enum { TEST_GUARD_BYTES = 64, TEST_POISON = 0xFF }; /* 0xFF.. is NaN in every float dtype */

@@ -44,6 +44,8 @@ static enum status train_on(void *context, struct comm *world) {
     snprintf(islands, sizeof islands, "%d", c->islands);
     const char *pairs[][2] = {
         {"model.preset", "tiny"},
+        {"model.hidden_size", "32"},
+        {"model.moe_intermediate_size", "32"},
         {"data.train", corpus_path},
         {"data.vocab_size", "300"},
         {"run.directory", c->directory},
@@ -53,6 +55,7 @@ static enum status train_on(void *context, struct comm *world) {
         {"train.batch_sequences", "8"},
         {"train.micro_batch_sequences", "8"},
         {"train.eval_every_steps", "5"},
+        {"train.eval_tokens", "640"},
         {"layout.shard", c->shard},
         {"checkpoint.every_steps", "1"},
         {"checkpoint.keep", "99"},
@@ -64,8 +67,8 @@ static enum status train_on(void *context, struct comm *world) {
     struct run_config config;
     struct train_summary summary;
     TRY(run_config_resolve(&config, NULL, pairs[0], (int)(sizeof pairs / sizeof *pairs)));
-    enum status status =
-        train_run(&config, (struct train_world){world, world->size, 1}, (struct train_hooks){0}, &summary);
+    struct train_hooks hooks = {.roof_operations_per_s = 1e9};
+    enum status status = train_run(&config, (struct train_world){world, world->size, 1}, hooks, &summary);
     if (world->rank == 0)
         c->summary = summary;
     return status;

@@ -312,7 +312,7 @@ static void test_any_to_any(void **state) {
             first = memory_copy_string(saved);
         }
         assert_same_checkpoint(first, saved);
-        for (int b = a % EVERY_PAIR; b < LAYOUT_COUNT; b += EVERY_PAIR)
+        for (int b = a % EVERY_CASE; b < LAYOUT_COUNT; b += EVERY_CASE)
             check_pair(a, b, from, saved);
         free(saved);
         free(from);
@@ -415,7 +415,8 @@ static void test_island_of_a_file(void **state) {
 static void assert_not_resumed(const char *directory, const char *name, uint64_t where) {
     static const struct island_layout readers[] = {{3, 1, 1, 1, 0}, {3, 2, 1, 1, 3}, {1, 1, 1, 1, 0}, {2, 1, 2, 1, 3},
                                                    {4, 2, 1, 1, 1}, {0, 1, 1, 1, 0}, {0, 2, 1, 2, 3}};
-    for (size_t i = 0; i < sizeof readers / sizeof *readers; i++) {
+    static size_t turn; /* each reader meets every kind of damage, under the sanitizers of some files only */
+    for (size_t i = turn++ % EVERY_CASE; i < sizeof readers / sizeof *readers; i += EVERY_CASE) {
         struct job job = {readers[i], directory, .from_islands = 3};
         job.read = where % 2 ? CHECKPOINT_READ_BROADCAST : CHECKPOINT_READ_EACH;
         enum status status = run(job);

@@ -285,7 +285,7 @@ static void test_any_layout_to_any_other(void **state) {
                              .rounded = rounded};
         run_well(&save_a);
         assert_same_checkpoint(canonical[rounded], saved);
-        for (int b = a % EVERY_PAIR; b < LAYOUT_COUNT; b += EVERY_PAIR) {
+        for (int b = a % EVERY_CASE; b < LAYOUT_COUNT; b += EVERY_CASE) {
             char *to = directory_of("b", b), *again = checkpoint_in(to, 3);
             struct job save_b = {layouts[b],
                                  .from = from,
@@ -588,7 +588,8 @@ static void fail_operations(struct layout_case layout, int every, int error, boo
     char *directory = directory_of("fault", 0);
     struct job first = {layout, .to = directory, .step = 1, .file_bytes = FAULT_FILE_BYTES};
     run_well(&first);
-    int at = error % every;
+    static int turn;
+    int at = turn++ % every;
     while (fail_one_save(layout, directory, at, error, all_later, asynchronous))
         at += every;
     assert_true(at > 60);
@@ -603,7 +604,7 @@ static void test_every_operation_failing(void **state) {
     static const int errors[] = {EIO, ENOSPC, FILE_FAULT_SHORT};
     const struct layout_case wide = {2, 2, 1, 3};
     for (int mode = 0; mode < 12; mode++) {
-        fail_operations(single, 1, errors[mode % 3], mode % 2, mode >= 6);
+        fail_operations(single, EVERY_CASE, errors[mode % 3], mode % 2, mode >= 6);
         if (mode % 3 != 2) /* the same places, many times as often */
             fail_operations(wide, 17 + mode, errors[mode % 3], mode % 2, mode >= 6);
     }

@@ -18,6 +18,8 @@ struct train_hooks {
     void (*checkpoint_is_good)(const char *path);
     /* Save and leave, as after a signal, when rank 0 has been at it for so long since the call; 0: no limit. */
     double max_seconds;
+    /* What this machine does at best, all ranks together, which speeds are shares of; 0: it is measured as the run begins. */
+    double roof_operations_per_s;
 };
 
 /* What a training process takes beside its tensors: libraries, the code that they generate, working memory of the
