@@ -219,18 +219,43 @@ static enum status write_split(const struct preparation *p, bool held_out, json_
     return status;
 }
 
+enum { HASH_DIGITS = 16 };
+
+static const char *write_hash(char text[HASH_DIGITS + 1], uint64_t hash) {
+    snprintf(text, HASH_DIGITS + 1, "%016" PRIx64, hash);
+    return text;
+}
+
+static enum status hash_file(const char *path, char text[HASH_DIGITS + 1]) {
+    char *data;
+    size_t size;
+    TRY(file_read(path, CORPUS_JSON_BYTES_MAX, &data, &size));
+    write_hash(text, hash_bytes(data, size, 0));
+    free(data);
+    return STATUS_OK;
+}
+
+static enum status save_tokenizer(const struct preparation *p, json_t *root) {
+    char *path = path_join(p->options->directory, "tokenizer.json"), hash[HASH_DIGITS + 1];
+    enum status status = tokenizer_save(p->tokenizer, path);
+    if (status == STATUS_OK)
+        status = hash_file(path, hash);
+    if (status == STATUS_OK)
+        json_object_set_new(root, "tokenizer", json_string(hash));
+    free(path);
+    return status;
+}
+
 static enum status write_all(const struct preparation *p) {
-    char *tokenizer_path = path_join(p->options->directory, "tokenizer.json");
-    char *index_path = path_join(p->options->directory, "corpus.json"), hash[17];
+    char *index_path = path_join(p->options->directory, "corpus.json"), hash[HASH_DIGITS + 1];
     json_t *root = json_object(), *domains = json_array();
-    snprintf(hash, sizeof hash, "%016" PRIx64, p->source_hash);
     for (size_t i = 0; i < p->domains.count; i++)
         json_array_append_new(domains, json_name(p->domains.items[i]));
     json_object_set_new(root, "version", json_integer(CORPUS_VERSION));
-    json_object_set_new(root, "source", json_string(hash));
+    json_object_set_new(root, "source", json_string(write_hash(hash, p->source_hash)));
     json_object_set_new(root, "vocab_size", json_integer(tokenizer_vocab_size(p->tokenizer)));
     json_object_set_new(root, "domains", domains);
-    enum status status = tokenizer_save(p->tokenizer, tokenizer_path);
+    enum status status = save_tokenizer(p, root);
     if (status == STATUS_OK)
         status = write_split(p, false, root);
     if (status == STATUS_OK)
@@ -238,7 +263,6 @@ static enum status write_all(const struct preparation *p) {
     if (status == STATUS_OK) /* last: a corpus without it is not there */
         status = json_write_file(index_path, root);
     json_decref(root);
-    free(tokenizer_path);
     free(index_path);
     return status;
 }
@@ -247,8 +271,8 @@ static enum status write_all(const struct preparation *p) {
 static bool is_made(const struct preparation *p, bool *other) {
     struct corpus corpus;
     json_t *root;
-    char *path = path_join(p->options->directory, "corpus.json"), hash[17];
-    snprintf(hash, sizeof hash, "%016" PRIx64, p->source_hash);
+    char *path = path_join(p->options->directory, "corpus.json"), hash[HASH_DIGITS + 1];
+    write_hash(hash, p->source_hash);
     bool same = file_exists(path) && json_read_file(path, CORPUS_JSON_BYTES_MAX, &root) == STATUS_OK;
     *other = false;
     if (same) {
@@ -329,12 +353,25 @@ static enum status open_split(struct corpus *c, struct corpus_split *split, cons
     return STATUS_OK;
 }
 
+/* A corpus of before this was noted has no hash of it. */
+static enum status check_tokenizer(const struct corpus *c, const json_t *root) {
+    const char *noted = json_string_value(json_object_get(root, "tokenizer"));
+    char found[HASH_DIGITS + 1];
+    if (!noted)
+        return STATUS_OK;
+    TRY(hash_file(c->tokenizer_path, found));
+    if (strcmp(noted, found) != 0)
+        return status_fail(STATUS_FORMAT, "%s is damaged, or not that of the text beside it", c->tokenizer_path);
+    return STATUS_OK;
+}
+
 static enum status open_all(struct corpus *c, const char *directory, const char *path, const json_t *root) {
     struct json_source source = {path, root};
     int64_t version = 0, vocab_size = 0;
     TRY(json_get_integer(source, "version", true, CORPUS_VERSION, CORPUS_VERSION, &version));
     TRY(json_get_integer(source, "vocab_size", true, 1, 1 << 24, &vocab_size));
     c->vocab_size = (int)vocab_size;
+    TRY(check_tokenizer(c, root));
     const json_t *domains = json_object_get(root, "domains");
     for (size_t i = 0; i < json_array_size(domains); i++) {
         const char *name = json_string_value(json_array_get(domains, i));

@@ -48,7 +48,7 @@ struct corpus {
     int vocab_size;
 };
 
-/* Open what corpus_prepare made, checking hashes and that every token is below the vocabulary's size. */
+/* Open what corpus_prepare made, checking hashes, also the tokenizer's, and that every token is below the vocabulary's size. */
 enum status corpus_open(struct corpus *corpus, const char *directory) MUST_USE;
 void corpus_close(struct corpus *corpus);
 

@@ -183,6 +183,33 @@ static void test_damaged_shards_are_found(void **state) {
     free(path);
 }
 
+/* Any bit of the tokenizer: it is not opened, and made again from the text, as it was. */
+static void test_a_damaged_tokenizer_is_made_again(void **state) {
+    (void)state;
+    bool reused;
+    assert_int_equal(prepare("*.txt", "damaged", &reused), STATUS_OK);
+    char *directory = below("damaged"), *path = below("damaged/tokenizer.json"), *data, *again;
+    size_t size, size_again;
+    assert_int_equal(file_read(path, 1 << 20, &data, &size), STATUS_OK);
+    for (size_t i = 0; i < size; i += 1 + size / 11) {
+        struct corpus corpus;
+        data[i] ^= 1;
+        write_text("damaged/tokenizer.json", data, size);
+        data[i] ^= 1;
+        assert_int_equal(corpus_open(&corpus, directory), STATUS_FORMAT);
+        assert_non_null(strstr(status_text(), "tokenizer.json is damaged"));
+        assert_int_equal(prepare("*.txt", "damaged", &reused), STATUS_OK);
+        assert_false(reused);
+        assert_int_equal(file_read(path, 1 << 20, &again, &size_again), STATUS_OK);
+        assert_int_equal(size_again, size);
+        assert_memory_equal(again, data, size);
+        free(again);
+    }
+    free(data);
+    free(path);
+    free(directory);
+}
+
 static void make_shard(struct token_shard *shard, int64_t count) {
     char *path = below("numbers.tokens");
     int32_t *tokens = malloc((size_t)count * sizeof *tokens);
@@ -255,6 +282,7 @@ int main(void) {
         cmocka_unit_test(test_a_tenth_is_held_out),     cmocka_unit_test(test_of_short_files_too),
         cmocka_unit_test(test_second_call_does_nothing),
         cmocka_unit_test(test_refusals),                cmocka_unit_test(test_damaged_shards_are_found),
+        cmocka_unit_test(test_a_damaged_tokenizer_is_made_again),
         cmocka_unit_test(test_an_epoch_is_a_permutation), cmocka_unit_test(test_resumes_at_any_cursor),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -371,6 +371,16 @@ static void test_poison_without_end(void **state) {
     assert_true(summary.resumed && summary.step == 16);
 }
 
+static void test_poison_from_the_first_batch(void **state) {
+    (void)state;
+    struct train_summary summary;
+    poison_batches(1, BATCHES, NAN);
+    assert_int_equal(train((struct call){.directory = "hopeless"}, &summary), STATUS_NUMERIC);
+    assert_non_null(strstr(status_text(), "3 returns to the start"));
+    assert_non_null(strstr(status_text(), "no checkpoint was saved"));
+    assert_null(strstr(status_text(), "hopeless"));
+}
+
 static void test_spikes(void **state) {
     (void)state;
     static const char *const names[] = {"skip", "roll_back", "ignore"};
@@ -470,6 +480,7 @@ int main(void) {
         cmocka_unit_test_teardown(test_killed_and_resumed, clean_up),
         cmocka_unit_test_teardown(test_stopped_and_resumed, clean_up),
         cmocka_unit_test_teardown(test_poison_without_end, clean_up),
+        cmocka_unit_test_teardown(test_poison_from_the_first_batch, clean_up),
         cmocka_unit_test_teardown(test_spikes, clean_up),
         cmocka_unit_test_teardown(test_a_loss_that_explodes, clean_up),
         cmocka_unit_test_teardown(test_several_ranks, clean_up),

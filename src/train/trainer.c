@@ -796,13 +796,17 @@ static enum status after_step(struct trainer *t, struct train_summary *summary) 
 
 static enum status give_up(const struct trainer *t, const struct step_result *result) {
     const struct guard *guard = &t->state.guard;
+    struct text_list saved;
+    bool is_saved = checkpoint_list(t->checkpoints, &saved) == STATUS_OK && saved.count > 0;
+    text_list_release(&saved);
     return status_fail(
         STATUS_NUMERIC,
-        "step %lld: %s, %lld steps in a row, after %lld returns to a checkpoint that did not get past it; "
+        "step %lld: %s, %lld steps in a row, after %lld returns %s that did not get past it; "
         "lower --optim.lr, look at the data, or allow more by --train.rollback_limit or --train.spikes "
-        "ignore; what was learnt is in %s",
+        "ignore; %s%s",
         (long long)t->state.step, step_skip_reason(result->skipped), (long long)guard->skipped_in_a_row,
-        (long long)guard->rollbacks, t->checkpoints);
+        (long long)guard->rollbacks, is_saved ? "to a checkpoint" : "to the start",
+        is_saved ? "what was learnt is in " : "no checkpoint was saved", is_saved ? t->checkpoints : "");
 }
 
 static enum status report_step(struct trainer *t, const struct step_result *result, double seconds) {
