@@ -361,7 +361,8 @@ static enum status check_tokenizer(const struct corpus *c, const json_t *root) {
         return STATUS_OK;
     TRY(hash_file(c->tokenizer_path, found));
     if (strcmp(noted, found) != 0)
-        return status_fail(STATUS_FORMAT, "%s is damaged, or not that of the text beside it", c->tokenizer_path);
+        return status_fail(STATUS_FORMAT, "%s: is damaged, or not that of the text beside it; remove its directory to "
+                           "prepare the data again", c->tokenizer_path);
     return STATUS_OK;
 }
 

@@ -197,7 +197,7 @@ static void test_a_damaged_tokenizer_is_made_again(void **state) {
         write_text("damaged/tokenizer.json", data, size);
         data[i] ^= 1;
         assert_int_equal(corpus_open(&corpus, directory), STATUS_FORMAT);
-        assert_non_null(strstr(status_text(), "tokenizer.json is damaged"));
+        assert_non_null(strstr(status_text(), "tokenizer.json: is damaged"));
         assert_int_equal(prepare("*.txt", "damaged", &reused), STATUS_OK);
         assert_false(reused);
         assert_int_equal(file_read(path, 1 << 20, &again, &size_again), STATUS_OK);

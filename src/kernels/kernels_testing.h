@@ -21,12 +21,12 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-/* Numbers of threads, 1 and on; every how many-th of cases that are alike the model of a device gets, and one in how many of all
- * others. The sanitizers look for what no number of them should do: fewer are enough. */
+/* Numbers of threads, 1 and on; of how many cases the model of a device gets one, where many are alike, and of all others. The
+ * sanitizers look for what no number of them should do: fewer are enough. */
 #ifdef __SANITIZE_ADDRESS__
-enum { TEST_THREADS_STEP = 2, TEST_MODEL_STEP = 7, TEST_MODEL_SHARE = 3 };
+enum { TEST_THREADS_STEP = 2, TEST_MODEL_ALIKE = 7, TEST_MODEL_SHARE = 3 };
 #else
-enum { TEST_THREADS_STEP = 1, TEST_MODEL_STEP = 3, TEST_MODEL_SHARE = 1 };
+enum { TEST_THREADS_STEP = 1, TEST_MODEL_ALIKE = 3, TEST_MODEL_SHARE = 1 };
 #endif
 
 enum { TEST_GUARD_BYTES = 64, TEST_POISON = 0xFF }; /* 0xFF.. is NaN in every float dtype */
@@ -92,9 +92,15 @@ static inline int test_repetitions(const struct kernel_ops *ops, int threads_max
     return test_is_cuda(ops) ? 2 : threads_max;
 }
 
-/* Of many cases that are alike, whether the backend gets this one: the model of a device is slow. */
+/* Whether the backend gets the case of that number: the model of a device is slow, and gets one of `share`. They are drawn: cases
+ * come in twos and threes, and of each kind it is to get some. */
+static inline bool test_takes_one_of(const struct kernel_ops *ops, int64_t number, int share) {
+    return strcmp(ops->name, "cudamodel") != 0 || random_bits(9, 0, (uint64_t)number) % (uint64_t)share == 0;
+}
+
+/* Of many cases that are alike. */
 static inline bool test_takes(const struct kernel_ops *ops, int64_t number) {
-    return strcmp(ops->name, "cudamodel") != 0 || number % TEST_MODEL_STEP == 0;
+    return test_takes_one_of(ops, number, TEST_MODEL_ALIKE);
 }
 
 /* Of a device, f64 is for sums only. */
