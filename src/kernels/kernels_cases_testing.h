@@ -302,15 +302,20 @@ static inline int find_backends(void **state) {
     return backend_count > 0 ? 0 : -1;
 }
 
+/* The last test: what is spared cases is not to be spared all. */
+static inline void test_every_backend_had_cases(void **state) {
+    (void)state;
+    for (int b = 0; b < backend_count; b++)
+        if (cases_made[b] == 0)
+            fail_msg("%s had no case", backend_names[b]);
+}
+
 static inline int summarize(void **state) {
     (void)state;
     static const char *const all[] = {"ref", "portable", "avx2", "avx512", "avx512bf16", "amx", "cuda"};
-    bool has_all = true;
-    for (int b = 0; b < backend_count; b++) {
+    for (int b = 0; b < backend_count; b++)
         printf("%s: %ld cases, %ld calls, largest error %.2f of its bound\n", backend_names[b],
                cases_made[b], calls_made[b], worst_share[b]);
-        has_all = has_all && calls_made[b] > 0;
-    }
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         char model[32];
         snprintf(model, sizeof model, "%smodel", all[i]);
@@ -318,5 +323,5 @@ static inline int summarize(void **state) {
             printf("%s: not exercised here%s\n", all[i], is_available(model) ? "; its code ran on a model in software" : "");
     }
     test_release();
-    return has_all ? 0 : -1;
+    return 0;
 }

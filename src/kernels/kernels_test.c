@@ -498,6 +498,7 @@ int main(void) {
         cmocka_unit_test(test_narrow_gemm),
         cmocka_unit_test(test_product_onto),
         cmocka_unit_test(test_few_rows),
+        cmocka_unit_test(test_every_backend_had_cases),
     };
     return cmocka_run_group_tests(tests, find_backends, summarize);
 }

@@ -1173,6 +1173,7 @@ int main(void) {
         cmocka_unit_test(test_combine_rows_onto),
         cmocka_unit_test(test_routed_norm),
         cmocka_unit_test(test_rmsnorm_cast),
+        cmocka_unit_test(test_every_backend_had_cases),
     };
     return cmocka_run_group_tests(tests, find_backends, summarize);
 }
