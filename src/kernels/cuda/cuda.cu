@@ -72,6 +72,10 @@ bool cuda_lies_beside(void) {
     return taken_ways & BLOCKS_BESIDE;
 }
 
+int cuda_lead(void) {
+    return taken_ways & TWO_AHEAD ? 2 : taken_ways & ONE_AHEAD ? 1 : 0;
+}
+
 /* The model's are few, so that each has several tiles to go through. */
 int cuda_processors(void) {
 #ifdef CADRE_CUDA_MODEL

@@ -6,8 +6,9 @@
 const struct kernel_ops *kernels_cuda(void);
 
 /* From now on without what only Hopper has, as on every device from sm_80 on; without kernels of their own for few rows and few
- * queries, whose place tiles take; Hopper's products of gathered rows with the blocks of a cluster beside each other. */
-enum cuda_way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4 };
+ * queries, whose place tiles take; Hopper's products of gathered rows with the blocks of a cluster beside each other; the first of
+ * a block's two groups of multipliers one block of the inner dimension ahead of the other, or two. */
+enum cuda_way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4, ONE_AHEAD = 8, TWO_AHEAD = 16 };
 
 /* ways: the sum of some. Before any operation. */
 void kernels_cuda_take(unsigned ways);

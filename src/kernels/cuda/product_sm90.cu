@@ -3,7 +3,7 @@
  * A cluster of two blocks computes 256 rows and 256 columns of a group's result, a block 128 of the rows. In a block one
  * warp group brings operands, 64 of the inner dimension at a time, into a ring of stages in shared memory; two others
  * multiply, each for 64 rows, and hold the sums in registers. Operand B is the same for both blocks: each brings half of it and
- * gives it to both. Operand A comes in boxes, or, where it is gathered, in boxes of one row each.
+ * gives it to both. An operand comes in boxes, or, where it is gathered, in boxes of one row each.
  *
  * Of gathered rows the blocks may lie beside each other instead, 128 rows and 512 columns: then A is the same for both, and each
  * asks for half of its boxes, of which the copy engine takes no more than one in 8 cycles; B each brings for itself.
@@ -16,7 +16,8 @@
  *   INPUT     dx [N,I]              dy, inner O            w_e, inner O: rows along the inner dimension
  *   WEIGHT    dw_e [O,I] =, +=      dy or x                x or dy; inner: the rows of the group, for both
  *
- * Of a WEIGHT product the gathered operand, if there is one, is A: then C may be written transposed. */
+ * Of FORWARD and INPUT products A may be gathered, of a WEIGHT product either one. With blocks beside each other it is A there,
+ * too: of x that is gathered C is then written transposed. */
 #include "kernels/cuda/product_results_sm90.cuh"
 
 #ifdef CUDA_IS_SM90
@@ -199,10 +200,10 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
     }
 }
 
-/* Rows that an index names are boxes of one row each: faster than threads that copy 16 bytes each. A part of A is what a warp asks
- * for of every 64 of the inner dimension: of FORWARD and INPUT rows part * BOXES .. , of WEIGHT rows part * INNER_ROWS .. of the
- * next 64, in two boxes beside each other. */
-template <int lie> struct part_of_a {
+/* Rows that an index names are boxes of one row each: faster than threads that copy 16 bytes each. A part is what a warp asks for of every 64 of
+ * the inner dimension: of FORWARD and INPUT rows part * BOXES .. , of WEIGHT rows part * INNER_ROWS .. of the next 64, in two
+ * boxes beside each other. Where an operand is the same for both blocks, each has half of A's rows, or of B's columns. */
+template <int lie> struct part_of_rows {
     enum { BOXES = lie == ABOVE ? 32 : 16, INNER_ROWS = BOXES / 2 };
 };
 
@@ -224,21 +225,37 @@ static __device__ __forceinline__ int find_inner_row(const struct rows_operand &
 }
 
 /* By one lane; rows are the same for all lanes. */
-template <int form, int lie>
+template <int form, int lie, int gathers>
 static __device__ __forceinline__ void bring_rows(const struct maps &maps, const struct tile &tile, const struct walk &walk,
-                                                  int part, const int *rows, unsigned char *a, uint64_t *full) {
-    constexpr bool shares = lie == BESIDE;
-    constexpr int boxes = part_of_a<lie>::BOXES, inner_rows = part_of_a<lie>::INNER_ROWS;
+                                                  int rank, int part, const int *rows, unsigned char *stage, uint64_t *full) {
+    constexpr bool is_b = gathers == ROWS_OF_B, shares = is_b || lie == BESIDE;
+    constexpr int boxes = part_of_rows<lie>::BOXES, inner_rows = part_of_rows<lie>::INNER_ROWS;
     if (form != WEIGHT) {
 #pragma unroll
         for (int i = 0; i < boxes; i++)
-            bring_box_2d<shares>(a + (part * boxes + i) * 128, &maps.a[walk.term], full, walk.k, rows[i]);
+            bring_box_2d<shares>(stage + (part * boxes + i) * 128, &maps.a[walk.term], full, walk.k, rows[i]);
     } else {
+        unsigned char *to = is_b ? stage + A_BYTES + rank * (B_BYTES / CLUSTER) : stage;
+        int column = is_b ? tile.n + rank * (TILE_N / CLUSTER) : tile.m;
 #pragma unroll
         for (int i = 0; i < boxes; i++)
-            bring_box_2d<shares>(a + i % 2 * BOX_BYTES + (part * inner_rows + i / 2) * 128, &maps.a[0], full,
-                                 tile.m + i % 2 * 64, rows[i / 2]);
+            bring_box_2d<shares>(to + i % 2 * BOX_BYTES + (part * inner_rows + i / 2) * 128, is_b ? &maps.b[0] : &maps.a[0], full,
+                                 column + i % 2 * 64, rows[i / 2]);
     }
+}
+
+/* By one lane of a warp: its part of the gathered operand, and by the first warp's all of the other. */
+template <int form, int lie, int gathers, int result>
+static __device__ __forceinline__ void bring_part(const struct maps &maps, const struct tile &tile, const struct walk &walk,
+                                                  int rank, int warp, const int *rows, unsigned char *stage, uint64_t *full) {
+    constexpr int own = gathers == ROWS_OF_B ? B_BYTES : A_BYTES;
+    int part = lie == ABOVE ? warp : rank * WARPS + warp;
+    barrier_arrive_expecting(full, own / WARPS + (warp == 0 ? STAGE_BYTES - own : 0));
+    if (warp == 0 && gathers == ROWS_OF_B)
+        bring_a<form>(maps, tile, walk.term, walk.k, stage, full);
+    else if (warp == 0)
+        bring_b<form, lie, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
+    bring_rows<form, lie, gathers>(maps, tile, walk, rank, part, rows, stage, full);
 }
 
 static __device__ __forceinline__ struct tile uniform_tile(const struct tile &tile) {
@@ -246,11 +263,12 @@ static __device__ __forceinline__ struct tile uniform_tile(const struct tile &ti
             uniform(tile.n)};
 }
 
-/* A is gathered; a lane of each warp arrives. */
-template <int form, int lie, int result, typename S>
+/* An operand is gathered; a lane of each warp arrives. */
+template <int form, int lie, int gathers, int result, typename S>
 static __device__ __forceinline__ void bring_gathered(const struct maps &maps, const struct problem &p, int column_tiles,
                                                       int columns, S *s, int rank) {
-    constexpr int boxes = part_of_a<lie>::BOXES, inner_rows = part_of_a<lie>::INNER_ROWS;
+    constexpr int boxes = part_of_rows<lie>::BOXES, inner_rows = part_of_rows<lie>::INNER_ROWS;
+    const struct rows_operand &indexed = gathers == ROWS_OF_B ? p.b : p.a[0];
     struct ring ring = {0, 1};
     int place = 0, total = uniform(s->first_tile[p.groups]), thread = (int)threadIdx.x, warp = uniform(thread / WARP);
     int part = lie == ABOVE ? warp : rank * WARPS + warp;
@@ -262,10 +280,10 @@ static __device__ __forceinline__ void bring_gathered(const struct maps &maps, c
         if (is_empty(walk))
             continue;
         if (form != WEIGHT) {
-            find_rows<boxes>(p.a[0], tile, part, rows);
+            find_rows<boxes>(indexed, tile, part, rows);
         } else {
-            mine = find_inner_row<inner_rows>(p.a[0], walk, walk.k, part);
-            next = find_inner_row<inner_rows>(p.a[0], walk, walk.k + TILE_K, part);
+            mine = find_inner_row<inner_rows>(indexed, walk, walk.k, part);
+            next = find_inner_row<inner_rows>(indexed, walk, walk.k + TILE_K, part);
         }
         do {
             unsigned char *stage = s->stage[ring.stage];
@@ -275,21 +293,17 @@ static __device__ __forceinline__ void bring_gathered(const struct maps &maps, c
                 for (int i = 0; i < inner_rows; i++)
                     rows[i] = __shfl_sync(FULL_WARP, mine, i);
                 mine = next;
-                next = find_inner_row<inner_rows>(p.a[0], walk, walk.k + 2 * TILE_K, part);
+                next = find_inner_row<inner_rows>(indexed, walk, walk.k + 2 * TILE_K, part);
             }
             barrier_wait(&s->empty[ring.stage], ring.parity);
             bool is_last = is_tail<form>(walk);
             if (is_last)
                 bring_tail(p, tile, walk, thread, stage);
             if (elected()) {
-                if (is_last) {
+                if (is_last)
                     barrier_arrive(full);
-                } else {
-                    barrier_arrive_expecting(full, A_BYTES / WARPS + (warp == 0 ? B_BYTES : 0));
-                    if (warp == 0)
-                        bring_b<form, lie, result>(maps, tile, walk.term, walk.k, rank, stage + A_BYTES, full);
-                    bring_rows<form, lie>(maps, tile, walk, part, rows, stage, full);
-                }
+                else
+                    bring_part<form, lie, gathers, result>(maps, tile, walk, rank, warp, rows, stage, full);
             }
             __syncwarp();
             advance<S::STAGES>(&ring);
@@ -323,9 +337,10 @@ template <int form> static __device__ __forceinline__ int blocks_of(const struct
     return blocks;
 }
 
-/* The last block may still be multiplied when it returns; it is in stage `before`. */
+/* The last block may still be multiplied when it returns; it is in stage `before`. After `lead` blocks the other multipliers are
+ * told; -1: never. */
 template <int form, typename S>
-static __device__ __forceinline__ int multiply_tile(float d[128], int blocks, S *s, int multiplier, struct ring *ring) {
+static __device__ __forceinline__ int multiply_tile(float d[128], int blocks, int lead, S *s, int multiplier, struct ring *ring) {
     int before = 0;
     for (int k = 0; k < blocks; k++) {
         barrier_wait(&s->full[ring->stage], ring->parity);
@@ -336,6 +351,8 @@ static __device__ __forceinline__ int multiply_tile(float d[128], int blocks, S 
         if (k > 0) {
             matrices_wait<1>();
             release(s, before);
+            if (k == lead && threadIdx.x % GROUP_THREADS == 0)
+                barrier_arrive(&s->ahead);
         }
         before = ring->stage;
         advance<S::STAGES>(ring);
@@ -366,23 +383,36 @@ static __device__ __forceinline__ struct strips begin_tile(const struct maps &ma
     return strips;
 }
 
+/* So many blocks the first multipliers are ahead of the others, in the first tile and then in all: who multiplies alone goes
+ * twice as fast, and the ends of tiles, in which one stores, are alone. A stage must be left for what is on its way. */
+template <typename S> static __device__ __forceinline__ int lead_of(const struct problem &p) {
+    return p.lead < S::STAGES - 2 ? p.lead : S::STAGES - 2;
+}
+
 template <int form, int lie, int result, typename S>
 static __device__ __forceinline__ void multiply_all(const struct maps &maps, const struct problem &p, int column_tiles, int columns,
                                                     S *s, int rank, int multiplier) {
     struct ring ring = {0, 0};
     int t = first_turn(), total = s->first_tile[p.groups];
     int warp = (int)threadIdx.x % GROUP_THREADS / WARP;
+    int lead = lead_of<S>(p);
     uint32_t parity[2] = {0, 0};
     struct tile tile, following;
     float d[128];
     if (t < total)
         tile = find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, 0, rank);
+    if (lead > 0 && multiplier > 0 && t < total)
+        barrier_wait(&s->ahead, 0);
+    lead = multiplier == 0 && lead > 0 ? lead : -1;
     while (t < total) {
         struct strips strips = begin_tile<form, result>(maps, p, tile, s, multiplier, warp);
         int blocks = blocks_of<form>(p, tile);
         if (form == WEIGHT && blocks == 0)
             clear_sums(d);
-        int last = multiply_tile<form>(d, blocks, s, multiplier, &ring);
+        int last = multiply_tile<form>(d, blocks, lead, s, multiplier, &ring);
+        if (lead >= blocks && threadIdx.x % GROUP_THREADS == 0)
+            barrier_arrive(&s->ahead);
+        lead = -1;
         t = next_turn<form>(p, s, tile.place, t);
         if (t < total) /* while the last block is multiplied */
             following = find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, tile.place, rank);
@@ -399,6 +429,7 @@ template <typename S> static __device__ void init_barriers(S *s, int full_arriva
         barrier_init(&s->full[i], full_arrivals);
         barrier_init(&s->empty[i], CLUSTER * MULTIPLIERS);
     }
+    barrier_init(&s->ahead, 1);
     for (int i = 0; i < MULTIPLIERS * WARPS * 2; i++)
         barrier_init(&s->loaded[0][0][0] + i, 1);
     barriers_are_initialized();
@@ -406,7 +437,7 @@ template <typename S> static __device__ void init_barriers(S *s, int full_arriva
 
 #endif
 
-template <int form, bool gathers, int lie, int result>
+template <int form, int gathers, int lie, int result>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     multiply(const __grid_constant__ struct maps maps, const __grid_constant__ struct problem p) {
 #ifdef CUDA_IS_SM90
@@ -416,19 +447,19 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
     int whole = cluster_columns((enum lie)lie, columns), column_tiles = (p.n + whole - 1) / whole;
     int rank = (int)cluster_rank(), role = (int)threadIdx.x / GROUP_THREADS;
     if (threadIdx.x == 0)
-        init_barriers(s, gathers || form == WEIGHT ? WARPS : 1);
+        init_barriers(s, gathers != NOTHING || form == WEIGHT ? WARPS : 1);
     count_tiles(p, (enum form)form, (enum lie)lie, result == TO_F32 || result == TO_F32_TRANSPOSED, column_tiles, s);
     if (form == WEIGHT)
         deal_tiles(p, s, (int *)s->strip);
     cluster_sync();
     if (role == 0) {
-        registers_keep<gathers ? 56 : 40>();
-        if (gathers)
-            bring_gathered<form, lie, result>(maps, p, column_tiles, columns, s, rank);
+        registers_keep<gathers == NOTHING ? 40 : 56>();
+        if (gathers != NOTHING)
+            bring_gathered<form, lie, gathers, result>(maps, p, column_tiles, columns, s, rank);
         else
             bring_direct<form, result>(maps, p, column_tiles, columns, s, rank);
     } else {
-        registers_get<gathers ? 224 : 232>();
+        registers_get<gathers == NOTHING ? 232 : 224>();
         multiply_all<form, lie, result>(maps, p, column_tiles, columns, s, rank, role - 1);
     }
     cluster_sync(); /* the other block may still write to this one's memory */
@@ -466,9 +497,9 @@ static void make_map(tensor_map *map, const void *data, int64_t groups, int64_t 
     tensor_map_make(map, data, has_groups ? 3 : 2, size, stride, box);
 }
 
-/* Of operand A: rows that come one after the other, or by an index. */
-static void make_rows_map(tensor_map *map, struct tensor a, struct tensor rows, int box_rows) {
-    make_map(map, a.data, 1, a.shape[0], a.shape[1], tensor_exists(rows) ? 1 : box_rows, false);
+/* Of rows that come one after the other, or by an index. */
+static void make_rows_map(tensor_map *map, struct tensor t, struct tensor rows, int box_rows) {
+    make_map(map, t.data, 1, t.shape[0], t.shape[1], tensor_exists(rows) ? 1 : box_rows, false);
 }
 
 static bool is_wide(const struct problem *p) {
@@ -488,10 +519,6 @@ static bool is_fit_weight(struct packed w) {
     return w.dtype == DTYPE_BF16 && is_aligned(w.data, 16) && w.out % 8 == 0 && w.in % 8 == 0;
 }
 
-static int64_t rows_of(struct tensor direct, struct tensor rows) {
-    return tensor_exists(rows) ? tensor_elements(rows) : direct.shape[0];
-}
-
 static struct problem problem_of(struct tensor offsets, int64_t groups, int64_t rows) {
     struct problem p = {0};
     p.offsets = (const int32_t *)offsets.data;
@@ -499,6 +526,7 @@ static struct problem problem_of(struct tensor offsets, int64_t groups, int64_t 
     p.rows = (int)rows;
     p.group_rows = (int)rows;
     p.terms = 1;
+    p.lead = cuda_lead();
     return p;
 }
 
@@ -515,13 +543,17 @@ static unsigned cluster_grid(void) {
     CUDA_LAUNCH_SM90(CLUSTER, (multiply<form, gathers, lie, result>), cluster_grid(), THREADS,           \
                      (sizeof(struct shared_memory<stages_of(result), strips_of(result)>)), maps, problem)
 
-/* Blocks lie beside each other where that is asked for, and there are columns for both. */
-#define START(form, gathers, result)                                                                     \
-    do {                                                                                                 \
-        if (gathers && cuda_lies_beside() && problem.n > (result == TO_SWIGLU ? TILE_N / 2 : TILE_N))    \
-            START_LIE(form, gathers, gathers ? BESIDE : ABOVE, result);                                  \
-        else                                                                                             \
-            START_LIE(form, gathers, ABOVE, result);                                                     \
+/* Where that is asked for, and there are columns for both. */
+static bool lies_beside(int64_t n, enum result result) {
+    return cuda_lies_beside() && n > (result == TO_SWIGLU ? TILE_N / 2 : TILE_N);
+}
+
+#define START(form, gathers, result)                                                            \
+    do {                                                                                        \
+        if (gathers == ROWS_OF_A && lies_beside(problem.n, result))                             \
+            START_LIE(form, gathers, gathers == ROWS_OF_A ? BESIDE : ABOVE, result);            \
+        else                                                                                    \
+            START_LIE(form, gathers, ABOVE, result);                                            \
     } while (0)
 
 /* Of rows as they are or gathered, to what a call's to_bf16 and accumulate say. */
@@ -537,9 +569,9 @@ static unsigned cluster_grid(void) {
 #define START_ROWS(form)                           \
     do {                                           \
         if (tensor_exists(rows))                   \
-            START_RESULT(form, true);              \
+            START_RESULT(form, ROWS_OF_A);         \
         else                                       \
-            START_RESULT(form, false);             \
+            START_RESULT(form, NOTHING);           \
     } while (0)
 
 static bool groups_fit(int64_t groups, int64_t rows) {
@@ -579,7 +611,7 @@ bool sm90_forward_onto(struct tensor x, struct packed w, struct tensor base, str
     problem.is_wide = is_wide(&problem);
     make_rows_map(&maps.a[0], x, tensor_none(), TILE_M);
     make_map(&maps.b[0], w.data, 1, w.out, w.in, TILE_N / 2, true);
-    START(FORWARD, false, ONTO_F32);
+    START(FORWARD, NOTHING, ONTO_F32);
     return true;
 }
 
@@ -603,9 +635,9 @@ bool sm90_swiglu_forward(struct tensor x, struct tensor rows, struct tensor offs
     make_map(&maps.b[0], gate_weight.data, gate_weight.groups, gate_weight.out, gate_weight.in, TILE_N / 2, true);
     make_map(&maps.b[1], up_weight.data, up_weight.groups, up_weight.out, up_weight.in, TILE_N / 2, true);
     if (tensor_exists(rows))
-        START(FORWARD, true, TO_SWIGLU);
+        START(FORWARD, ROWS_OF_A, TO_SWIGLU);
     else
-        START(FORWARD, false, TO_SWIGLU);
+        START(FORWARD, NOTHING, TO_SWIGLU);
     return true;
 }
 
@@ -631,9 +663,9 @@ bool sm90_swiglu_backward(struct tensor dy, struct tensor rows, struct tensor of
     make_map(&maps.c[0], gate.data, 1, gate.shape[0], w.in, STRIP_ROWS, true);
     make_map(&maps.c[1], up.data, 1, up.shape[0], w.in, STRIP_ROWS, true);
     if (tensor_exists(rows))
-        START(INPUT, true, THROUGH_SWIGLU);
+        START(INPUT, ROWS_OF_A, THROUGH_SWIGLU);
     else
-        START(INPUT, false, THROUGH_SWIGLU);
+        START(INPUT, NOTHING, THROUGH_SWIGLU);
     if (tensor_exists(drow_weight))
         CUDA_LAUNCH(add_row_parts, grid_for(problem.rows, 256), 256, 0, problem.row_part, column_tiles, (int64_t)problem.rows,
                     (float *)drow_weight.data);
@@ -676,19 +708,29 @@ static int splits_of(int64_t m, int64_t n, int64_t rows) {
     return splits < 2 ? 1 : splits < 16 ? (int)splits : 16;
 }
 
-static void start_weight(const struct maps &maps, const struct problem &problem, bool gathers, enum result result) {
-    if (result == ADD_F32_TRANSPOSED)
-        START(WEIGHT, true, ADD_F32_TRANSPOSED);
-    else if (result == TO_F32_TRANSPOSED)
-        START(WEIGHT, true, TO_F32_TRANSPOSED);
-    else if (result == ADD_F32 && gathers)
-        START(WEIGHT, true, ADD_F32);
-    else if (result == ADD_F32)
-        START(WEIGHT, false, ADD_F32);
-    else if (gathers)
-        START(WEIGHT, true, TO_F32);
+#define START_WEIGHT(gathers)                      \
+    do {                                           \
+        if (accumulate)                            \
+            START(WEIGHT, gathers, ADD_F32);       \
+        else                                       \
+            START(WEIGHT, gathers, TO_F32);        \
+    } while (0)
+
+static void start_weight(const struct maps &maps, const struct problem &problem, enum gathered gathers, bool accumulate) {
+    if (gathers == NOTHING)
+        START_WEIGHT(NOTHING);
+    else if (gathers == ROWS_OF_A)
+        START_WEIGHT(ROWS_OF_A);
     else
-        START(WEIGHT, false, TO_F32);
+        START_WEIGHT(ROWS_OF_B);
+}
+
+/* x is A: the blocks beside each other share its rows. */
+static void start_weight_turned(const struct maps &maps, const struct problem &problem, bool accumulate) {
+    if (accumulate)
+        START_LIE(WEIGHT, ROWS_OF_A, BESIDE, ADD_F32_TRANSPOSED);
+    else
+        START_LIE(WEIGHT, ROWS_OF_A, BESIDE, TO_F32_TRANSPOSED);
 }
 
 static void start_splits(const struct maps &maps, struct problem problem, int splits, bool accumulate, float *dw) {
@@ -697,37 +739,39 @@ static void start_splits(const struct maps &maps, struct problem problem, int sp
     problem.group_rows = (int)(ceil_div(problem.rows, splits * TILE_K) * TILE_K);
     problem.groups = (int)ceil_div(problem.rows, problem.group_rows);
     problem.c = cuda_scratch((size_t)(problem.groups * count) * sizeof(float));
-    start_weight(maps, problem, false, TO_F32);
+    start_weight(maps, problem, NOTHING, false);
     CUDA_LAUNCH(add_splits, grid_for(count / 4, 256), 256, 0, (const float *)problem.c, problem.groups, count, accumulate, dw);
 }
 
 bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows, struct tensor offsets,
                           struct tensor dw, bool accumulate) {
-    bool turns = tensor_exists(x_rows); /* the gathered one is A */
-    struct tensor left = turns ? x : dy, left_rows = turns ? x_rows : dy_rows, right = turns ? dy : x;
+    bool gathers_x = tensor_exists(x_rows), turns = gathers_x && lies_beside(dy.shape[1], TO_F32);
+    struct tensor left = turns ? x : dy, left_rows = turns ? x_rows : dy_rows;
+    struct tensor right = turns ? dy : x, right_rows = turns ? dy_rows : x_rows;
     int64_t groups = tensor_exists(offsets) ? dw.shape[0] : 1;
-    int64_t rows = rows_of(right, tensor_none());
-    if (!is_fit(dy) || !is_fit(x) || !is_fit_real(dw) || (turns && tensor_exists(dy_rows)) || !groups_fit(groups, rows))
+    int64_t rows = gathers_x ? tensor_elements(x_rows) : x.shape[0];
+    if (!is_fit(dy) || !is_fit(x) || !is_fit_real(dw) || (gathers_x && tensor_exists(dy_rows)) || !groups_fit(groups, rows))
         return false;
     struct maps maps;
     struct problem problem = problem_of(offsets, groups, rows);
     problem.m = (int)left.shape[1];
     problem.n = (int)right.shape[1];
     problem.a[0] = operand_of(left, left_rows);
-    problem.b = operand_of(right, tensor_none());
+    problem.b = operand_of(right, right_rows);
     problem.c = dw.data;
     problem.stride = x.shape[1];
     problem.group_elements = dy.shape[1] * x.shape[1];
     problem.is_wide = is_wide(&problem);
     make_rows_map(&maps.a[0], left, left_rows, TILE_K);
-    make_map(&maps.b[0], right.data, 1, right.shape[0], right.shape[1], TILE_K, false);
-    bool may_split = !tensor_exists(offsets) && !tensor_exists(left_rows) && is_aligned(dw.data, 16);
+    make_rows_map(&maps.b[0], right, right_rows, TILE_K);
+    enum gathered gathers = tensor_exists(left_rows) ? ROWS_OF_A : tensor_exists(right_rows) ? ROWS_OF_B : NOTHING;
+    bool may_split = !tensor_exists(offsets) && gathers == NOTHING && is_aligned(dw.data, 16);
     int splits = !may_split ? 1 : splits_of(dw.shape[0], dw.shape[1], rows);
-    if (splits > 1) {
+    if (splits > 1)
         start_splits(maps, problem, splits, accumulate, (float *)dw.data);
-        return true;
-    }
-    start_weight(maps, problem, tensor_exists(left_rows),
-                 turns ? accumulate ? ADD_F32_TRANSPOSED : TO_F32_TRANSPOSED : accumulate ? ADD_F32 : TO_F32);
+    else if (turns)
+        start_weight_turned(maps, problem, accumulate);
+    else
+        start_weight(maps, problem, gathers, accumulate);
     return true;
 }

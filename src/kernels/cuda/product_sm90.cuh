@@ -22,6 +22,9 @@ enum {
 /* Sums written or added as rows, as columns; SwiGLU of them; backward through SwiGLU; their sum with a base. */
 enum result { TO_BF16, TO_F32, ADD_F32, TO_F32_TRANSPOSED, ADD_F32_TRANSPOSED, TO_SWIGLU, THROUGH_SWIGLU, ONTO_F32 };
 
+/* Which operand's rows an index names. */
+enum gathered { NOTHING, ROWS_OF_A, ROWS_OF_B };
+
 /* Shared memory is stages, and strips in which a warp's results wait. Backward through SwiGLU has two inputs for each sum, which
  * come into strips while the tile is multiplied: it takes a stage less for more of them. */
 static constexpr int stages_of(int result) {
@@ -51,6 +54,7 @@ struct problem {
     int m, n;               /* of C: rows (WEIGHT only), columns (of one half where there are two) */
     int inner[PRODUCT_TERMS_MAX], terms; /* FORWARD, INPUT */
     struct rows_operand a[PRODUCT_TERMS_MAX], b;
+    int lead; /* so many blocks of the inner dimension the first multipliers are ahead of the others */
     void *c, *c_up, *c_act; /* THROUGH_SWIGLU: gate and up, which become their gradients, and act */
     bool is_wide;           /* of f32: 16 bytes of C, and of base, are aligned */
     const float *base;      /* ONTO_F32: what the sums are added to, as large as C */
@@ -64,7 +68,7 @@ template <int stages, int strips> struct shared_memory {
     enum { STAGES = stages, STRIPS = strips };
     unsigned char stage[stages][STAGE_BYTES]; /* A, then B */
     unsigned char strip[MULTIPLIERS][WARPS][strips][STRIP_BYTES];
-    uint64_t full[stages], empty[stages];
+    uint64_t full[stages], empty[stages], ahead;
     uint64_t loaded[MULTIPLIERS][WARPS][2]; /* THROUGH_SWIGLU: gate and up of 64 columns are in two strips */
     int first_row[GROUPS_MAX + 1];
     int first_tile[GROUPS_MAX + 1]; /* of the group that is the i-th in order */
