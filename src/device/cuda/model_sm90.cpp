@@ -256,6 +256,21 @@ void read_pairs(const uint32_t lanes[WARP][4], float to[INNER][COLUMNS_MAX]) {
 
 float left[INNER][COLUMNS_MAX], right[INNER][COLUMNS_MAX]; /* operands of the product that runs */
 
+/* row [columns] += factor [INNER] times the right operand. Most of what the model computes is here, all of it on its own arrays:
+ * eight columns stay in registers, and sanitizers do not look. */
+MODEL_ARITHMETIC void add_products(float *row, const float *factor, int columns) {
+    for (int j = 0; j < columns; j += 8) {
+        float sum[8];
+        for (int i = 0; i < 8; i++)
+            sum[i] = row[j + i];
+        for (int k = 0; k < INNER; k++)
+            for (int i = 0; i < 8; i++)
+                sum[i] += factor[k] * right[k][j + i];
+        for (int i = 0; i < 8; i++)
+            row[j + i] = sum[i];
+    }
+}
+
 /* One warp's 16 of the 64 rows. */
 void multiply(const product &p, int warp_in_group, int block, float *sum) {
     int columns = 2 * p.what.numbers;
@@ -267,11 +282,10 @@ void multiply(const product &p, int warp_in_group, int block, float *sum) {
         float *row = sum + i * columns;
         if (!p.what.accumulates)
             memset(row, 0, (size_t)columns * sizeof(float));
-        for (int k = 0; k < INNER; k++) {
-            float factor = left[k][i];
-            for (int j = 0; j < columns; j++)
-                row[j] += factor * right[k][j];
-        }
+        float factor[INNER];
+        for (int k = 0; k < INNER; k++)
+            factor[k] = left[k][i];
+        add_products(row, factor, columns);
     }
 }
 

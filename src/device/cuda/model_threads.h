@@ -3,6 +3,9 @@
 
 #include "device/cuda/language.cuh"
 
+/* Of loops over the model's own arrays that take most of its time. */
+#define MODEL_ARITHMETIC __attribute__((no_sanitize("address", "undefined")))
+
 namespace cuda_model {
 
 enum { THREADS_MAX = 1024, WARPS_MAX = THREADS_MAX / WARP, BLOCKS_MAX = 2 /* of a cluster */, NAMED_MAX = 16 };
