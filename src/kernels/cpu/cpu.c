@@ -140,30 +140,10 @@ bool kernels_prefer_bf16(void) {
 enum status kernels_choose_for(const struct device *device, const char *name, const struct kernel_ops **out) {
     if (device == device_cpu())
         return kernels_choose(name, out);
-    static const struct {
-        const char *name;
-        unsigned ways;
-    } known[] = {
-#ifdef CADRE_CUDA_MODEL /* Hopper's only when asked for: it takes long over them */
-        {"auto", WITHOUT_HOPPER}, {"cuda", WITHOUT_HOPPER}, {"tiles", WITHOUT_HOPPER | WITHOUT_FEW}, {"sm90-tiles", WITHOUT_FEW},
-#define SM90(name, ways) {name, WITHOUT_FEW | ways}
-#else
-        {"auto", 0}, {"cuda", 0}, {"tiles", WITHOUT_FEW},
-#define SM90(name, ways) {name, ways}
-#endif
-        SM90("sm90-beside", BLOCKS_BESIDE), SM90("sm90-ahead", ONE_AHEAD), SM90("sm90-ahead-2", TWO_AHEAD),
-        SM90("sm90-beside-ahead", BLOCKS_BESIDE | ONE_AHEAD), SM90("sm90-beside-ahead-2", BLOCKS_BESIDE | TWO_AHEAD),
-#undef SM90
-        {"sm80", WITHOUT_HOPPER}, {"sm80-tiles", WITHOUT_HOPPER | WITHOUT_FEW}};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        if (strcmp(name, known[i].name) != 0)
-            continue;
-        kernels_cuda_take(known[i].ways);
-        *out = kernels_cuda();
-        return STATUS_OK;
-    }
-    return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: auto, cuda, sm80, tiles, sm80-tiles, sm90-ahead[-2], "
-                       "sm90-beside[-ahead[-2]]", name, device->name);
+    if (!kernels_cuda_take(name))
+        return status_fail(STATUS_USAGE, "no kernels '%s' for device %s; it runs: " CUDA_KERNEL_NAMES, name, device->name);
+    *out = kernels_cuda();
+    return STATUS_OK;
 }
 
 bool kernels_device_prefers_bf16(const struct device *device) {

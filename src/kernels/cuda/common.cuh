@@ -187,6 +187,7 @@ const struct kernel_ops *kernels_cuda(void);
 bool cuda_is_general(void); /* nothing that only Hopper has */
 int cuda_processors(void);
 bool cuda_lies_beside(void); /* of products that gather: product_sm90.cu */
+bool cuda_keeps_x_right(void);
 int cuda_lead(void);        /* blocks that half of the multipliers are ahead there */
 bool cuda_has_few(void);    /* few rows and few queries have kernels of their own */
 void product_fill_cuda(struct kernel_ops *ops);

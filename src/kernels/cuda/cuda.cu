@@ -49,15 +49,46 @@ const struct kernel_ops *kernels_cuda(void) {
     return &table;
 }
 
-/* The model takes long over the large tiles of Hopper's kernels: only where they are asked for. */
+enum way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4, X_IS_RIGHT = 8, ONE_AHEAD = 16, TWO_AHEAD = 32 };
+
 #ifdef CADRE_CUDA_MODEL
-static unsigned taken_ways = WITHOUT_HOPPER;
+enum { USUAL_WAYS = WITHOUT_HOPPER };
 #else
-static unsigned taken_ways;
+enum { USUAL_WAYS = 0 };
 #endif
 
-void kernels_cuda_take(unsigned ways) {
+static unsigned taken_ways = USUAL_WAYS;
+
+/* The way that the word up to the next '-' or the end names; 0: none. */
+static unsigned way_of(const char *word, size_t length) {
+    static const struct {
+        const char *word;
+        unsigned way;
+    } known[] = {{"tiles", WITHOUT_FEW}, {"beside", BLOCKS_BESIDE}, {"right", X_IS_RIGHT}, {"ahead", ONE_AHEAD},
+                 {"ahead2", TWO_AHEAD}};
+    for (const auto &each : known)
+        if (strlen(each.word) == length && memcmp(each.word, word, length) == 0)
+            return each.way;
+    return 0;
+}
+
+bool kernels_cuda_take(const char *name) {
+    bool is_sm80 = strncmp(name, "sm80", 4) == 0, is_sm90 = strncmp(name, "sm90", 4) == 0;
+    unsigned ways = is_sm80 ? WITHOUT_HOPPER : is_sm90 ? 0 : USUAL_WAYS;
+    if (strcmp(name, "tiles") == 0)
+        ways |= WITHOUT_FEW;
+    else if (!is_sm80 && !is_sm90 && strcmp(name, "auto") != 0 && strcmp(name, "cuda") != 0)
+        return false;
+    for (const char *rest = name + 4; (is_sm80 || is_sm90) && *rest;) {
+        size_t length = *rest == '-' ? strcspn(rest + 1, "-") : 0;
+        unsigned way = way_of(rest + 1, length);
+        if (way == 0 || (is_sm80 && way != WITHOUT_FEW))
+            return false;
+        ways |= way;
+        rest += 1 + length;
+    }
     taken_ways = ways;
+    return true;
 }
 
 bool cuda_is_general(void) {
@@ -70,6 +101,10 @@ bool cuda_has_few(void) {
 
 bool cuda_lies_beside(void) {
     return taken_ways & BLOCKS_BESIDE;
+}
+
+bool cuda_keeps_x_right(void) {
+    return taken_ways & X_IS_RIGHT;
 }
 
 int cuda_lead(void) {

@@ -5,13 +5,13 @@
 
 const struct kernel_ops *kernels_cuda(void);
 
-/* From now on without what only Hopper has, as on every device from sm_80 on; without kernels of their own for few rows and few
- * queries, whose place tiles take; Hopper's products of gathered rows with the blocks of a cluster beside each other; the first of
- * a block's two groups of multipliers one block of the inner dimension ahead of the other, or two. */
-enum cuda_way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4, ONE_AHEAD = 8, TWO_AHEAD = 16 };
-
-/* ways: the sum of some. Before any operation. */
-void kernels_cuda_take(unsigned ways);
+/* What `name` says is taken from now on; before any operation. False: it is none of CUDA_KERNEL_NAMES. auto and cuda are what a
+ * device has (its model leaves out Hopper's own, which take it long); sm80 is nothing that only Hopper has; tiles no kernels of
+ * their own for few rows and few queries. Of Hopper's products: beside, the blocks of a cluster beside each other where rows are
+ * gathered; right, x that is gathered is the right operand of a weight's gradient; ahead, ahead2, half of a block's multipliers
+ * are so many blocks of the inner dimension ahead of the others when a tile begins. */
+bool kernels_cuda_take(const char *name);
+#define CUDA_KERNEL_NAMES "auto, cuda, tiles, sm80[-tiles], sm90[-tiles][-beside][-right][-ahead or -ahead2]"
 
 size_t cuda_scratch_bytes(void);
 

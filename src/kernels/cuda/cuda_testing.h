@@ -59,7 +59,7 @@ static inline int find_device(void **state) {
         device = NULL;
         return 0;
     }
-    const char *name = getenv("CADRE_TEST_KERNELS"); /* sm80, tiles, sm80-tiles; of a model, sm90-tiles */
+    const char *name = getenv("CADRE_TEST_KERNELS"); /* of CUDA_KERNEL_NAMES */
     printf("on %s\n", device_describe(device));
     if (kernels_choose_for(device, name ? name : "auto", &ops) != STATUS_OK)
         return -1;

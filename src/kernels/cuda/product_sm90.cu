@@ -16,8 +16,8 @@
  *   INPUT     dx [N,I]              dy, inner O            w_e, inner O: rows along the inner dimension
  *   WEIGHT    dw_e [O,I] =, +=      dy or x                x or dy; inner: the rows of the group, for both
  *
- * Of FORWARD and INPUT products A may be gathered, of a WEIGHT product either one. With blocks beside each other it is A there,
- * too: of x that is gathered C is then written transposed. */
+ * Of FORWARD and INPUT products A may be gathered. Of a WEIGHT product with a gathered x either that is A, and C is written
+ * transposed, or it stays B, and the blocks ask for half of its boxes each. */
 #include "kernels/cuda/product_results_sm90.cuh"
 
 #ifdef CUDA_IS_SM90
@@ -200,9 +200,10 @@ static __device__ __forceinline__ void bring_direct(const struct maps &maps, con
     }
 }
 
-/* Rows that an index names are boxes of one row each: faster than threads that copy 16 bytes each. A part is what a warp asks for of every 64 of
- * the inner dimension: of FORWARD and INPUT rows part * BOXES .. , of WEIGHT rows part * INNER_ROWS .. of the next 64, in two
- * boxes beside each other. Where an operand is the same for both blocks, each has half of A's rows, or of B's columns. */
+/* Rows that an index names are boxes of one row each: faster than threads that copy 16 bytes each. A part is what a warp asks for
+ * of every 64 of the inner dimension: of FORWARD and INPUT rows part * BOXES .. , of WEIGHT rows part * INNER_ROWS .. of the next
+ * 64, in two boxes beside each other. Where an operand is the same for both blocks, each has half of A's rows, or of B's
+ * columns. */
 template <int lie> struct part_of_rows {
     enum { BOXES = lie == ABOVE ? 32 : 16, INNER_ROWS = BOXES / 2 };
 };
@@ -229,6 +230,7 @@ template <int form, int lie, int gathers>
 static __device__ __forceinline__ void bring_rows(const struct maps &maps, const struct tile &tile, const struct walk &walk,
                                                   int rank, int part, const int *rows, unsigned char *stage, uint64_t *full) {
     constexpr bool is_b = gathers == ROWS_OF_B, shares = is_b || lie == BESIDE;
+    static_assert(!is_b || (form == WEIGHT && lie == ABOVE), "only there both blocks have the same columns");
     constexpr int boxes = part_of_rows<lie>::BOXES, inner_rows = part_of_rows<lie>::INNER_ROWS;
     if (form != WEIGHT) {
 #pragma unroll
@@ -338,7 +340,7 @@ template <int form> static __device__ __forceinline__ int blocks_of(const struct
 }
 
 /* The last block may still be multiplied when it returns; it is in stage `before`. After `lead` blocks the other multipliers are
- * told; -1: never. */
+ * told; 0: they are not. */
 template <int form, typename S>
 static __device__ __forceinline__ int multiply_tile(float d[128], int blocks, int lead, S *s, int multiplier, struct ring *ring) {
     int before = 0;
@@ -383,10 +385,11 @@ static __device__ __forceinline__ struct strips begin_tile(const struct maps &ma
     return strips;
 }
 
-/* So many blocks the first multipliers are ahead of the others, in the first tile and then in all: who multiplies alone goes
- * twice as fast, and the ends of tiles, in which one stores, are alone. A stage must be left for what is on its way. */
-template <typename S> static __device__ __forceinline__ int lead_of(const struct problem &p) {
-    return p.lead < S::STAGES - 2 ? p.lead : S::STAGES - 2;
+/* How many blocks ahead the first multipliers are when the others begin a tile. Who multiplies alone goes twice as fast, so that
+ * nothing is lost, and one may multiply while the other stores. A stage must be left for what is on its way. Not of a tile with so
+ * few blocks that the first could be past its next one before the others begin with it: a barrier knows two turns. */
+template <typename S> static __device__ __forceinline__ int lead_of(const struct problem &p, int blocks) {
+    return blocks <= S::STAGES ? 0 : p.lead < S::STAGES - 2 ? p.lead : S::STAGES - 2;
 }
 
 template <int form, int lie, int result, typename S>
@@ -395,24 +398,21 @@ static __device__ __forceinline__ void multiply_all(const struct maps &maps, con
     struct ring ring = {0, 0};
     int t = first_turn(), total = s->first_tile[p.groups];
     int warp = (int)threadIdx.x % GROUP_THREADS / WARP;
-    int lead = lead_of<S>(p);
-    uint32_t parity[2] = {0, 0};
+    uint32_t parity[2] = {0, 0}, turn = 0;
     struct tile tile, following;
     float d[128];
     if (t < total)
         tile = find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, 0, rank);
-    if (lead > 0 && multiplier > 0 && t < total)
-        barrier_wait(&s->ahead, 0);
-    lead = multiplier == 0 && lead > 0 ? lead : -1;
     while (t < total) {
         struct strips strips = begin_tile<form, result>(maps, p, tile, s, multiplier, warp);
-        int blocks = blocks_of<form>(p, tile);
+        int blocks = blocks_of<form>(p, tile), lead = lead_of<S>(p, blocks);
+        if (lead > 0 && multiplier > 0) {
+            barrier_wait(&s->ahead, turn);
+            turn ^= 1;
+        }
         if (form == WEIGHT && blocks == 0)
             clear_sums(d);
-        int last = multiply_tile<form>(d, blocks, lead, s, multiplier, &ring);
-        if (lead >= blocks && threadIdx.x % GROUP_THREADS == 0)
-            barrier_arrive(&s->ahead);
-        lead = -1;
+        int last = multiply_tile<form>(d, blocks, multiplier == 0 ? lead : 0, s, multiplier, &ring);
         t = next_turn<form>(p, s, tile.place, t);
         if (t < total) /* while the last block is multiplied */
             following = find_tile(p, (enum form)form, (enum lie)lie, column_tiles, columns, s, t, tile.place, rank);
@@ -725,12 +725,12 @@ static void start_weight(const struct maps &maps, const struct problem &problem,
         START_WEIGHT(ROWS_OF_B);
 }
 
-/* x is A: the blocks beside each other share its rows. */
+/* x is A. */
 static void start_weight_turned(const struct maps &maps, const struct problem &problem, bool accumulate) {
     if (accumulate)
-        START_LIE(WEIGHT, ROWS_OF_A, BESIDE, ADD_F32_TRANSPOSED);
+        START(WEIGHT, ROWS_OF_A, ADD_F32_TRANSPOSED);
     else
-        START_LIE(WEIGHT, ROWS_OF_A, BESIDE, TO_F32_TRANSPOSED);
+        START(WEIGHT, ROWS_OF_A, TO_F32_TRANSPOSED);
 }
 
 static void start_splits(const struct maps &maps, struct problem problem, int splits, bool accumulate, float *dw) {
@@ -745,7 +745,7 @@ static void start_splits(const struct maps &maps, struct problem problem, int sp
 
 bool sm90_backward_weight(struct tensor dy, struct tensor dy_rows, struct tensor x, struct tensor x_rows, struct tensor offsets,
                           struct tensor dw, bool accumulate) {
-    bool gathers_x = tensor_exists(x_rows), turns = gathers_x && lies_beside(dy.shape[1], TO_F32);
+    bool gathers_x = tensor_exists(x_rows), turns = gathers_x && (lies_beside(dy.shape[1], TO_F32) || !cuda_keeps_x_right());
     struct tensor left = turns ? x : dy, left_rows = turns ? x_rows : dy_rows;
     struct tensor right = turns ? dy : x, right_rows = turns ? dy_rows : x_rows;
     int64_t groups = tensor_exists(offsets) ? dw.shape[0] : 1;

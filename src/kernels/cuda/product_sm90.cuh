@@ -54,7 +54,7 @@ struct problem {
     int m, n;               /* of C: rows (WEIGHT only), columns (of one half where there are two) */
     int inner[PRODUCT_TERMS_MAX], terms; /* FORWARD, INPUT */
     struct rows_operand a[PRODUCT_TERMS_MAX], b;
-    int lead; /* so many blocks of the inner dimension the first multipliers are ahead of the others */
+    int lead; /* blocks of the inner dimension by which the first multipliers are ahead of the others when a tile begins; 0: none */
     void *c, *c_up, *c_act; /* THROUGH_SWIGLU: gate and up, which become their gradients, and act */
     bool is_wide;           /* of f32: 16 bytes of C, and of base, are aligned */
     const float *base;      /* ONTO_F32: what the sums are added to, as large as C */
