@@ -52,6 +52,9 @@ function(cadre_cuda folder)
     set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
     file(GLOB model CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${folder}/cuda/*.cpp)
     set_property(SOURCE ${model} APPEND PROPERTY COMPILE_OPTIONS -O3) # it multiplies matrices
+    if(CADRE_SANITIZE) # which takes the compiler minutes otherwise, and is no slower
+      set_property(SOURCE ${sources} APPEND PROPERTY COMPILE_OPTIONS -O1 -g1)
+    endif()
     target_sources(cadre_${folder} PRIVATE ${sources} ${model})
     target_compile_definitions(cadre_${folder} PUBLIC CADRE_CUDA_MODEL=1)
     target_compile_options(cadre_${folder} PRIVATE

@@ -170,10 +170,10 @@ static inline double bound_of(const struct call *call, struct tensor out) {
 static inline void compare(const struct call *call, int backend, int i, struct tensor found,
                     struct tensor expected) {
     double error = 0, norm = 0, bound = bound_of(call, found), count = (double)tensor_elements(found);
-    for (int64_t j = 0; j < tensor_elements(found); j++) {
-        double difference = test_get(found, j) - test_get(expected, j);
+    for (int64_t j = 0, end = tensor_elements(found); j < end; j++) {
+        double wanted = test_get(expected, j), difference = test_get(found, j) - wanted;
         error += difference * difference;
-        norm += test_get(expected, j) * test_get(expected, j);
+        norm += wanted * wanted;
     }
     if (found.dtype == DTYPE_I32) {
         if (error != 0)

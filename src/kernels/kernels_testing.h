@@ -185,9 +185,11 @@ static inline struct tensor test_tensor(struct tensor like) {
     test_seed++;
     size_t all_bytes = block->before + block->bytes + TEST_GUARD_BYTES;
     block->memory = test_memory(all_bytes);
-    for (size_t i = 0; i < all_bytes; i++)
+    for (size_t i = 0; i < block->before; i++)
         block->memory[i] = test_guard_byte(i);
     memset(block->memory + block->before, TEST_POISON, block->bytes);
+    for (size_t i = block->before + block->bytes; i < all_bytes; i++)
+        block->memory[i] = test_guard_byte(i);
     test_close_guards(block, true);
     block->next = test_blocks;
     test_blocks = block;
@@ -229,7 +231,7 @@ static inline void test_release(void) {
 
 static inline struct tensor test_filled(struct tensor like, double value) {
     struct tensor t = test_tensor(like);
-    for (int64_t i = 0; i < tensor_elements(t); i++)
+    for (int64_t i = 0, count = tensor_elements(t); i < count; i++)
         test_set(t, i, value);
     return t;
 }
@@ -247,7 +249,10 @@ static inline struct tensor test_copy(struct tensor from, enum dtype dtype) {
     struct tensor like = from;
     like.dtype = from.dtype == DTYPE_I32 ? DTYPE_I32 : dtype;
     struct tensor t = test_tensor(like);
-    for (int64_t i = 0; i < tensor_elements(t); i++)
+    int64_t count = tensor_elements(t);
+    if (t.dtype == from.dtype && count > 0)
+        memcpy(t.data, from.data, tensor_bytes(t));
+    for (int64_t i = 0; t.dtype != from.dtype && i < count; i++)
         test_set(t, i, test_get(from, i));
     return t;
 }
@@ -255,7 +260,7 @@ static inline struct tensor test_copy(struct tensor from, enum dtype dtype) {
 /* Normal numbers times scale. */
 static inline struct tensor test_random(struct tensor like, double scale) {
     struct tensor t = test_tensor(like);
-    for (int64_t i = 0; i < tensor_elements(t); i++)
+    for (int64_t i = 0, count = tensor_elements(t); i < count; i++)
         test_set(t, i, scale * random_normal(7, test_seed, (uint64_t)i));
     return t;
 }
@@ -263,7 +268,7 @@ static inline struct tensor test_random(struct tensor like, double scale) {
 /* i32 numbers in 0..limit-1. */
 static inline struct tensor test_indices(struct tensor like, int64_t limit) {
     struct tensor t = test_tensor(like);
-    for (int64_t i = 0; i < tensor_elements(t); i++)
+    for (int64_t i = 0, count = tensor_elements(t); i < count; i++)
         test_set(t, i, (double)(random_bits(8, test_seed, (uint64_t)i) % (uint64_t)limit));
     return t;
 }

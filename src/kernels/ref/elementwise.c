@@ -6,7 +6,7 @@
 #include <string.h>
 
 void ref_fill(struct tensor t, double value) {
-    for (int64_t i = 0; i < tensor_elements(t); i++) {
+    for (int64_t i = 0, count = tensor_elements(t); i < count; i++) {
         if (t.dtype == DTYPE_I32)
             ((int32_t *)t.data)[i] = (int32_t)value;
         else
@@ -16,26 +16,26 @@ void ref_fill(struct tensor t, double value) {
 
 void ref_cast(struct tensor from, struct tensor to) {
     CHECK(ref_is_float(from) && ref_is_float(to) && tensor_same_shape(from, to));
-    for (int64_t i = 0; i < tensor_elements(to); i++)
+    for (int64_t i = 0, count = tensor_elements(to); i < count; i++)
         ref_store(to, i, ref_load(from, i));
 }
 
 void ref_add_tensor(struct tensor x, struct tensor y) {
     CHECK(tensor_same_shape(x, y));
     if (x.dtype == DTYPE_I32 && y.dtype == DTYPE_I32) {
-        for (int64_t i = 0; i < tensor_elements(y); i++)
+        for (int64_t i = 0, count = tensor_elements(y); i < count; i++)
             ((int32_t *)y.data)[i] += (int32_t)ref_index(x, i);
         return;
     }
     CHECK(ref_is_float(x) && ref_is_float(y));
-    for (int64_t i = 0; i < tensor_elements(y); i++)
+    for (int64_t i = 0, count = tensor_elements(y); i < count; i++)
         ref_add(y, i, ref_load(x, i));
 }
 
 void ref_sum_squares(struct tensor x, struct tensor sum) {
     CHECK(ref_is_float(x) && sum.dtype == DTYPE_F64 && ref_is_1d(sum, 1));
     double total = 0;
-    for (int64_t i = 0; i < tensor_elements(x); i++)
+    for (int64_t i = 0, count = tensor_elements(x); i < count; i++)
         total += ref_load(x, i) * ref_load(x, i);
     ref_add(sum, 0, total);
 }
@@ -44,7 +44,7 @@ void ref_gather_scalars(struct tensor from, struct tensor index, struct tensor t
     bool is_integer = from.dtype == DTYPE_I32;
     CHECK((is_integer || ref_is_real(from, from.dtype)) && to.dtype == from.dtype && index.dtype == DTYPE_I32);
     CHECK_OP(tensor_elements(index), ==, tensor_elements(to));
-    for (int64_t i = 0; i < tensor_elements(to); i++) {
+    for (int64_t i = 0, count = tensor_elements(to); i < count; i++) {
         int64_t at = ref_index(index, i);
         CHECK(at >= 0 && at < tensor_elements(from));
         if (is_integer)
