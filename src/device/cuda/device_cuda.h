@@ -23,6 +23,9 @@ bool device_cuda_may_move(void);
 #ifdef CADRE_CUDA_MODEL
 /* While this thread records: memory for one operation of the recording, not a number whenever that is repeated. Else NULL. */
 void *device_cuda_recorded_scratch(size_t bytes);
+
+/* For tests: whether a kernel has run in whose name, as it is written where it is launched, stands `word`. */
+bool cuda_model_ran(const char *word);
 #endif
 
 /* ---- for transports: a queue of work beside the order of the device (a stream), and marks in either (events) ----------- */

@@ -49,7 +49,7 @@ const struct kernel_ops *kernels_cuda(void) {
     return &table;
 }
 
-enum way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4, X_IS_RIGHT = 8, ONE_AHEAD = 16, TWO_AHEAD = 32 };
+enum way { WITHOUT_HOPPER = 1, WITHOUT_FEW = 2, BLOCKS_BESIDE = 4, X_IS_RIGHT = 8, AHEAD = 16, AHEAD_TWICE = 32 };
 
 #ifdef CADRE_CUDA_MODEL
 enum { USUAL_WAYS = WITHOUT_HOPPER };
@@ -64,8 +64,8 @@ static unsigned way_of(const char *word, size_t length) {
     static const struct {
         const char *word;
         unsigned way;
-    } known[] = {{"tiles", WITHOUT_FEW}, {"beside", BLOCKS_BESIDE}, {"right", X_IS_RIGHT}, {"ahead", ONE_AHEAD},
-                 {"ahead2", TWO_AHEAD}};
+    } known[] = {{"tiles", WITHOUT_FEW}, {"beside", BLOCKS_BESIDE}, {"right", X_IS_RIGHT}, {"ahead", AHEAD},
+                 {"ahead2", AHEAD | AHEAD_TWICE}};
     for (const auto &each : known)
         if (strlen(each.word) == length && memcmp(each.word, word, length) == 0)
             return each.way;
@@ -82,7 +82,7 @@ bool kernels_cuda_take(const char *name) {
     for (const char *rest = name + 4; (is_sm80 || is_sm90) && *rest;) {
         size_t length = *rest == '-' ? strcspn(rest + 1, "-") : 0;
         unsigned way = way_of(rest + 1, length);
-        if (way == 0 || (is_sm80 && way != WITHOUT_FEW))
+        if (way == 0 || (ways & way) || (is_sm80 && way != WITHOUT_FEW)) /* each at most once */
             return false;
         ways |= way;
         rest += 1 + length;
@@ -108,7 +108,7 @@ bool cuda_keeps_x_right(void) {
 }
 
 int cuda_lead(void) {
-    return taken_ways & TWO_AHEAD ? 2 : taken_ways & ONE_AHEAD ? 1 : 0;
+    return taken_ways & AHEAD_TWICE ? 2 : taken_ways & AHEAD ? 1 : 0;
 }
 
 /* The model's are few, so that each has several tiles to go through. */

@@ -142,6 +142,8 @@ static void test_attention(void **state) {
     check_problem(1, 2100, 4, 1, 128, 1); /* long rows of tiles */
 #endif
     assert_int_equal(failures, 0);
+    expect_kernels("backward_keys", "sm90", true);
+    expect_kernels("attend_part", "tiles", false);
 }
 
 static void test_if_there_is_one(void **state) {

@@ -264,6 +264,10 @@ static void test_products(void **state) {
                     check_problem(&p);
             }
     assert_int_equal(failures, 0);
+    expect_kernels("THROUGH_SWIGLU", "sm90", true);
+    expect_kernels("BESIDE", "beside", true);
+    expect_kernels("ROWS_OF_B", "right", true);
+    expect_kernels("multiply_few", "tiles", false);
 }
 
 /* ---- the schedule of weight gradients ---- */
@@ -349,9 +353,21 @@ static void test_schedule(void **state) {
 
 #endif
 
+/* Names that no kernels have are refused, and what was taken before stays. */
+static void test_names(void) {
+    static const char *const none[] = {"", "sm9", "sm901", "sm90-", "sm90-no", "sm90--tiles", "sm80-beside", "tiles2", "auto-tiles",
+                                       "sm90-tiles-tiles", "sm90-ahead-ahead2", "sm90-ahead2-ahead"};
+    for (size_t i = 0; i < sizeof none / sizeof *none; i++) {
+        const struct kernel_ops *chosen = NULL;
+        assert_int_equal(kernels_choose_for(device, none[i], &chosen), STATUS_USAGE);
+        assert_null(chosen);
+    }
+}
+
 static void test_if_there_is_one(void **state) {
     if (!device)
         return;
+    test_names();
     if (!getenv("CADRE_TEST_KERNELS")) /* it is the same for all kernels */
         test_schedule(state);
     test_products(state);

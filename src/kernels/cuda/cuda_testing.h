@@ -66,6 +66,19 @@ static inline int find_device(void **state) {
     return arena_init(&arena, device, ARENA_BYTES) == STATUS_OK ? 0 : -1;
 }
 
+/* Of a model: kernels with `kernel` in their names ran where CADRE_TEST_KERNELS has `word`, and only there; where it has not, if
+ * `has` is false. Results do not show it: who falls back on other kernels has the same ones. */
+static inline void expect_kernels(const char *kernel, const char *word, bool has) {
+#ifdef CADRE_CUDA_MODEL
+    const char *name = getenv("CADRE_TEST_KERNELS");
+    bool is_asked = (name && strstr(name, word) != NULL) == has;
+    if (cuda_model_ran(kernel) != is_asked)
+        fail_msg("CADRE_TEST_KERNELS=%s: %s ran: %d", name ? name : "", kernel, !is_asked);
+#else
+    (void)kernel, (void)word, (void)has;
+#endif
+}
+
 static inline int leave_device(void **state) {
     (void)state;
     arena_release(&arena);
